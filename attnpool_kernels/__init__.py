@@ -1,0 +1,24 @@
+"""Exact, ragged, twice-differentiable set attention and seed pooling for molecules.
+
+``set_attention`` and ``seed_pool`` work on concatenated batches without padding; ``Ragged`` holds
+the molecules' boundaries; ``explain`` says which backend serves a call and why; ``backends`` lists
+their names. Optional packages are imported only when a backend that needs them is asked.
+"""
+
+from . import backends, ragged
+from .dispatch import BackendError, Problem
+from .functional import explain, seed_pool, set_attention
+from .ragged import Ragged
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Problem",
+    "Ragged",
+    "backends",
+    "explain",
+    "ragged",
+    "seed_pool",
+    "set_attention",
+]

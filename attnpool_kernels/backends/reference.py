@@ -1,0 +1,90 @@
+"""Plain torch, one molecule at a time: the readable definition, on any device, in any order.
+
+Serves what no kernel serves (dimensions over 256, other devices, third derivatives, forward mode)
+and needs no compiler. Half types are computed in float32. Reads the boundaries on the host, so it
+synchronises on an accelerator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..dropout import keep_mask
+
+if TYPE_CHECKING:
+    from ..dispatch import Problem
+
+KIND = "composite"
+GRAD_ORDER = 1_000_000  # plain differentiable torch
+
+
+def why_not(problem: Problem) -> list[str]:
+    return []
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
+    pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Equations (F1)-(F3) of ``autograd``; arguments as of the registered forward."""
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = (x.to(wide).transpose(0, 1) for x in (q, k, v))  # [H, N, D]
+    heads, rows = q.shape[:2]
+    k_edges = _edges(k_ptr, k.shape[1])
+    q_edges = [0, rows] if q_ptr is None else _edges(q_ptr, rows)
+    pairs = None if pair_ptr is None else pair_ptr.tolist()
+    outs, lses = [], []
+    for i in range(len(k_edges) - 1):
+        own = slice(q_edges[i], q_edges[i + 1]) if q_ptr is not None else slice(None)
+        keys = slice(k_edges[i], k_edges[i + 1])
+        logits = scale * (q[:, own] @ k[:, keys].transpose(1, 2))
+        if bias is not None and pairs is not None:
+            mine = bias[pairs[i] : pairs[i + 1]].to(wide)
+            logits = logits + mine.view(*logits.shape[1:], heads).permute(2, 0, 1)
+        keep = None if seed is None else keep_mask(seed, i, *logits.shape, dropout)
+        out, lse = _softmax_times(logits, v[:, keys], keep, dropout)
+        outs.append(out)
+        lses.append(lse)
+    if q_ptr is None:
+        shape = (len(outs), heads, rows, v.shape[2])
+        out = torch.stack(outs) if outs else _zeros(q, v).new_zeros(shape)
+        lse = torch.stack(lses) if lses else q.new_zeros(shape[:3])
+        return out.transpose(1, 2).to(dtype).contiguous(), lse.transpose(1, 2).contiguous()
+    nobody = rows - q_edges[-1]
+    outs.append(_zeros(q, v).expand(heads, nobody, v.shape[2]))
+    lses.append(q.new_full((heads, nobody), -torch.inf))
+    out, lse = torch.cat(outs, 1), torch.cat(lses, 1)
+    return out.transpose(0, 1).to(dtype).contiguous(), lse.transpose(0, 1).contiguous()
+
+
+def _edges(ptr: Tensor, rows: int) -> list[int]:
+    """The boundaries as ints, clamped: they were checked on the CPU only."""
+    edges, last = [], 0
+    for edge in ptr.tolist():
+        last = min(max(edge, last), rows)
+        edges.append(last)
+    return edges
+
+
+def _zeros(q: Tensor, v: Tensor) -> Tensor:
+    """A zero that depends on q and v, so that a batch without molecules has gradients (zeros)."""
+    return q[:0].sum() + v[:0].sum()
+
+
+def _softmax_times(
+    logits: Tensor, v: Tensor, keep: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """(F2) and (F3) for [H, n, m] logits; a row without a finite logit gives 0 and LSE -inf."""
+    if logits.shape[2] == 0:
+        out = logits.sum(2, keepdim=True) * v.sum(1, keepdim=True)
+        return out, torch.full_like(out[..., 0], -torch.inf)
+    dead = (logits == -torch.inf).all(2, keepdim=True)
+    logits = logits.masked_fill(dead, 0.0)  # keeps NaN out of the gradient of a dead row
+    lse = logits.logsumexp(2, keepdim=True)
+    weights = (logits - lse).exp().masked_fill(dead, 0.0)
+    if keep is not None:
+        weights = weights * keep / (1.0 - dropout)
+    return weights @ v, lse.masked_fill(dead, -torch.inf).squeeze(2)

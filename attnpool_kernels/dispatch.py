@@ -1,0 +1,94 @@
+"""Which backend serves a call, and why the others do not.
+
+A ``Problem`` is the facts of a call without its tensors, so it can also be asked about a machine one
+does not have. Every backend lists all its reasons against a problem; ``select`` takes the first of
+``backends.PRIORITY`` with none. A backend asked for by name is used or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from . import backends
+
+
+class BackendError(RuntimeError):
+    """The named backend cannot serve this call, or no backend can. Lists every reason."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The facts of one call that decide which backends can serve it."""
+
+    device: str  # "cpu", "cuda", ...
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    capability: tuple[int, int] | None = None  # of a CUDA device
+    seeds: int | None = None  # number of shared queries; None for set_attention
+    bias: bool = False
+    dropout: bool = False
+    grad_order: int = 0  # highest derivative that the call may need
+    deterministic: bool = False
+    return_lse: bool = False
+
+
+_chosen: dict[tuple[Problem, str | None], ModuleType] = {}
+
+
+def select(problem: Problem, name: str | None = None) -> ModuleType:
+    """The backend for a problem: the named one, or the first without a reason against it.
+
+    Raises ValueError for an unknown name, TypeError for a name that is no string and BackendError
+    where the backend, or every backend, has a reason.
+    """
+    if torch.compiler.is_compiling():
+        return _select(problem, name)
+    key = (problem, name)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _select(problem, name)
+    return found
+
+
+def _select(problem: Problem, name: str | None) -> ModuleType:
+    if name is None:
+        for candidate in backends.PRIORITY:
+            module = backends.load(candidate)
+            if not module.why_not(problem):
+                return module
+        raise BackendError(f"no backend can serve this call\n{table(problem)}")
+    check_name(name)
+    module = backends.load(name)
+    reasons = module.why_not(problem)
+    if reasons:
+        raise BackendError(
+            f"backend {name!r} cannot serve this call: {'; '.join(reasons)}\n{table(problem)}"
+        )
+    return module
+
+
+def check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a str or None, got {type(name).__name__}")
+    if name not in backends.PRIORITY:
+        known = ", ".join(backends.PRIORITY)
+        raise ValueError(f"backend must be one of {known}, got {name!r}")
+
+
+def table(problem: Problem) -> str:
+    """One line a backend: chosen (*), able (+), or all reasons why not (-)."""
+    lines, chosen = [str(problem)], False
+    width = max(map(len, backends.PRIORITY))
+    for name in backends.PRIORITY:
+        reasons = backends.load(name).why_not(problem)
+        if reasons:
+            mark, text = "-", ";  ".join(reasons)
+        else:
+            mark, text = ("+", "can serve") if chosen else ("*", "chosen")
+            chosen = True
+        lines.append(f"{name:<{width}}  {mark}  {text}")
+    return "\n".join(lines)

@@ -1,0 +1,367 @@
+"""The operation: set attention over molecules in a concatenated batch, and seed pooling.
+
+Both are one operation; seed pooling has the same S queries in every molecule. This module holds the
+public contract: validation, defaults, and the way to the chosen backend. Everything that can be
+wrong with a call is found here, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch
+from .dispatch import BackendError, Problem
+from .dropout import draw_seed
+from .ragged import Ragged, _traced, check_kind
+from .ragged import _check_contents as check_contents
+
+__all__ = ["BackendError", "Problem", "explain", "seed_pool", "set_attention"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def set_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ptr: Tensor | Ragged,
+    k_ptr: Tensor | Ragged | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Multi-head attention of every atom over the atoms of its own molecule, without padding.
+
+    For each molecule, head and query row i::
+
+        out_i = Σ_j p_ij v_j,   p_i = softmax_j(scale · q_i·k_j + bias_ij)
+
+    Args:
+        q: [N_q, H, D] packed queries, molecule after molecule. float16, bfloat16, float32 or
+            float64; any strides. D from 1 to 256 on the native backends.
+        k: [N_k, H, D] packed keys, dtype and device of q.
+        v: [N_k, H, D_v] packed values, dtype and device of q.
+        ptr: [B + 1] boundaries, int32 or int64: molecule b owns rows ptr[b]:ptr[b+1] of q. On the
+            CPU or on the device of q; or a ``Ragged``.
+        k_ptr: the same for k and v; None: the keys are the atoms of the queries.
+        bias: [P, H] added to the logits, dtype of q or float32; P = Σ_b n_q·n_k, by molecule, then
+            query, then key (``Ragged.pairs``). -inf forbids a pair.
+        scale: factor of q·k, default D**-0.5.
+        dropout: probability in [0, 1) of dropping an attention weight. The mask is a function of
+            a seed from torch's generator and of (molecule, head, query, key): the same on all
+            backends. Not switched off in evaluation: pass 0.
+        backend: a name from ``backends()``, used or refused; None chooses, see ``explain``.
+        return_lse: also return log Σ_j exp of the logits.
+
+    Returns:
+        out [N_q, H, D_v] in the dtype of q; with ``return_lse`` also lse [N_q, H], natural
+        logarithm, float32 (float64 for float64). Rows of a molecule without keys (or with
+        only -inf) and rows of no molecule are exactly 0, LSE -inf, with gradient exactly 0.
+
+    Accumulates in float32 (float64 for float64). On the native backends exact to second order in
+    q, k, v and bias; a third derivative raises. With dropout 0 a molecule's result has the same
+    bits alone and in any batch. No argument depends on the longest molecule.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or dtype; of the wrong value, shape or
+            device. Contents of ``ptr`` are checked on the CPU only (see ``ragged.check``).
+        NotImplementedError: sparse, nested, quantised or subclassed tensors, vmap, forward mode.
+        BackendError: the named backend, or every backend, cannot serve the call.
+
+    Under autocast, float32 and half inputs are cast to the autocast dtype, as in torch's attention.
+    Source of the algorithm: Milakov & Gimelshein 2018 (online softmax), Rabe & Staats 2021 and Dao
+    et al. 2022 (attention in linear memory); equations and second derivative in ``autograd``.
+    """
+    return _attend(
+        "q", q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse
+    )
+
+
+def seed_pool(
+    seeds: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ptr: Tensor | Ragged,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Pools the atoms of each molecule with S learned queries that all molecules share.
+
+    For each molecule b, head and seed s::
+
+        out_bs = Σ_j p_bsj v_j,   p_bs = softmax_j(scale · seed_s·k_j + bias_bsj)
+
+    Args:
+        seeds: [S, H, D], S at least 1, dtype and device of k.
+        k, v: [N, H, D] and [N, H, D_v] packed rows, see ``set_attention``.
+        ptr: [B + 1] boundaries of the molecules in k and v, or a ``Ragged``.
+        bias: [P, H] with P = Σ_b S·n_b, by molecule, then seed, then atom.
+        scale: factor of seed·k, default D**-0.5. A model with the Set Transformer's convention
+            divides by the root of the full width H·D: pass (H·D)**-0.5.
+        dropout, backend, return_lse: as in ``set_attention``.
+
+    Returns:
+        [B, S, H, D_v] in the dtype of k; with ``return_lse`` also [B, S, H]. A molecule without
+        atoms gives 0 and LSE -inf. Derivatives, errors and rounding as in ``set_attention``; the
+        gradient of the seeds is summed over molecules in a fixed order.
+
+    Source: Lee et al. 2019 (Set Transformer, pooling by multi-head attention); Buterez et al. 2023.
+    """
+    return _attend(
+        "seeds", seeds, k, v, ptr, None, bias, scale, dropout, backend, return_lse
+    )
+
+
+def explain(
+    q: Tensor | Problem,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    ptr: Tensor | Ragged | None = None,
+    k_ptr: Tensor | Ragged | None = None,
+    *,
+    shared: bool = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> None:
+    """Prints which backend would serve a call, and every reason against each of the others.
+
+    Takes the arguments of ``set_attention``, or with ``shared=True`` those of ``seed_pool``, checks
+    them in the same way and computes nothing. Or takes one ``Problem``: the facts of a call, also
+    for a machine that is not at hand.
+    """
+    if isinstance(q, Problem):
+        print(dispatch.table(q))
+        return
+    name = "seeds" if shared else "q"
+    call = _checked(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
+    print(dispatch.table(_problem(*call[:4], dropout, backend, return_lse, shared)))
+
+
+def _attend(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse):
+    q, k, v, bias, q_ptr, k_ptr, pair_ptr, scale = _checked(
+        name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse
+    )
+    problem = _problem(q, k, v, bias, dropout, backend, return_lse, q_ptr is None)
+    seed = draw_seed(q.device) if dropout > 0 else None
+    tensors = (q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed)
+    if q.is_meta:  # shapes only: the registered operators give them without any backend
+        out, lse = autograd.attention(*tensors, scale, dropout, "cpu", problem.grad_order > 0)
+        return (out, lse) if return_lse else out
+    chosen = dispatch.select(problem, backend)
+    if chosen.KIND == "kernel":
+        name = chosen.__name__.rpartition(".")[2]
+        out, lse = autograd.attention(*tensors, scale, dropout, name, problem.grad_order > 0)
+    else:
+        out, lse = chosen.attention(*tensors, scale, dropout)
+    return (out, lse) if return_lse else out
+
+
+def _problem(q, k, v, bias, dropout, backend, return_lse, shared) -> Problem:
+    device = q.device
+    tracked = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+    # Molecules have forces, so the automatic choice must be right to second order. Who names a
+    # backend gets its first derivative, and an error where a second one is asked for.
+    grad_order = (2 if backend is None else 1) if tracked else 0
+    return Problem(
+        device=device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        seeds=q.shape[0] if shared else None,
+        bias=bias is not None,
+        dropout=dropout > 0,
+        grad_order=grad_order,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        return_lse=return_lse,
+    )
+
+
+def _checked(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse) -> tuple[Any, ...]:
+    """Validates everything, in the order of the arguments; returns what the operators take."""
+    for label, tensor in ((name, q), ("k", k), ("v", v)):
+        _check_packed(label, tensor)
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        if not torch.is_autocast_enabled(q.device.type):
+            raise TypeError(
+                f"{name}, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+            )
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (_autocast(x) for x in (q, k, v))
+    device = q.device
+    if k.device != device or v.device != device:
+        raise ValueError(
+            f"{name}, k and v must be on one device, got {device}, {k.device} and {v.device}"
+        )
+    _check_shapes(name, q, k, v)
+    shared = name == "seeds"
+    ptr = _boundaries("ptr", ptr, k if shared else q)
+    if shared:
+        q_ptr, k_ptr = None, ptr
+    elif k_ptr is None:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(
+                "q and k must have the same number of rows where k_ptr is None, "
+                f"got {q.shape[0]} and {k.shape[0]}"
+            )
+        q_ptr = k_ptr = ptr
+    else:
+        q_ptr, k_ptr = ptr, _boundaries("k_ptr", k_ptr, k)
+        if q_ptr.shape[0] != k_ptr.shape[0]:
+            raise ValueError(
+                "k_ptr must have as many elements as ptr, "
+                f"{q_ptr.shape[0]}, got {k_ptr.shape[0]}"
+            )
+        if q_ptr.dtype != k_ptr.dtype:
+            q_ptr, k_ptr = q_ptr.long(), k_ptr.long()
+    pair_ptr = None
+    if bias is not None:
+        pair_ptr = _check_bias(bias, q, k, q_ptr, k_ptr)
+    if scale is None:
+        scale = q.shape[2] ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise TypeError(f"dropout must be a float, got {type(dropout).__name__}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if backend is not None:
+        dispatch.check_name(backend)
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
+    return q, k, v, bias, q_ptr, k_ptr, pair_ptr, float(scale)
+
+
+def _check_packed(name: str, x: object) -> None:
+    if type(x) not in _PLAIN:
+        _check_subclass(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype not in _DTYPES:
+        wanted = "float16, bfloat16, float32 or float64"
+        if x.dtype.is_floating_point or x.is_quantized:
+            raise NotImplementedError(f"{name} must be {wanted}, got {x.dtype}")
+        raise TypeError(f"{name} must be {wanted}, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise NotImplementedError(f"{name} must be a dense strided tensor, got {x.layout}")
+    if x.dim() != 3:
+        shape = "[S, H, D]" if name == "seeds" else "[N, H, D]"
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    if torch._C._functorch.is_batchedtensor(x):
+        raise NotImplementedError(f"{name} is batched by vmap: put the molecules into one batch")
+    if torch.autograd.forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name} has a forward-mode tangent: use reverse mode")
+
+
+def _check_subclass(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise NotImplementedError(f"{name} is a nested tensor: pass its values() and offsets()")
+    if torch.compiler.is_compiling():
+        return
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    if not isinstance(x, FakeTensor | FunctionalTensor):
+        raise NotImplementedError(f"{name} must be a plain torch.Tensor, got {type(x).__name__}")
+
+
+def _check_shapes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"k and v must have as many rows, got {k.shape[0]} and {v.shape[0]}")
+    if q.shape[1] != k.shape[1] or k.shape[1] != v.shape[1]:
+        raise ValueError(
+            f"{name}, k and v must have the same number of heads, "
+            f"got {q.shape[1]}, {k.shape[1]} and {v.shape[1]}"
+        )
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{name} and k must have the same head dimension, got {q.shape[2]} and {k.shape[2]}"
+        )
+    for label, x in ((name, q), ("v", v)):
+        if x.shape[1] == 0 or x.shape[2] == 0:
+            raise ValueError(
+                f"{label} must have at least 1 head and dimension 1, got {tuple(x.shape)}"
+            )
+    if name == "seeds" and q.shape[0] == 0:
+        raise ValueError(f"seeds must hold at least 1 seed, got {tuple(q.shape)}")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _boundaries(name: str, ptr: object, rows_of: Tensor) -> Tensor:
+    """Boundaries as the kernels take them: checked, contiguous, on the device of the rows."""
+    ragged = None
+    if type(ptr) is Ragged:
+        ragged, ptr = ptr, ptr.ptr
+    else:
+        check_kind(ptr, name)
+    assert isinstance(ptr, Tensor)
+    rows, device = rows_of.shape[0], rows_of.device
+    if ptr.dtype == torch.int32 and rows >= 2**31:
+        raise ValueError(f"{name} must be int64 for {rows} rows, got int32")
+    if ptr.device.type == "cpu" and device.type != "meta" and not _traced(ptr):
+        last = None if ragged is None else ragged._last  # known: the rest was checked as well
+        if last is None or last > rows:
+            check_contents(ptr, rows, name)
+    if ptr.device != device:
+        if ptr.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU or on {device}, got {ptr.device}")
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{name} is on the CPU and cannot be copied while a graph is captured")
+        ptr = ptr.to(device, non_blocking=True)
+    return ptr.contiguous()
+
+
+def _check_bias(
+    bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr: Tensor
+) -> Tensor:
+    """Returns the offsets [B + 1] of each molecule's pairs, from lengths clamped to the rows."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a torch.Tensor or None, got {type(bias).__name__}")
+    if bias.dtype not in (q.dtype, torch.float32):
+        raise TypeError(f"bias must be {q.dtype} or float32, got {bias.dtype}")
+    if bias.dim() != 2 or bias.shape[1] != q.shape[1]:
+        raise ValueError(f"bias must have shape [P, {q.shape[1]}], got {tuple(bias.shape)}")
+    if bias.device != q.device:
+        raise ValueError(f"bias must be on {q.device}, got {bias.device}")
+    n_k = _lengths(k_ptr, k.shape[0])
+    n_q = q.shape[0] if q_ptr is None else n_k if q_ptr is k_ptr else _lengths(q_ptr, q.shape[0])
+    pair_ptr = torch.cat([n_k.new_zeros(1), (n_q * n_k).cumsum(0)])
+    if bias.device.type == "cpu" and not _traced(bias) and int(pair_ptr[-1]) != bias.shape[0]:
+        raise ValueError(
+            f"bias must have P = {int(pair_ptr[-1])} rows, one for each query-key pair of each "
+            f"molecule, got {bias.shape[0]}"
+        )
+    return pair_ptr
+
+
+def _lengths(ptr: Tensor, rows: int) -> Tensor:
+    return ptr.long().clamp(0, rows).diff().clamp(min=0)

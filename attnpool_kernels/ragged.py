@@ -1,0 +1,194 @@
+"""Molecules in a concatenated batch: boundaries, and the ways other libraries write them.
+
+Molecule i owns the rows ``ptr[i]:ptr[i+1]`` of every packed tensor. Rows from ``ptr[-1]`` on belong
+to no molecule. ``Ragged`` carries the boundaries once checked, so that the layers of a model share
+one object and check its contents once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PTR_DTYPES = (torch.int32, torch.int64)
+
+
+def check(ptr: Tensor | Ragged, rows: int, name: str = "ptr") -> None:
+    """Checks the contents of boundaries against a tensor of ``rows`` rows, on any device.
+
+    Needs 0 = ptr[0] <= ptr[1] <= ... <= ptr[-1] <= rows and raises ValueError naming the first
+    element that breaks it. Reads the contents, so it synchronises for a CUDA tensor and raises
+    RuntimeError while a CUDA graph is captured. Operators call it for CPU boundaries only.
+    """
+    if isinstance(ptr, Ragged):
+        ptr = ptr.ptr
+    check_kind(ptr, name)
+    if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{name}: contents cannot be checked while a CUDA graph is captured")
+    _check_contents(ptr, rows, name)
+
+
+def check_kind(ptr: object, name: str = "ptr") -> None:
+    """Checks everything about boundaries that can be seen without reading them."""
+    if not isinstance(ptr, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor of boundaries or a Ragged, got {type(ptr).__name__}"
+        )
+    if ptr.dtype not in PTR_DTYPES:
+        raise TypeError(f"{name} must be int32 or int64, got {ptr.dtype}")
+    if ptr.dim() != 1:
+        raise ValueError(f"{name} must have shape [B + 1], got {tuple(ptr.shape)}")
+    if ptr.numel() == 0:
+        raise ValueError(f"{name} must have at least 1 element ([0] is an empty batch), got 0")
+
+
+def _check_contents(ptr: Tensor, rows: int, name: str) -> int:
+    """Returns ptr[-1]. One pass in C++ where the library is loaded, else a few torch operators."""
+    native = getattr(torch.ops.attnpool_c, "check_ptr", None)
+    if native is not None and ptr.device.type == "cpu" and native(ptr, rows) == 0:
+        return int(ptr[-1])
+    first, last = int(ptr[0]), int(ptr[-1])
+    if first != 0:
+        raise ValueError(f"{name}[0] must be 0, got {first}")
+    falls = ptr[1:] < ptr[:-1]
+    if bool(falls.any()):
+        i = int(falls.nonzero()[0])
+        raise ValueError(
+            f"{name} must not decrease, got {name}[{i}] = {int(ptr[i])} and "
+            f"{name}[{i + 1}] = {int(ptr[i + 1])}"
+        )
+    if last > rows:
+        raise ValueError(f"{name}[-1] must be at most the number of rows, {rows}, got {last}")
+    return last
+
+
+def _traced(tensor: Tensor) -> bool:
+    """True where contents cannot be read: under a compiler, for fake and for meta tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+class Ragged:
+    """Boundaries of molecules in a concatenated batch, made once per batch and shared by layers.
+
+    ptr: [B + 1], int32 or int64; molecule i owns rows ptr[i]:ptr[i+1].
+
+    Make one with ``from_ptr``, ``from_batch`` or ``from_counts``. Contents on the CPU are checked
+    at once (ValueError); contents on another device are not read, see ``ragged.check``.
+    """
+
+    __slots__ = ("_last", "ptr")
+
+    def __init__(self, ptr: Tensor) -> None:
+        check_kind(ptr)
+        self.ptr = ptr.contiguous()
+        self._last: int | None = None  # ptr[-1] once the contents have been checked
+        if ptr.device.type == "cpu" and not _traced(ptr):
+            self._last = _check_contents(self.ptr, 2**63 - 1, "ptr")
+
+    @classmethod
+    def from_ptr(cls, ptr: Tensor) -> Ragged:
+        """From boundaries [B + 1]: PyG's ``data.ptr``, MACE's ``ptr``, FlashInfer's ``indptr``."""
+        return cls(ptr)
+
+    @classmethod
+    def from_counts(cls, counts: Tensor | Sequence[int]) -> Ragged:
+        """From atoms per molecule [B]: DGL's counts, fairchem's ``natoms``, ``_n_atoms``."""
+        if not isinstance(counts, Tensor):
+            counts = torch.tensor(list(counts), dtype=torch.int64)
+        if counts.dtype not in PTR_DTYPES:
+            raise TypeError(f"counts must be int32 or int64, got {counts.dtype}")
+        if counts.dim() != 1:
+            raise ValueError(f"counts must have shape [B], got {tuple(counts.shape)}")
+        if counts.device.type == "cpu" and not _traced(counts) and bool((counts < 0).any()):
+            i = int((counts < 0).nonzero()[0])
+            raise ValueError(f"counts must not be negative, got counts[{i}] = {int(counts[i])}")
+        zero = counts.new_zeros(1)
+        return cls(torch.cat([zero, counts.cumsum(0, dtype=counts.dtype)]))
+
+    @classmethod
+    def from_batch(cls, batch: Tensor, num_molecules: int | None = None) -> Ragged:
+        """From the molecule index of each atom [N]: PyG's ``batch``, SchNetPack's ``_idx_m``.
+
+        The vector must be sorted; a gap is an empty molecule. ``num_molecules`` (default: the
+        largest index + 1) adds empty molecules at the end. Contents are checked on the CPU, and on
+        another device only where ``num_molecules`` is None, since then they are read anyway.
+        """
+        if not isinstance(batch, Tensor):
+            raise TypeError(f"batch must be a torch.Tensor, got {type(batch).__name__}")
+        if batch.dtype not in PTR_DTYPES:
+            raise TypeError(f"batch must be int32 or int64, got {batch.dtype}")
+        if batch.dim() != 1:
+            raise ValueError(f"batch must have shape [N], got {tuple(batch.shape)}")
+        if num_molecules is not None and (
+            isinstance(num_molecules, bool) or not isinstance(num_molecules, int | torch.SymInt)
+        ):
+            raise TypeError(f"num_molecules must be an int, got {type(num_molecules).__name__}")
+        if num_molecules is None or (batch.device.type == "cpu" and not _traced(batch)):
+            largest = int(batch[-1]) if batch.numel() else -1
+            _check_batch(batch, largest, num_molecules)
+            num_molecules = largest + 1 if num_molecules is None else num_molecules
+        edges = torch.arange(num_molecules + 1, device=batch.device, dtype=batch.dtype)
+        return cls(torch.searchsorted(batch, edges, out_int32=batch.dtype == torch.int32))
+
+    def pairs(self, keys: Ragged | None = None) -> Tensor:
+        """Offsets [B + 1], int64, of each molecule's query-key pairs in a packed bias [P, H].
+
+        Molecule i owns pairs p[i]:p[i+1] with p[i+1] - p[i] = n_q·n_k, query by query;
+        P = p[-1]. ``keys`` are the molecules of the keys (default: the same as the queries).
+        """
+        n_q = self.ptr.diff().long()
+        n_k = n_q if keys is None else keys.ptr.diff().long()
+        if n_q.shape != n_k.shape:
+            raise ValueError(
+                f"keys must have as many molecules as queries, {len(n_q)}, got {len(n_k)}"
+            )
+        return torch.cat([n_q.new_zeros(1), (n_q * n_k).cumsum(0)])
+
+    def batch(self, rows: int | None = None) -> Tensor:
+        """Molecule index of each row [N], int64; rows of no molecule get the index B.
+
+        rows: N, default ptr[-1] (which synchronises on a CUDA device).
+        """
+        rows = int(self.ptr[-1]) if rows is None else rows
+        row = torch.arange(rows, device=self.ptr.device, dtype=self.ptr.dtype)
+        return torch.searchsorted(self.ptr[1:], row, right=True)
+
+    def counts(self) -> Tensor:
+        """Atoms per molecule [B]."""
+        return self.ptr.diff()
+
+    def to(self, device: torch.device | str) -> Ragged:
+        """The same boundaries on another device, without a second check."""
+        moved = object.__new__(Ragged)
+        moved.ptr = self.ptr.to(device, non_blocking=True)
+        moved._last = self._last if moved.ptr.device.type == "cpu" else None
+        return moved
+
+    def __len__(self) -> int:
+        return self.ptr.numel() - 1
+
+    def __repr__(self) -> str:
+        rows = "?" if self._last is None else self._last
+        return f"Ragged({len(self)} molecules, {rows} rows, {self.ptr.dtype}, {self.ptr.device})"
+
+
+def _check_batch(batch: Tensor, largest: int, num_molecules: int | None) -> None:
+    falls = batch[1:] < batch[:-1]
+    if bool(falls.any()):
+        i = int(falls.nonzero()[0])
+        raise ValueError(
+            f"batch must be sorted, got batch[{i}] = {int(batch[i])} and "
+            f"batch[{i + 1}] = {int(batch[i + 1])}"
+        )
+    if batch.numel() and int(batch[0]) < 0:
+        raise ValueError(f"batch must not be negative, got batch[0] = {int(batch[0])}")
+    if num_molecules is not None and largest >= num_molecules:
+        raise ValueError(
+            f"batch must stay below num_molecules = {num_molecules}, got batch[-1] = {largest}"
+        )
