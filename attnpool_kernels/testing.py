@@ -148,9 +148,10 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
         case, q, k, v, bias, q_ptr, k_ptr, pair_ptr,
         seed=draw(seed, device) if case.dropout else None,
         scale=case.logits * case.dim**-0.5,
-        dout=normal(*rows, case.heads, width),
+        dout=_laid_out(normal(*rows, case.heads, width), case.layout),
         dlse=normal(*rows, case.heads, kind=lse_dtype) if case.lse else None,
-        ddq=normal(*q.shape), ddk=normal(*k.shape), ddv=normal(*v.shape), ddbias=ddbias,
+        ddq=packed(n_q, case.dim), ddk=packed(n_k, case.dim), ddv=packed(n_k, width),
+        ddbias=ddbias,
     )  # fmt: skip
 
 
@@ -160,7 +161,9 @@ def _ptr(counts: Iterable[int], index: torch.dtype, device: str) -> Tensor:
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout (expanded: the first row everywhere)."""
+    """The same values in another memory layout (expanded: the first head everywhere)."""
+    if x.dim() == 4:  # the cotangent of pooled seeds
+        return _laid_out(x.flatten(0, 1), layout).unflatten(0, x.shape[:2])
     rows, heads, width = x.shape
     if layout == "fused":
         storage = x.new_zeros(rows, 3, heads, width)
@@ -169,7 +172,7 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     if layout == "expanded":
-        return x[:1].expand(rows, heads, width)
+        return x[:, :1].expand(rows, heads, width)
     if layout == "offset":
         storage = x.new_zeros(x.numel() + 1)
         return storage[1:].view(x.shape).copy_(x)

@@ -49,8 +49,8 @@ def attention(
         outs.append(out)
         lses.append(lse)
     if q_ptr is None:
-        shape = (len(outs), heads, rows, v.shape[2])
-        out = torch.stack(outs) if outs else _zeros(q, v).new_zeros(shape)
+        shape = (0, heads, rows, v.shape[2])
+        out = torch.stack(outs) if outs else _zeros(q, v).expand(shape)
         lse = torch.stack(lses) if lses else q.new_zeros(shape[:3])
         return out.transpose(1, 2).to(dtype).contiguous(), lse.transpose(1, 2).contiguous()
     nobody = rows - q_edges[-1]
@@ -83,8 +83,10 @@ def _softmax_times(
         return out, torch.full_like(out[..., 0], -torch.inf)
     dead = (logits == -torch.inf).all(2, keepdim=True)
     logits = logits.masked_fill(dead, 0.0)  # keeps NaN out of the gradient of a dead row
-    lse = logits.logsumexp(2, keepdim=True)
-    weights = (logits - lse).exp().masked_fill(dead, 0.0)
+    # Not exp(logits - lse): with large logits the rounding of lse would leave rows that do not sum
+    # to 1, and the gradient is a difference of such sums.
+    weights = logits.softmax(2).masked_fill(dead, 0.0)
+    lse = logits.logsumexp(2)
     if keep is not None:
         weights = weights * keep / (1.0 - dropout)
-    return weights @ v, lse.masked_fill(dead, -torch.inf).squeeze(2)
+    return weights @ v, lse.masked_fill(dead.squeeze(2), -torch.inf)
