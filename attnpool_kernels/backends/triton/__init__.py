@@ -1,0 +1,71 @@
+"""Triton kernels for NVIDIA GPUs: set attention and seed pooling, exact to second order.
+
+Triton is imported by the submodules only, and those only by a call. In Triton's interpreter
+(TRITON_INTERPRET=1) the same kernels run on CPU tensors: so they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+KIND = "kernel"
+
+_OLDEST = (3, 6)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WIDEST = 256
+
+
+def why_not(problem) -> list[str]:
+    """Every reason against running a problem, from its facts alone."""
+    reasons = []
+    if missing := _why_no_triton():
+        reasons.append(missing)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if problem.device != "cuda" and not (interpreted and problem.device == "cpu"):
+        reasons.append(f"device {problem.device}: needs cuda")
+    if problem.capability is not None and problem.capability < (8, 0):
+        reasons.append("sm_{}{}: needs sm_80 or newer".format(*problem.capability))
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"{problem.dtype}: needs float16, bfloat16, float32 or float64")
+    for name, width in (("head dim", problem.head_dim), ("value dim", problem.value_dim)):
+        if not 1 <= width <= _WIDEST:
+            reasons.append(f"{name} {width}: needs 1 to {_WIDEST}")
+    if problem.grad_order > 2:
+        reasons.append(f"derivatives to second order only, got grad_order={problem.grad_order}")
+    return reasons
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        return f"needs triton >= {'.'.join(map(str, _OLDEST))}, got {version}"
+    return None
+
+
+def forward(*args):
+    """(out, lse); see attnpool_kernels.autograd for the arguments and the equations."""
+    from . import _forward
+
+    return _forward.forward(*args)
+
+
+def backward(*args):
+    """(dq, dk, dv, dbias)."""
+    from . import _backward
+
+    return _backward.backward(*args)
+
+
+def double_backward(*args):
+    """(gq, gk, gv, gbias, gdout, gdlse)."""
+    from . import _double_backward
+
+    return _double_backward.double_backward(*args)

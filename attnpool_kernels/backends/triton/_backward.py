@@ -1,0 +1,203 @@
+"""Backward pass: (B1) to (B7), the weights recomputed from q, k, bias and lse; no atomics.
+
+The *query kernel* walks the keys of up to BLOCK_M query rows: dq, dbias, and the row statistic
+delta' of (B2). The *key kernel* walks the queries of up to BLOCK_N key rows: dk, dv. A molecule
+whose queries fit one tile is done by the query kernel alone, which then has every query of each key
+block at hand; the key kernel skips it. With shared seeds a query program sums dq over CHUNK
+molecules, in order, and a last kernel sums the chunks, in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .tiles import (
+    UNSPECIALIZED,
+    chunk_of,
+    find_query_tile,
+    find_tile,
+    keep_mask,
+    load_pairs,
+    load_row_values,
+    load_rows,
+    molecule_pairs,
+    molecule_rows,
+    out_row,
+    pair_offsets,
+    query_rows,
+    scores,
+    store_pairs,
+    store_row_values,
+    store_rows,
+    weights,
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _query_kernel(
+    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, sq, sk, sv, sb,
+    out, lse, dout, dlse, so, sl, sdo_b, sdo, sdl_b, sdl, dq, dk, dv, dbias, delta,
+    B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
+    scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64, CHUNK: tl.int64,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = lse.dtype.element_ty
+    head = (tl.program_id(0) % H).to(tl.int64)
+    part, q_row, first, rows = find_query_tile(tl.program_id(0) // H, q_ptr, B, n_q, BLOCK_M)
+    if first >= rows:
+        return
+    c = tl.full((), scale, ACC)
+    r = tl.full((), keep_scale, ACC)
+    o_m = first + tl.arange(0, BLOCK_M)
+    m_m = o_m < rows
+    b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
+    acc = tl.zeros((BLOCK_M, BD), ACC)
+    low, high = chunk_of(part, q_ptr, B, CHUNK)
+    for molecule in range(low, high):
+        o_row = out_row(q_ptr, molecule, q_row, n_q)
+        k_row, keys = molecule_rows(k_ptr, molecule, B, n_k)
+        pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
+        b_do = load_rows(dout + molecule * sdo_b, sdo, q_row, head, o_m, m_m, DV, BDV)
+        b_o = load_rows(out, so, o_row, head, o_m, m_m, DV, BDV)
+        b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))
+        b_delta = tl.sum(b_o.to(ACC) * b_do.to(ACC), 1)
+        if dlse is not None:
+            b_delta -= load_row_values(dlse + molecule * sdl_b, sdl, q_row, head, o_m, m_m, 0.0)
+        b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
+        if rows > BLOCK_M:
+            store_row_values(delta, o_row, head, H, o_m, m_m, b_delta)
+        for first_k in range(0, keys, BLOCK_N):
+            o_n = first_k + tl.arange(0, BLOCK_N)
+            m_n = o_n < keys
+            m_mn = m_m[:, None] & m_n[None, :]
+            offsets = pair_offsets(o_m[:, None], o_n[None, :], keys)
+            b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
+            b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
+            b_bias = None
+            if bias is not None:
+                b_bias = load_pairs(bias, sb, pair, pairs, head, offsets, m_mn, ACC)
+            p = weights(scores(b_q, b_k, c, b_bias, m_n[None, :], PRECISION), b_lse[:, None])
+            dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+            kept = p
+            if seed is not None:
+                m_keep = keep_mask(seed, threshold, molecule, head, o_m, first_k, BLOCK_N)
+                dp = tl.where(m_keep, dp * r, 0.0)
+                kept = tl.where(m_keep, p * r, 0.0)
+            ds = p * (dp - b_delta[:, None])
+            if dbias is not None:
+                store_pairs(dbias, pair, pairs, head, H, offsets, m_mn, ds)
+            ds = ds.to(b_k.dtype)
+            acc += tl.dot(ds, b_k, input_precision=PRECISION)
+            if rows <= BLOCK_M:
+                b_dv = tl.dot(tl.trans(kept.to(b_do.dtype)), b_do, input_precision=PRECISION)
+                store_rows(dv, k_row, head, H, o_n, m_n, b_dv, DV, BDV)
+                b_dk = tl.dot(tl.trans(ds), b_q, input_precision=PRECISION) * c
+                store_rows(dk, k_row, head, H, o_n, m_n, b_dk, D, BD)
+    if q_ptr is None:
+        q_row = part * n_q
+    store_rows(dq, q_row, head, H, o_m, m_m, acc * c, D, BD)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _key_kernel(
+    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, sq, sk, sv, sb,
+    lse, dout, sl, sdo_b, sdo, dk, dv, delta,
+    B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
+    scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COMPLETE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = lse.dtype.element_ty
+    head = (tl.program_id(0) % H).to(tl.int64)
+    molecule, k_row, first_row, end = find_tile(tl.program_id(0) // H, k_ptr, B, n_k, BLOCK_N)
+    if first_row >= end:
+        return
+    q_row, rows = query_rows(q_ptr, molecule, B, n_q)
+    if (rows > 0) & (rows <= COMPLETE):
+        return
+    first = (first_row - k_row).to(tl.int32)
+    keys = (end - k_row).to(tl.int32)
+    o_row = out_row(q_ptr, molecule, q_row, n_q)
+    pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
+    c = tl.full((), scale, ACC)
+    r = tl.full((), keep_scale, ACC)
+    o_n = first + tl.arange(0, BLOCK_N)
+    m_n = o_n < keys
+    b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
+    b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
+    b_dk = tl.zeros((BLOCK_N, BD), ACC)
+    b_dv = tl.zeros((BLOCK_N, BDV), ACC)
+    for first_q in range(0, rows, BLOCK_M):
+        o_m = first_q + tl.arange(0, BLOCK_M)
+        m_m = o_m < rows
+        b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
+        b_do = load_rows(dout + molecule * sdo_b, sdo, q_row, head, o_m, m_m, DV, BDV)
+        b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))
+        b_delta = load_row_values(delta, sl, o_row, head, o_m, m_m, 0.0)
+        b_bias = None
+        if bias is not None:
+            offsets = pair_offsets(o_m[None, :], o_n[:, None], keys)
+            b_bias = load_pairs(
+                bias, sb, pair, pairs, head, offsets, m_n[:, None] & m_m[None, :], ACC
+            )
+        p = weights(scores(b_k, b_q, c, b_bias, m_m[None, :], PRECISION), b_lse[None, :])
+        dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        kept = p
+        if seed is not None:
+            m_keep = tl.trans(keep_mask(seed, threshold, molecule, head, o_m, first, BLOCK_N))
+            dp = tl.where(m_keep, dp * r, 0.0)
+            kept = tl.where(m_keep, p * r, 0.0)
+        ds = p * (dp - b_delta[None, :])
+        b_dv += tl.dot(kept.to(b_do.dtype), b_do, input_precision=PRECISION)
+        b_dk += tl.dot(ds.to(b_q.dtype), b_q, input_precision=PRECISION)
+    store_rows(dk, k_row, head, H, o_n, m_n, b_dk * c, D, BD)
+    store_rows(dv, k_row, head, H, o_n, m_n, b_dv, DV, BDV)
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def _sum_parts_kernel(partial, total, size: tl.int64, parts: tl.int64, BLOCK: tl.constexpr):
+    """total[i] = sum of partial[part, i] over the parts, in order."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    for part in range(0, parts):
+        acc += tl.load(partial + part * size + o, mask=o < size, other=0.0)
+    tl.store(total + o, acc.to(total.dtype.element_ty), mask=o < size)
+
+
+def sum_parts(partial: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Gradient of shared seeds q from its partial sums, added in order."""
+    total, block = launch.new(q), 256
+    grid = (triton.cdiv(total.numel(), block),)
+    _sum_parts_kernel[grid](partial, total, total.numel(), partial.shape[0], BLOCK=block)
+    return total
+
+
+def backward(
+    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, scale, dropout, need_dbias
+):  # fmt: skip
+    """(dq, dk, dv, dbias); dbias is [0, H] unless asked for."""
+    common = launch.arguments(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
+    sdo_b, sdo = launch.row_strides(dout, q_ptr)
+    sdl_b, sdl = launch.row_strides(dlse, q_ptr)
+    dk, dv, dbias = launch.new(k), launch.new(v), launch.new_pairs(q, bias, need_dbias)
+    delta = torch.empty_like(lse)
+    common |= dict(lse=lse, sl=lse.stride()[-2:], dout=dout, sdo_b=sdo_b, sdo=sdo)
+    common |= dict(dk=dk, dv=dv, delta=delta)
+    heads, molecules = q.shape[1], common["B"]
+    tile, key_tile = launch.tile("backward_query", q, v), launch.tile("backward_key", q, v)
+    chunk, parts = launch.chunks(q, q_ptr, molecules, tile["BLOCK_M"])
+    dq = launch.new_query_gradient(q, q_ptr, parts)
+    with launch.on_device(q):
+        tiles = launch.query_tiles(q, q_ptr, parts, tile["BLOCK_M"])
+        if q.shape[0] and tiles:
+            _query_kernel[(tiles * heads,)](
+                **common, out=out, so=out.stride()[-3:], dlse=dlse, sdl_b=sdl_b, sdl=sdl, dq=dq,
+                dbias=dbias if dbias.numel() else None, CHUNK=chunk, **tile)  # fmt: skip
+        if k.shape[0]:
+            tiles = launch.tiles_of(k.shape[0], molecules, key_tile["BLOCK_N"])
+            _key_kernel[(tiles * heads,)](**common, COMPLETE=tile["BLOCK_M"], **key_tile)
+        if q_ptr is None:
+            dq = sum_parts(dq, q)
+    return dq, dk, dv, dbias

@@ -1,0 +1,97 @@
+"""Forward pass: (F1), (F2), (F3) with the online softmax of FlashAttention (Dao et al. 2022).
+
+One program computes up to BLOCK_M query rows of one molecule and head: it walks the molecule's keys
+in steps of BLOCK_N and keeps the running maximum, the sum and the weighted values. Rows that no
+molecule covers are the same program with no keys: output 0, lse -inf.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .tiles import (
+    UNSPECIALIZED,
+    find_query_tile,
+    keep_mask,
+    load_pairs,
+    load_rows,
+    molecule_pairs,
+    molecule_rows,
+    out_row,
+    pair_offsets,
+    scores,
+    store_row_values,
+    store_rows,
+)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward_kernel(
+    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, sq, sk, sv, sb,
+    B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
+    scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = lse.dtype.element_ty
+    head = (tl.program_id(0) % H).to(tl.int64)
+    molecule, q_row, first, rows = find_query_tile(tl.program_id(0) // H, q_ptr, B, n_q, BLOCK_M)
+    if first >= rows:
+        return
+    o_row = out_row(q_ptr, molecule, q_row, n_q)
+    k_row, keys = molecule_rows(k_ptr, molecule, B, n_k)
+    pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
+    c = tl.full((), scale, ACC)
+    o_m = first + tl.arange(0, BLOCK_M)
+    m_m = o_m < rows
+    b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
+    largest = tl.full((BLOCK_M,), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    acc = tl.zeros((BLOCK_M, BDV), ACC)
+    for first_k in range(0, keys, BLOCK_N):
+        o_n = first_k + tl.arange(0, BLOCK_N)
+        m_n = o_n < keys
+        b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
+        b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
+        b_bias = None
+        if bias is not None:
+            offsets = pair_offsets(o_m[:, None], o_n[None, :], keys)
+            b_bias = load_pairs(
+                bias, sb, pair, pairs, head, offsets, m_m[:, None] & m_n[None, :], ACC
+            )
+        s = scores(b_q, b_k, c, b_bias, m_n[None, :], PRECISION)
+        new_largest = tl.maximum(largest, tl.max(s, 1))
+        # a row of -inf so far subtracts 0: its weights are exp(-inf) = 0 and never NaN
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        p = tl.exp(s - shift[:, None])
+        shrink = tl.exp(largest - shift)
+        total = total * shrink + tl.sum(p, 1)
+        if seed is not None:
+            m_keep = keep_mask(seed, threshold, molecule, head, o_m, first_k, BLOCK_N)
+            p = tl.where(m_keep, p, 0.0)
+        acc = acc * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        largest = new_largest
+    empty = total == 0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    if seed is not None:
+        acc *= tl.full((), keep_scale, ACC)
+    store_rows(out, o_row, head, H, o_m, m_m, acc, DV, BDV)
+    b_lse = tl.where(empty, float("-inf"), largest + tl.log(tl.where(empty, 1.0, total)))
+    store_row_values(lse, o_row, head, H, o_m, m_m, b_lse)
+
+
+def forward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
+    """(out, lse) of set attention, or of seed pooling where q_ptr is None."""
+    molecules, heads = k_ptr.numel() - 1, q.shape[1]
+    shape = launch.out_shape(q, v, q_ptr, molecules)
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(shape[:-1], dtype=launch.accumulation(q.dtype), device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    tile = launch.tile("forward", q, v)
+    grid = (launch.query_tiles(q, q_ptr, molecules, tile["BLOCK_M"]) * heads,)
+    arguments = launch.arguments(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
+    with launch.on_device(q):
+        _forward_kernel[grid](**arguments, out=out, lse=lse, **tile)
+    return out, lse

@@ -1,0 +1,226 @@
+"""Primitives of the Triton kernels: which rows a program owns, loads, logits, the keep mask.
+
+A tile is up to BLOCK rows of *one* molecule; the rows of the other side are walked from that
+molecule's own start in steps of the other block. So a row's sums never depend on its batch mates.
+
+Tile -> molecule needs neither the longest molecule nor a prefix sum over tiles. Number the segments
+of the packed axis: 0 = rows before ptr[0], i + 1 = molecule i, B + 1 = rows from ptr[B] on, and let
+x_j be the first row of segment j. Segment j owns the tiles from x_j // BLOCK + j to
+x_{j+1} // BLOCK + j: at least ceil(rows / BLOCK) of them, of which surplus ones return at once, and
+n // BLOCK + B + 2 in all. A program finds its segment in that rising sequence by itself, 32
+boundaries at a time: three dependent loads for 30,000 molecules, most of them in the L1 cache. That
+is about what reading a precomputed map would cost, without its launch and its memory.
+
+Whatever `ptr` holds, every range is clamped to the tensor, so no content reaches memory outside.
+Offsets of rows and pairs are 64-bit; positions inside one molecule are 32-bit.
+"""
+
+import triton
+import triton.language as tl
+
+PIVOTS = tl.constexpr(32)  # boundaries tried at once: one per lane of a warp
+
+# sizes and factors that change from batch to batch: never a reason to compile again
+UNSPECIALIZED = ["B", "H", "n_q", "n_k", "n_pairs", "scale", "threshold", "keep_scale", "CHUNK"]
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def boundary(ptr, segment, B, n):
+    """First row x_j of a segment: 0, ptr[0], ..., ptr[B], n; each within [0, n]."""
+    m_ptr = (segment > 0) & (segment <= B + 1)
+    x = tl.load(ptr + segment - 1, mask=m_ptr, other=0).to(tl.int64)
+    return tl.where(segment > B + 1, n, clamp(x, 0, n))
+
+
+@triton.jit
+def find_tile(tile, ptr, B, n, BLOCK: tl.constexpr):
+    """(molecule, its first row, first row of the tile, end of the molecule); see the docstring.
+
+    molecule is -1 or B for rows that no molecule covers; surplus tiles have first >= end.
+    """
+    tile = tile.to(tl.int64)
+    n = n.to(tl.int64)
+    low = tile * 0
+    count = B.to(tl.int64) + 2
+    o_p = tl.arange(0, PIVOTS).to(tl.int64)
+    while count > 1:
+        step = (count + PIVOTS - 1) // PIVOTS
+        segment = low + o_p * step
+        first_tile = boundary(ptr, segment, B, n) // BLOCK + segment
+        started = (first_tile <= tile) & (o_p * step < count)
+        last = tl.maximum(tl.sum(started.to(tl.int64), 0), 1) - 1
+        low += last * step
+        count = tl.minimum(step, count - last * step)
+    start = boundary(ptr, low, B, n)
+    end = tl.maximum(boundary(ptr, low + 1, B, n), start)
+    first = start + (tile - start // BLOCK - low) * BLOCK
+    return low - 1, start, first, end
+
+
+@triton.jit
+def molecule_rows(ptr, molecule, B, n):
+    """(first row, number of rows) of a molecule; none for rows that no molecule covers."""
+    known = (molecule >= 0) & (molecule < B)
+    n = n.to(tl.int64)
+    start = clamp(tl.load(ptr + molecule, mask=known, other=0).to(tl.int64), 0, n)
+    end = clamp(tl.load(ptr + molecule + 1, mask=known, other=0).to(tl.int64), start, n)
+    return start, (end - start).to(tl.int32)
+
+
+@triton.jit
+def query_rows(q_ptr, molecule, B, n_q):
+    """(first row in q, number of rows) of a molecule's queries; all n_q seeds without q_ptr."""
+    if q_ptr is None:
+        start = molecule * 0
+        rows = tl.where((molecule >= 0) & (molecule < B), n_q, 0).to(tl.int32)
+    else:
+        start, rows = molecule_rows(q_ptr, molecule, B, n_q)
+    return start, rows
+
+
+@triton.jit
+def find_query_tile(tile, q_ptr, B, n_q, BLOCK: tl.constexpr):
+    """(molecule, first row in q, first and number of its queries) of a tile of queries.
+
+    The last two count inside the molecule; a surplus tile has first >= number. Without q_ptr the
+    n_q seeds of every molecule are cut into tiles.
+    """
+    if q_ptr is None:
+        per_molecule = (n_q + BLOCK - 1) // BLOCK
+        molecule = tile // per_molecule
+        start = molecule * 0
+        first = (tile % per_molecule * BLOCK).to(tl.int32)
+        rows = n_q.to(tl.int32)
+    else:
+        molecule, start, first_row, end = find_tile(tile, q_ptr, B, n_q, BLOCK)
+        first = (first_row - start).to(tl.int32)
+        rows = (end - start).to(tl.int32)
+    return molecule, start, first, rows
+
+
+@triton.jit
+def out_row(q_ptr, molecule, q_row, n_q):
+    """First row of a molecule in out, lse, ...: that of q, or n_q rows for every molecule."""
+    if q_ptr is None:
+        row = molecule * n_q
+    else:
+        row = q_row
+    return row
+
+
+@triton.jit
+def chunk_of(part, q_ptr, B, CHUNK):
+    """Molecules whose queries a program serves: one, or CHUNK in turn with shared seeds."""
+    if q_ptr is None:
+        low = part.to(tl.int64) * CHUNK
+        high = tl.minimum(low + CHUNK, B)
+    else:
+        low = part
+        high = part + 1
+    return low, high
+
+
+@triton.jit
+def molecule_pairs(pair_ptr, molecule, B, n_pairs):
+    """(first row of a molecule in bias, number of its rows); (0, 0) without a bias."""
+    if pair_ptr is None:
+        start = molecule * 0
+        end = start
+    else:
+        known = (molecule >= 0) & (molecule < B)
+        start = clamp(tl.load(pair_ptr + molecule, mask=known, other=0), 0, n_pairs)
+        end = clamp(tl.load(pair_ptr + molecule + 1, mask=known, other=0), start, n_pairs)
+    return start, end - start
+
+
+@triton.jit
+def load_rows(x, strides, row, head, o_row, m_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """[rows, PADDED] of x[row + o_row, head, :WIDTH]; 0 outside m_row and WIDTH."""
+    o_d = tl.arange(0, PADDED)
+    p_x = x + row * strides[0] + head * strides[1]
+    p_x += o_row[:, None].to(tl.int64) * strides[0] + (o_d * strides[2])[None, :]
+    m_x = m_row[:, None]
+    if WIDTH != PADDED:
+        m_x = m_x & (o_d < WIDTH)[None, :]
+    return tl.load(p_x, mask=m_x, other=0.0)
+
+
+@triton.jit
+def store_rows(x, row, head, H, o_row, m_row, value, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """x[row + o_row, head, :WIDTH] = value for a contiguous x [*, H, WIDTH]."""
+    o_d = tl.arange(0, PADDED)
+    p_x = x + ((row + o_row[:, None].to(tl.int64)) * H + head) * WIDTH + o_d[None, :]
+    m_x = m_row[:, None] & (o_d < WIDTH)[None, :]
+    tl.store(p_x, value.to(x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def load_row_values(x, strides, row, head, o_row, m_row, other):
+    """[rows] of x[row + o_row, head]; other outside m_row."""
+    p_x = x + row * strides[0] + head * strides[1] + o_row.to(tl.int64) * strides[0]
+    return tl.load(p_x, mask=m_row, other=other)
+
+
+@triton.jit
+def store_row_values(x, row, head, H, o_row, m_row, value):
+    """x[row + o_row, head] = value for a contiguous x [*, H]."""
+    tl.store(x + (row + o_row.to(tl.int64)) * H + head, value, mask=m_row)
+
+
+@triton.jit
+def pair_offsets(o_q, o_k, n):
+    """Position of (query, key) pairs in a molecule of n keys; o_q and o_k broadcast."""
+    return o_q.to(tl.int64) * n + o_k
+
+
+@triton.jit
+def load_pairs(x, strides, pair, pairs, head, offsets, m_pair, ACC: tl.constexpr):
+    """x[pair + offsets, head] of a bias-shaped x, 0 outside."""
+    p_x = x + (pair + offsets) * strides[0] + head * strides[1]
+    return tl.load(p_x, mask=m_pair & (offsets < pairs), other=0.0).to(ACC)
+
+
+@triton.jit
+def store_pairs(x, pair, pairs, head, H, offsets, m_pair, value):
+    p_x = x + (pair + offsets) * H + head
+    tl.store(p_x, value.to(x.dtype.element_ty), mask=m_pair & (offsets < pairs))
+
+
+@triton.jit
+def scores(a, b, c, b_bias, m_pair, PRECISION: tl.constexpr):
+    """(F1) c a b^T + bias; -inf where m_pair is off."""
+    s = tl.dot(a, tl.trans(b), input_precision=PRECISION) * c
+    if b_bias is not None:
+        s += b_bias
+    return tl.where(m_pair, s, float("-inf"))
+
+
+@triton.jit
+def weights(s, b_lse):
+    """(F2) P from logits and LSE; a row of LSE -inf has no weights."""
+    return tl.exp(s - tl.where(b_lse == float("-inf"), float("inf"), b_lse))
+
+
+@triton.jit
+def keep_mask(seed, threshold, molecule, head, o_q, first_k, BLOCK_K: tl.constexpr):
+    """[queries, BLOCK_K] of bool: attnpool_kernels.dropout's Philox mask, first_k a multiple of 4.
+
+    One Philox call serves four neighbouring keys: counter = (key // 4, query, head, molecule).
+    """
+    o_4 = first_k // 4 + tl.arange(0, BLOCK_K // 4)
+    zero = o_q[:, None] * 0 + o_4[None, :] * 0
+    # tl.full, as the interpreter's loop variables are plain integers
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(seed),
+        zero + o_4[None, :],
+        zero + o_q[:, None],
+        zero + tl.full((), head, tl.int32),
+        zero + tl.full((), molecule, tl.int32),
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] = word 2 i + j
+    return tl.reshape(words, (words.shape[0], BLOCK_K)) >= threshold.to(tl.uint32)
