@@ -38,9 +38,7 @@ _TENSORS = 8  # q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed: the first arguments
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend):
-        out, lse = ops.forward(
-            q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend
-        )
+        out, lse = ops.forward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend)
         ctx.save_for_backward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse)
         ctx.options = scale, dropout, backend
         ctx.set_materialize_grads(False)
@@ -57,9 +55,7 @@ class _Forward(torch.autograd.Function):
         # raises by itself when someone differentiates them again.
         nested = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = _Backward.apply if nested else ops.backward
-        dq, dk, dv, dbias = run(
-            *problem, out, lse, dout, dlse, scale, dropout, need_dbias, backend
-        )
+        dq, dk, dv, dbias = run(*problem, out, lse, dout, dlse, scale, dropout, need_dbias, backend)
         return dq, dk, dv, dbias if need_dbias else None, *[None] * 7
 
 

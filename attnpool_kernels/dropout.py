@@ -3,8 +3,8 @@
 A weight is kept or dropped by the counter-based generator Philox4x32-10 (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", SC'11) on (seed; molecule, head, query, key), all indices
 counted inside the batch, the heads and the molecule. No state, no order, no tile enters, so every
-backend and both backward passes rebuild the same mask. This file is the specification; csrc/philox.h
-and the Triton primitive repeat it bit for bit.
+backend and both backward passes rebuild the same mask. This file is the specification; its twins
+csrc/philox.h and the Triton primitive repeat it bit for bit.
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ def set_attention(
     Source of the algorithm: Milakov & Gimelshein 2018 (online softmax), Rabe & Staats 2021 and Dao
     et al. 2022 (attention in linear memory); equations and second derivative in ``autograd``.
     """
-    return _attend(
-        "q", q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse
-    )
+    return _attend("q", q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
 
 
 def seed_pool(
@@ -119,9 +117,7 @@ def seed_pool(
 
     Source: Lee et al. 2019 (Set Transformer, pooling by multi-head attention); Buterez et al. 2023.
     """
-    return _attend(
-        "seeds", seeds, k, v, ptr, None, bias, scale, dropout, backend, return_lse
-    )
+    return _attend("seeds", seeds, k, v, ptr, None, bias, scale, dropout, backend, return_lse)
 
 
 def explain(
@@ -149,7 +145,8 @@ def explain(
         return
     name = "seeds" if shared else "q"
     call = _checked(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
-    print(dispatch.table(_problem(*call[:4], dropout, backend, return_lse, shared)))
+    q, k, v, bias = call[:4]
+    print(dispatch.table(_problem(q, k, v, bias, dropout, backend, return_lse, shared)))
 
 
 def _attend(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse):
@@ -197,21 +194,22 @@ def _problem(q, k, v, bias, dropout, backend, return_lse, shared) -> Problem:
     )
 
 
-def _checked(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse) -> tuple[Any, ...]:
+def _checked(
+    name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse
+) -> tuple[Any, ...]:
     """Validates everything, in the order of the arguments; returns what the operators take."""
     for label, tensor in ((name, q), ("k", k), ("v", v)):
         _check_packed(label, tensor)
-    if q.dtype != k.dtype or q.dtype != v.dtype:
-        if not torch.is_autocast_enabled(q.device.type):
-            raise TypeError(
-                f"{name}, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
-            )
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (_autocast(x) for x in (q, k, v))
     device = q.device
     if k.device != device or v.device != device:
         raise ValueError(
             f"{name}, k and v must be on one device, got {device}, {k.device} and {v.device}"
+        )
+    if _autocasting(device.type):
+        q, k, v = (_autocast(x) for x in (q, k, v))
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(
+            f"{name}, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
     _check_shapes(name, q, k, v)
     shared = name == "seeds"
@@ -229,8 +227,7 @@ def _checked(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_ls
         q_ptr, k_ptr = ptr, _boundaries("k_ptr", k_ptr, k)
         if q_ptr.shape[0] != k_ptr.shape[0]:
             raise ValueError(
-                "k_ptr must have as many elements as ptr, "
-                f"{q_ptr.shape[0]}, got {k_ptr.shape[0]}"
+                f"k_ptr must have as many elements as ptr, {q_ptr.shape[0]}, got {k_ptr.shape[0]}"
             )
         if q_ptr.dtype != k_ptr.dtype:
             q_ptr, k_ptr = q_ptr.long(), k_ptr.long()
@@ -255,7 +252,7 @@ def _checked(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_ls
 
 
 def _check_packed(name: str, x: object) -> None:
-    if type(x) not in _PLAIN:
+    if type(x) not in _PLAIN or x.is_nested:  # type: ignore[attr-defined]
         _check_subclass(name, x)
     assert isinstance(x, Tensor)
     if x.dtype not in _DTYPES:
@@ -270,9 +267,12 @@ def _check_packed(name: str, x: object) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if torch._C._functorch.is_batchedtensor(x):
         raise NotImplementedError(f"{name} is batched by vmap: put the molecules into one batch")
-    if torch.autograd.forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(f"{name} has a forward-mode tangent: use reverse mode")
+    if (
+        torch.autograd.forward_ad._current_level >= 0
+        and not torch.compiler.is_compiling()
+        and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    ):
+        raise NotImplementedError(f"{name} has a forward-mode tangent: use reverse mode")
 
 
 def _check_subclass(name: str, x: object) -> None:
@@ -310,6 +310,11 @@ def _check_shapes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"seeds must hold at least 1 seed, got {tuple(q.shape)}")
 
 
+def _autocasting(device: str) -> bool:
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
+
+
 def _autocast(x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         return x
@@ -335,14 +340,12 @@ def _boundaries(name: str, ptr: object, rows_of: Tensor) -> Tensor:
         if ptr.device.type != "cpu":
             raise ValueError(f"{name} must be on the CPU or on {device}, got {ptr.device}")
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{name} is on the CPU and cannot be copied while a graph is captured")
+            raise RuntimeError(f"{name} is on the CPU: it cannot be copied into a captured graph")
         ptr = ptr.to(device, non_blocking=True)
     return ptr.contiguous()
 
 
-def _check_bias(
-    bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr: Tensor
-) -> Tensor:
+def _check_bias(bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr: Tensor) -> Tensor:
     """Returns the offsets [B + 1] of each molecule's pairs, from lengths clamped to the rows."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a torch.Tensor or None, got {type(bias).__name__}")

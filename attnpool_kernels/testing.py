@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,6 +230,7 @@ def dense(batch: Batch, dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tenso
 
 def _dense_keep(batch: Batch, own: Tensor) -> Tensor:
     case = batch.case
+    assert batch.seed is not None
     keep = torch.zeros(case.heads, *own.shape, dtype=torch.bool, device=own.device)
     q_counts = [case.seeds] * len(case.counts) if case.seeds else case.q_counts or case.counts
     row = column = 0
@@ -278,9 +280,9 @@ def differentiate(
 def run_public(batch: Batch, backend: str | None) -> dict[str, Tensor]:
     """The three passes through ``set_attention`` or ``seed_pool``."""
 
-    def run(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def run(inputs: list[Tensor]) -> Any:
         q, k, v = inputs[:3]
-        options = {
+        options: dict[str, Any] = {
             "bias": inputs[3] if len(inputs) > 3 else None,
             "scale": batch.scale,
             "dropout": batch.case.dropout,

@@ -44,7 +44,8 @@ def attention(
         if bias is not None and pairs is not None:
             mine = bias[pairs[i] : pairs[i + 1]].to(wide)
             logits = logits + mine.view(*logits.shape[1:], heads).permute(2, 0, 1)
-        keep = None if seed is None else keep_mask(seed, i, *logits.shape, dropout)
+        n, m = logits.shape[1:]
+        keep = None if seed is None else keep_mask(seed, i, heads, n, m, dropout)
         out, lse = _softmax_times(logits, v[:, keys], keep, dropout)
         outs.append(out)
         lses.append(lse)

@@ -1,0 +1,69 @@
+# The only list of commands. Every target sets up what it needs in $(VENV); override any variable:
+#   make test VENV=~/env PYTHON=python3.12 TORCH="torch==2.11.0" PIP="--index-url ..."
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PIP    ?=
+BUILD  ?= auto
+QM7B   ?= $(wildcard ../shared/data/qm7b.npz)
+ARGS   ?=
+
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help bench report test test-fast test-gpu bench-gpu lint format aot wheel clean
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes before the build: the library is compiled against the installed one.
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)" numpy "setuptools>=65" wheel ninja
+	$(INSTALL) numpy "setuptools>=65" wheel ninja
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	ATTNPOOL_BUILD=$(BUILD) $(INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(INSTALL) "$(TORCH)" matplotlib psutil ase
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.bench
+	$(INSTALL) "$(TORCH)" pytest pytest-benchmark hypothesis pybind11 triton==3.9.0 torch_geometric
+	@touch $@
+
+$(VENV)/.lint: | $(BIN)/python
+	$(INSTALL) ruff mypy
+	@touch $@
+
+## make bench      the scaling benchmark on this machine: table, CSV and figure under benchmarks/out
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run $(if $(QM7B),--qm7b $(QM7B)) $(ARGS)
+
+## make report     one HTML page from the committed results
+report: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
+## make test       everything that can be proved without a GPU
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+## make test-fast  the part that takes a minute
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest tests --ignore=tests/backends --ignore=tests/csrc --ignore=tests/benchmarks $(ARGS)
+
+## make lint       ruff and mypy
+lint: $(VENV)/.lint $(VENV)/.torch
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info attnpool_kernels/*.so $(VENV)/.package

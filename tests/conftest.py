@@ -1,0 +1,38 @@
+"""Shared fixtures: uninitialised memory is poisoned, threads are few, seeds are fixed."""
+
+import pytest
+import torch
+
+import attnpool_kernels
+from attnpool_kernels import backends
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empties():
+    """Fills every torch.empty with NaN, so that an element nobody writes is seen."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def native_backends():
+    """Names of the kernel backends that run on this machine's CPU."""
+    problem = attnpool_kernels.Problem("cpu", torch.float32, 8, 8)
+    return [
+        name
+        for name in backends()
+        if backends.load(name).KIND == "kernel" and not backends.load(name).why_not(problem)
+    ]
+
+
+def pytest_generate_tests(metafunc):
+    if "native" in metafunc.fixturenames:
+        metafunc.parametrize("native", native_backends() or ["reference"])

@@ -1,0 +1,76 @@
+"""The choice of a backend: reasons, order, refusal, never a silent replacement."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from attnpool_kernels import BackendError, Problem, backends, dispatch, explain
+
+FORCES = Problem("cpu", torch.float32, 32, 32, grad_order=2)
+GPU = Problem("cuda", torch.bfloat16, 32, 32, capability=(9, 0), grad_order=2)
+
+
+def test_reference_serves_everything():
+    for device in ("cpu", "cuda", "mps"):
+        problem = Problem(device, torch.float32, 999, 1, bias=True, dropout=True, grad_order=3)
+        assert dispatch.select(problem).__name__.endswith("reference")
+
+
+def test_automatic_choice_is_right_to_second_order():
+    chosen = dispatch.select(FORCES)
+    assert chosen.KIND == "kernel" or chosen.GRAD_ORDER >= 2
+
+
+def test_every_reason_is_listed():
+    reasons = backends.load("sdpa").why_not(
+        Problem("cpu", torch.float32, 8, 8, dropout=True, grad_order=2, return_lse=True)
+    )
+    assert len(reasons) == 3
+
+
+def test_named_backend_is_used_or_refused():
+    assert dispatch.select(FORCES, "reference").__name__.endswith("reference")
+    with pytest.raises(BackendError, match=r"'cpu' cannot serve.*on cuda: needs cpu"):
+        dispatch.select(GPU, "cpu")
+
+
+def test_first_able_backend_of_the_table_is_chosen():
+    for problem in (FORCES, GPU):
+        table = dispatch.table(problem)
+        (chosen,) = (line.split()[0] for line in table.splitlines() if "  *  " in line)
+        assert dispatch.select(problem).__name__.endswith(chosen)
+
+
+def test_no_backend(monkeypatch):
+    monkeypatch.setattr(backends.load("reference"), "why_not", lambda problem: ["closed"])
+    problem = Problem("mps", torch.float32, 8, 8, grad_order=2, dropout=True, return_lse=True)
+    with pytest.raises(BackendError, match=r"(?s)no backend.*closed"):
+        dispatch.select(problem)
+
+
+def test_a_machine_that_is_not_here(capsys):
+    explain(GPU)
+    text = capsys.readouterr().out
+    assert "capability=(9, 0)" in text and "cpu" in text and text.count("*") == 1
+
+
+def test_backends_lists_names():
+    assert backends() == backends.PRIORITY and "reference" in backends()
+
+
+def test_import_is_cheap_and_clean():
+    """A fresh process: no optional package, and less than 50 ms beyond torch."""
+    code = (
+        "import torch, sys, time; before = set(sys.modules); t = time.perf_counter();"
+        "import attnpool_kernels; t = time.perf_counter() - t;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "assert not new & {'triton', 'xformers', 'flash_attn', 'torch_geometric'}, new;"
+        "print(t)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(seconds) < 0.05, seconds
