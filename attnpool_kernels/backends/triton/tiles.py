@@ -207,6 +207,20 @@ def weights(s, b_lse):
 
 
 @triton.jit
+def tangents(a, a_dot, b, b_dot, c, b_e, PRECISION: tl.constexpr):
+    """(D1) T = c (a_dot b^T + a b_dot^T) + E; a cotangent that is None counts as zero."""
+    t = tl.zeros((a.shape[0], b.shape[0]), c.dtype)
+    if a_dot is not None:
+        t = tl.dot(a_dot, tl.trans(b), t, input_precision=PRECISION)
+    if b_dot is not None:
+        t = tl.dot(a, tl.trans(b_dot), t, input_precision=PRECISION)
+    t *= c
+    if b_e is not None:
+        t += b_e
+    return t
+
+
+@triton.jit
 def keep_mask(seed, threshold, molecule, head, o_q, first_k, BLOCK_K: tl.constexpr):
     """[queries, BLOCK_K] of bool: attnpool_kernels.dropout's Philox mask, first_k a multiple of 4.
 
