@@ -1,8 +1,9 @@
 """Which backend serves a call, and why the others do not.
 
 A ``Problem`` is the facts of a call without its tensors, so it can also be asked about a machine
-that is not at hand. Every backend lists all its reasons against a problem; ``select`` takes the first of
-``backends.PRIORITY`` with none. A backend asked for by name is used or refused, never replaced.
+that is not at hand. Every backend lists all its reasons against a problem; ``select`` takes the
+first of ``backends.PRIORITY`` with none. A backend asked for by name is used or refused, never
+replaced.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The registered operators: schemas, shapes without data, and the call into the chosen backend.
 
 ``torch.ops.attnpool.{forward, backward, double_backward}`` know no derivative: ``autograd`` owns
-the graph. Their last argument names a kernel backend, which is looked up here and nowhere else, so that
-a compiled graph or an exported program holds the choice as a constant.
+the graph. Their last argument names a kernel backend, which is looked up here and nowhere else, so
+that a compiled graph or an exported program holds the choice as a constant.
 """
 
 from __future__ import annotations
