@@ -1,0 +1,261 @@
+// What one warp does with tiles in shared memory: find its molecule, load rows, multiply, add the
+// terms of a pair, store rows. A tile is [rows][STRIDE] of T, D elements and 16 bytes of padding a
+// row, so that eight rows start in eight different groups of banks. Unused units are zero.
+#pragma once
+
+#include "../philox.h"
+#include "kernel_params.h"
+#include "warp.cuh"
+
+namespace attnpool {
+
+template <typename T, int D>
+constexpr int STRIDE = D + 16 / static_cast<int>(sizeof(T));
+
+ATTN_HD constexpr int smaller(int a, int b) { return a < b ? a : b; }
+ATTN_HD constexpr int larger(int a, int b) { return a > b ? a : b; }
+ATTN_HD constexpr int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
+
+// Rows first ... of `rows`, at most `most` of them.
+ATTN_DEVICE int rows_from(int64_t rows, int64_t first, int most) {
+  const int64_t left = rows - first;
+  return left <= 0 ? 0 : left < most ? static_cast<int>(left) : most;
+}
+
+// ---- which molecule ------------------------------------------------------------------------
+
+// The molecule of a tile: the last i with first_tile(i) <= tile. One warp, 33 ranges a step.
+ATTN_DEVICE int64_t molecule_of_tile(const Axis& axis, int64_t tile, int tile_rows) {
+  int64_t low = -1, high = axis.molecules + 1;  // first_tile(low) <= tile < first_tile(high)
+  while (high - low > 1) {
+    const int64_t step = (high - low + 32) / 33, probe = low + (lane_index() + 1) * step;
+    const bool before = probe < high && first_tile(axis, probe, tile_rows) <= tile;
+    const int passed = lowest_zero(__ballot_sync(WARP, before));  // -1: all 32
+    low += (passed < 0 ? 32 : passed) * step;
+    high = high < low + step ? high : low + step;
+  }
+  return low;
+}
+
+ATTN_DEVICE Tile find_query_tile(const AttnParams& a, int64_t tile, int tile_rows) {
+  if (a.shared_seeds) {
+    const int64_t each = tiles_of_seeds(a.query_rows, tile_rows);
+    return query_tile(a, tile / each, tile % each, tile_rows);
+  }
+  const Axis axis = query_axis(a);
+  const int64_t molecule = molecule_of_tile(axis, tile, tile_rows);
+  return query_tile(a, molecule, tile - first_tile(axis, molecule, tile_rows), tile_rows);
+}
+
+ATTN_DEVICE Tile find_key_tile(const AttnParams& a, int64_t tile, int tile_rows) {
+  const Axis axis = key_axis(a);
+  const int64_t molecule = molecule_of_tile(axis, tile, tile_rows);
+  return key_tile(a, molecule, tile - first_tile(axis, molecule, tile_rows), tile_rows);
+}
+
+// ---- global to shared and back ---------------------------------------------------------------
+
+// Rows first ... first + live - 1 of a tensor into a tile, then zeros up to row `rows`. Complete
+// after copy_commit, copy_wait and a barrier.
+template <typename T, int D, int THREADS>
+ATTN_DEVICE void load_rows(T* tile, int rows, const View& x, bool by_16_bytes, int64_t molecule,
+                           int64_t first, int live, int64_t head, int units, int thread) {
+  constexpr int WIDTH = 16 / sizeof(T), CHUNKS = D / WIDTH;
+  const T* base = static_cast<const T*>(x.data) + molecule * x.molecule + head * x.head;
+  for (int i = thread; i < rows * CHUNKS; i += THREADS) {
+    const int row = i / CHUNKS, unit = i % CHUNKS * WIDTH;
+    T* to = tile + row * STRIDE<T, D> + unit;
+    const T* from = base + (first + row) * x.row + unit * x.unit;
+    const bool wanted = row < live && unit < units;
+    if (by_16_bytes) {
+      copy_async(to, wanted ? from : x.data, wanted);
+    } else {
+      ATTN_UNROLL
+      for (int j = 0; j < WIDTH; ++j)
+        to[j] = row < live && unit + j < units ? from[j * x.unit] : T{};
+    }
+  }
+}
+
+// Units begin ... begin + 8 N - 1 of the 16 rows of a slot, times a factor for rows g and g + 8.
+template <typename T, int N>
+ATTN_DEVICE void store_rows(const View& x, int64_t molecule, int64_t first, int live, int64_t head,
+                            int begin, int units, const Acc<T> (&c)[N][4], Acc<T> upper,
+                            Acc<T> lower) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  ATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = g + 8 * half;
+    if (row >= live) continue;
+    const Acc<T> factor = half ? lower : upper;
+    T* to = address<T>(x, molecule, first + row, head);
+    ATTN_UNROLL
+    for (int n = 0; n < N; ++n)
+      ATTN_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int unit = begin + 8 * n + 2 * t + e;
+        // A factor of 0 means an empty row, which is 0 even where the sum is not finite.
+        const Acc<T> value = factor == 0 ? Acc<T>(0) : c[n][2 * half + e] * factor;
+        if (unit < units) from_acc(value, to[unit * x.unit]);
+      }
+  }
+}
+
+// ---- products of one warp ----------------------------------------------------------------------
+
+template <int N, typename A>
+ATTN_DEVICE void clear(A (&c)[N][4]) {
+  ATTN_UNROLL
+  for (int n = 0; n < N; ++n)
+    ATTN_UNROLL
+    for (int e = 0; e < 4; ++e) c[n][e] = 0;
+}
+
+// c (16 x 8 N) += a bᵀ over the D units: a is the first of 16 rows of a tile, b of 8 N rows.
+// SWAPPED says that a is the keys' side; a product has the same bits either way.
+template <typename T, int D, bool SWAPPED, int N>
+ATTN_DEVICE void multiply_rows(Acc<T> (&c)[N][4], const T* a, const T* b) {
+  constexpr int S = STRIDE<T, D>;
+  const int lane = lane_index();
+  if constexpr (IS_HALF<T>) {
+    static_assert(N % 2 == 0);
+    const T* a_row = a + lane % 16 * S + lane / 16 * 8;
+    const T* b_row = b + (lane % 8 + lane / 16 * 8) * S + lane / 8 % 2 * 8;
+    ATTN_UNROLL
+    for (int d = 0; d < D; d += 16) {
+      uint32_t x[4], y[4];
+      load_matrices(x, a_row + d);
+      ATTN_UNROLL
+      for (int n = 0; n < N; n += 2) {
+        load_matrices(y, b_row + n * 8 * S + d);
+        mma_16(c[n], x, y[0], y[1], T{});
+        mma_16(c[n + 1], x, y[2], y[3], T{});
+      }
+    }
+  } else if constexpr (sizeof(T) == 4) {
+    const T* a_row = a + lane / 4 * S + lane % 4 * 2;
+    const T* b_row = b + lane / 4 * S + lane % 4 * 2;
+    const auto pair = [](const T* x) { return Split(x[0], x[1]); };
+    ATTN_UNROLL
+    for (int d = 0; d < D; d += 16) {
+      const Split x[4] = {pair(a_row + d), pair(a_row + 8 * S + d), pair(a_row + d + 8),
+                          pair(a_row + 8 * S + d + 8)};
+      ATTN_UNROLL
+      for (int n = 0; n < N; ++n) {
+        const Split y[2] = {pair(b_row + n * 8 * S + d), pair(b_row + n * 8 * S + d + 8)};
+        mma_16<SWAPPED>(c[n], x, y);
+      }
+    }
+  } else {
+    const T* a_row = a + lane / 4 * S + lane % 4;
+    const T* b_row = b + lane / 4 * S + lane % 4;
+    ATTN_UNROLL
+    for (int d = 0; d < D; d += 8) {
+      const T x[4] = {a_row[d], a_row[8 * S + d], a_row[d + 4], a_row[8 * S + d + 4]};
+      ATTN_UNROLL
+      for (int n = 0; n < N; ++n) mma_8(c[n], x, b_row[n * 8 * S + d], b_row[n * 8 * S + d + 4]);
+    }
+  }
+}
+
+// c (16 x 8 M) += p b: p (16 x 8 N) is an accumulator, b the first of 8 N rows of a tile, from its
+// unit of interest on. An accumulator is a left operand as it stands: two of its 8 columns make 16
+// for the half types and float; for double its columns 2t and 2t + 1 serve as t and t + 4, which
+// only reorders the sum.
+template <typename T, int D, int N, int M>
+ATTN_DEVICE void multiply_weights(Acc<T> (&c)[M][4], const Acc<T> (&p)[N][4], const T* b) {
+  constexpr int S = STRIDE<T, D>;
+  const int lane = lane_index();
+  if constexpr (IS_HALF<T>) {
+    static_assert(N % 2 == 0 && M % 2 == 0);
+    const T* b_row = b + (lane % 8 + lane / 8 % 2 * 8) * S + lane / 16 * 8;
+    ATTN_UNROLL
+    for (int n = 0; n < N; n += 2) {
+      const uint32_t x[4] = {
+          pack(p[n][0], p[n][1], T{}), pack(p[n][2], p[n][3], T{}),
+          pack(p[n + 1][0], p[n + 1][1], T{}), pack(p[n + 1][2], p[n + 1][3], T{})};
+      ATTN_UNROLL
+      for (int m = 0; m < M; m += 2) {
+        uint32_t y[4];
+        load_matrices_transposed(y, b_row + n * 8 * S + m * 8);
+        mma_16(c[m], x, y[0], y[1], T{});
+        mma_16(c[m + 1], x, y[2], y[3], T{});
+      }
+    }
+  } else if constexpr (sizeof(T) == 4) {
+    static_assert(N % 2 == 0);
+    const T* b_row = b + lane % 4 * 2 * S + lane / 4;
+    ATTN_UNROLL
+    for (int n = 0; n < N; n += 2) {
+      const Split x[4] = {Split(p[n][0], p[n][1]), Split(p[n][2], p[n][3]),
+                          Split(p[n + 1][0], p[n + 1][1]), Split(p[n + 1][2], p[n + 1][3])};
+      ATTN_UNROLL
+      for (int m = 0; m < M; ++m) {
+        const T* y = b_row + n * 8 * S + m * 8;
+        const Split columns[2] = {Split(y[0], y[S]), Split(y[8 * S], y[9 * S])};
+        mma_16<false>(c[m], x, columns);
+      }
+    }
+  } else {
+    const T* b_row = b + lane % 4 * 2 * S + lane / 4;
+    ATTN_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const T x[4] = {p[n][0], p[n][2], p[n][1], p[n][3]};
+      ATTN_UNROLL
+      for (int m = 0; m < M; ++m)
+        mma_8(c[m], x, b_row[n * 8 * S + m * 8], b_row[(n * 8 + 1) * S + m * 8]);
+    }
+  }
+}
+
+// ---- terms of one pair ----------------------------------------------------------------------
+
+// The pairs of one molecule in one head; i and j count its queries and keys.
+template <typename T>
+struct Pairs {
+  const KernelParams& p;
+  int64_t molecule, head, keys;
+  Span rows;  // of bias
+  PhiloxKey key;
+  Acc<T> scale, keep_scale;
+
+  ATTN_DEVICE Pairs(const KernelParams& params, int64_t molecule_, int64_t head_, int64_t keys_)
+      : p(params), molecule(molecule_), head(head_), keys(keys_), rows{0, 0}, key{0, 0},
+        scale(static_cast<Acc<T>>(params.scale)),
+        keep_scale(static_cast<Acc<T>>(params.keep_scale)) {
+    const bool real = molecule >= 0 && molecule < p.molecules;
+    if (p.pair_ptr && real) rows = pair_span(p, molecule);
+    if (p.seed) key = philox_key(*p.seed);
+  }
+
+  // Element (i, j) of bias or a tensor like it; 0 where there is none.
+  ATTN_DEVICE Acc<T> pair_value(const View& x, int64_t i, int64_t j) const {
+    const int64_t row = i * keys + j;
+    if (!x.data || row >= rows.size) return 0;
+    if (p.bias_dtype == p.dtype) return to_acc(*address<const T>(x, 0, rows.first + row, head));
+    return *address<const float>(x, 0, rows.first + row, head);
+  }
+
+  ATTN_DEVICE void store_pair(const View& x, int64_t i, int64_t j, Acc<T> value) const {
+    const int64_t row = i * keys + j;
+    if (!x.data || row >= rows.size) return;
+    if (p.bias_dtype == p.dtype) from_acc(value, *address<T>(x, 0, rows.first + row, head));
+    else *address<float>(x, 0, rows.first + row, head) = static_cast<float>(value);
+  }
+
+  // (F1) from the product q . k
+  ATTN_DEVICE Acc<T> logit(Acc<T> product, int64_t i, int64_t j) const {
+    return product * scale + pair_value(p.bias, i, j);
+  }
+
+  // R of (i, j): 1 without dropout.
+  ATTN_DEVICE Acc<T> keep(int64_t i, int64_t j) const {
+    if (!p.seed) return 1;
+    const PhiloxWords words = keep_words(key, molecule, head, i, j);
+    const uint32_t low = j & 1 ? words.word[1] : words.word[0];
+    const uint32_t high = j & 1 ? words.word[3] : words.word[2];
+    return (j & 2 ? high : low) >= p.drop_threshold ? keep_scale : 0;
+  }
+};
+
+}  // namespace attnpool
