@@ -1,0 +1,252 @@
+// From torch to plain data: checks every shape, dtype and device, allocates the outputs, fills
+// AttnParams. Serves the CPU and the CUDA library; the only header that includes torch (its stable
+// ABI). A wrong argument raises RuntimeError here, whoever calls the operator.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "params.h"
+
+namespace attnpool {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
+  return Dtype::float32;
+}
+
+inline ScalarType scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float16: return ScalarType::Half;
+    case Dtype::bfloat16: return ScalarType::BFloat16;
+    case Dtype::float32: return ScalarType::Float;
+    default: return ScalarType::Double;
+  }
+}
+
+// The type of sums, softmax and LSE.
+inline Dtype accumulator(Dtype dtype) {
+  return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+}
+
+using Shape = std::vector<int64_t>;
+
+inline std::string text(const int64_t* sizes, size_t count) {
+  std::string out = "[";
+  for (size_t i = 0; i < count; ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
+  return out + "]";
+}
+
+// Reads sizes and strides of x, which must have this shape and dtype and lie on the device of q.
+// leading_molecules: the first dimension counts molecules, not rows.
+class Reader {
+ public:
+  explicit Reader(const Tensor& q) : device_(device(q)) {}
+
+  void same_device(const Tensor& x, const char* name) const {
+    STD_TORCH_CHECK(device(x) == device_, name, " must be on the device of q");
+  }
+
+  View read(const Tensor& x, const char* name, Dtype dtype, const Shape& shape,
+            bool leading_molecules) const {
+    const auto sizes = x.sizes();
+    bool same = sizes.size() == shape.size();
+    for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
+    STD_TORCH_CHECK(same, name, " must have shape ", text(shape.data(), shape.size()), ", got ",
+                    text(sizes.data(), sizes.size()));
+    STD_TORCH_CHECK(x.scalar_type() == scalar_type(dtype), name, " has another dtype than needed");
+    same_device(x, name);
+    return view(x, leading_molecules);
+  }
+
+  static View view(const Tensor& x, bool leading_molecules) {
+    const auto strides = x.strides();
+    View out{x.data_ptr(), 0, 0, 0, 0};
+    size_t i = 0;
+    if (leading_molecules) out.molecule = strides[i++];
+    out.row = strides[i++];
+    out.head = strides[i++];
+    if (i < strides.size()) out.unit = strides[i];
+    return out;
+  }
+
+ private:
+  using Device = std::pair<int32_t, int32_t>;
+
+  static Device device(const Tensor& x) {
+    int32_t type = 0, index = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+    return {type, index};
+  }
+
+  Device device_;
+};
+
+// Uninitialised, contiguous, on the device of q.
+inline Tensor empty(const Tensor& q, const Shape& shape, Dtype dtype) {
+  return torch::stable::new_empty(q, shape, scalar_type(dtype));
+}
+
+// What every pass receives.
+struct Inputs {
+  const Tensor &q, &k, &v;
+  const OptionalTensor& bias;
+  const OptionalTensor& q_ptr;
+  const Tensor& k_ptr;
+  const OptionalTensor& pair_ptr;
+  const OptionalTensor& seed;
+  double scale, dropout;
+};
+
+// One call: shapes, and AttnParams that grows from the inputs to the outputs.
+struct Call {
+  AttnParams a{};
+  Reader reader;
+  Shape q_shape, k_shape, v_shape, bias_shape, out_shape, lse_shape;
+  Dtype sums;
+
+  explicit Call(const Inputs& in) : reader(in.q) {
+    STD_TORCH_CHECK(in.q.dim() == 3, "q must have 3 dimensions [rows, heads, width], got ",
+                    in.q.dim());
+    STD_TORCH_CHECK(in.k.dim() == 3, "k must have 3 dimensions [rows, heads, width], got ",
+                    in.k.dim());
+    STD_TORCH_CHECK(in.v.dim() == 3, "v must have 3 dimensions [rows, heads, width], got ",
+                    in.v.dim());
+    a.dtype = dtype_of(in.q, "q");
+    sums = accumulator(a.dtype);
+    a.query_rows = in.q.size(0);
+    a.heads = in.q.size(1);
+    a.head_dim = in.q.size(2);
+    a.key_rows = in.k.size(0);
+    a.value_dim = in.v.size(2);
+    STD_TORCH_CHECK(1 <= a.head_dim && a.head_dim <= 256 && 1 <= a.value_dim && a.value_dim <= 256,
+                    "head and value widths must be 1 to 256, got ", a.head_dim, " and ",
+                    a.value_dim);
+    q_shape = {a.query_rows, a.heads, a.head_dim};
+    k_shape = {a.key_rows, a.heads, a.head_dim};
+    v_shape = {a.key_rows, a.heads, a.value_dim};
+    a.q = Reader::view(in.q, false);
+    a.k = reader.read(in.k, "k", a.dtype, k_shape, false);
+    a.v = reader.read(in.v, "v", a.dtype, v_shape, false);
+    read_ptr(in);
+    if (a.shared_seeds) {
+      out_shape = {a.molecules, a.query_rows, a.heads, a.value_dim};
+      lse_shape = {a.molecules, a.query_rows, a.heads};
+    } else {
+      out_shape = {a.query_rows, a.heads, a.value_dim};
+      lse_shape = {a.query_rows, a.heads};
+    }
+    read_bias(in);
+    read_dropout(in);
+    a.scale = in.scale;
+  }
+
+  View rows(const Tensor& x, const char* name, const Shape& shape) const {
+    return reader.read(x, name, a.dtype, shape, shape.size() == 4);
+  }
+  View statistics(const Tensor& x, const char* name) const {
+    return reader.read(x, name, sums, lse_shape, lse_shape.size() == 3);
+  }
+  View optional_rows(const OptionalTensor& x, const char* name, const Shape& shape) const {
+    return x ? rows(*x, name, shape) : View{};
+  }
+  // Allocates and puts the view of the new tensor into to.
+  Tensor new_rows(const Tensor& q, const Shape& shape, View& to) const {
+    Tensor x = empty(q, shape, a.dtype);
+    to = Reader::view(x, shape.size() == 4);
+    return x;
+  }
+  Tensor new_statistics(const Tensor& q, View& to) const {
+    Tensor x = empty(q, lse_shape, sums);
+    to = Reader::view(x, lse_shape.size() == 3);
+    return x;
+  }
+  // [P, H], or [0, H] with to left absent when it is not wanted.
+  Tensor new_bias(const Tensor& q, bool wanted, View& to) const {
+    if (!wanted) return empty(q, {0, a.heads}, a.bias_dtype);
+    Tensor x = empty(q, bias_shape, a.bias_dtype);
+    to = Reader::view(x, false);
+    return x;
+  }
+
+ private:
+  void read_ptr(const Inputs& in) {
+    const ScalarType type = in.k_ptr.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
+                    "k_ptr must be int32 or int64");
+    STD_TORCH_CHECK(in.k_ptr.dim() == 1 && in.k_ptr.numel() >= 1 && in.k_ptr.is_contiguous(),
+                    "k_ptr must be contiguous with shape [molecules + 1]");
+    reader.same_device(in.k_ptr, "k_ptr");
+    a.ptr_is_64 = type == ScalarType::Long;
+    a.molecules = in.k_ptr.numel() - 1;
+    a.k_ptr = in.k_ptr.data_ptr();
+    a.shared_seeds = !in.q_ptr.has_value();
+    if (a.shared_seeds) return;
+    STD_TORCH_CHECK(in.q_ptr->scalar_type() == type, "q_ptr must have the dtype of k_ptr");
+    STD_TORCH_CHECK(in.q_ptr->dim() == 1 && in.q_ptr->numel() == a.molecules + 1 &&
+                        in.q_ptr->is_contiguous(),
+                    "q_ptr must be contiguous with the shape of k_ptr");
+    reader.same_device(*in.q_ptr, "q_ptr");
+    a.q_ptr = in.q_ptr->data_ptr();
+  }
+
+  void read_bias(const Inputs& in) {
+    a.bias_dtype = a.dtype;
+    STD_TORCH_CHECK(in.bias.has_value() == in.pair_ptr.has_value(),
+                    "bias and pair_ptr must be given together");
+    if (!in.bias) return;
+    STD_TORCH_CHECK(in.bias->dim() == 2, "bias must have 2 dimensions [pairs, heads], got ",
+                    in.bias->dim());
+    a.bias_dtype = dtype_of(*in.bias, "bias");
+    STD_TORCH_CHECK(a.bias_dtype == a.dtype || a.bias_dtype == Dtype::float32,
+                    "bias must have the dtype of q or float32");
+    a.pairs = in.bias->size(0);
+    bias_shape = {a.pairs, a.heads};
+    a.bias = reader.read(*in.bias, "bias", a.bias_dtype, bias_shape, false);
+    STD_TORCH_CHECK(in.pair_ptr->scalar_type() == ScalarType::Long && in.pair_ptr->dim() == 1 &&
+                        in.pair_ptr->numel() == a.molecules + 1 && in.pair_ptr->is_contiguous(),
+                    "pair_ptr must be contiguous int64 with shape [molecules + 1]");
+    reader.same_device(*in.pair_ptr, "pair_ptr");
+    a.pair_ptr = static_cast<const int64_t*>(in.pair_ptr->data_ptr());
+  }
+
+  void read_dropout(const Inputs& in) {
+    STD_TORCH_CHECK(in.dropout >= 0 && in.dropout < 1, "dropout must be in [0, 1), got ",
+                    in.dropout);
+    a.keep_scale = 1 / (1 - in.dropout);
+    a.drop_threshold = static_cast<uint32_t>(std::floor(in.dropout * 4294967296.0));
+    STD_TORCH_CHECK(in.seed.has_value() == (in.dropout > 0),
+                    "seed must be given exactly when dropout is above 0");
+    if (!in.seed) return;
+    STD_TORCH_CHECK(in.seed->scalar_type() == ScalarType::Long && in.seed->dim() == 1 &&
+                        in.seed->numel() == 1,
+                    "seed must be int64 with shape [1]");
+    reader.same_device(*in.seed, "seed");
+    a.seed = static_cast<const int64_t*>(in.seed->data_ptr());
+  }
+};
+
+}  // namespace attnpool

@@ -1,0 +1,322 @@
+// Blocks: up to QUERIES rows of q against up to key_block() rows of k of one (molecule, head).
+// Inside a block everything is the accumulation type T, dense and padded with zeros, whatever the
+// tensors hold. Matrices of pairs are stored [key][query], so that the lanes of a vector are
+// queries and row statistics are plain vector operations.
+#pragma once
+
+#include "../philox.h"
+#include "kernels.h"
+#include "product.h"
+#include "simd.h"
+
+namespace attnpool {
+namespace ATTN_ISA {
+
+constexpr int QUERIES = 64;
+
+template <typename T>
+ATTN_INLINE int64_t key_block(int64_t widest) {
+  const int64_t fit = 32768 / (int64_t(sizeof(T)) * widest) / 4 * 4;
+  return smaller(larger(fit, 32), 128);
+}
+
+// Equal steps of at most `most` that are multiples of `multiple`; depends on the count only.
+ATTN_INLINE int64_t step_of(int64_t count, int64_t most, int64_t multiple) {
+  const int64_t steps = larger(1, blocks_of(count, most));
+  return larger(multiple, blocks_of(blocks_of(count, steps), multiple) * multiple);
+}
+
+// Hands out aligned pieces of a buffer; with a null buffer it only counts.
+class Arena {
+ public:
+  explicit Arena(void* buffer) : base_(static_cast<char*>(buffer)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    char* const piece = base_ + used_;
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64 + 64;  // + 64: no two pieces alias in L1
+    return base_ ? reinterpret_cast<T*>(piece) : nullptr;
+  }
+  template <typename... P>
+  void each(int64_t count, P*&... pieces) {
+    ((pieces = take<P>(count)), ...);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Calls f with a value of the type that dtype names.
+template <typename F>
+ATTN_INLINE void with_stored(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float16: return f(Half());
+    case Dtype::bfloat16: return f(BFloat16());
+    case Dtype::float32: return f(float());
+    default: return f(double());
+  }
+}
+
+ATTN_INLINE float widened(float x) { return x; }
+ATTN_INLINE double widened(double x) { return x; }
+ATTN_INLINE float widened(Half x) { return to_float(x); }
+ATTN_INLINE float widened(BFloat16 x) { return to_float(x); }
+template <typename T>
+ATTN_INLINE void narrow(T x, double* to) { *to = x; }
+template <typename T>
+ATTN_INLINE void narrow(T x, float* to) { *to = float(x); }
+template <typename T>
+ATTN_INLINE void narrow(T x, Half* to) { *to = to_half(float(x)); }
+template <typename T>
+ATTN_INLINE void narrow(T x, BFloat16* to) { *to = to_bfloat16(float(x)); }
+
+template <typename T, typename S>
+constexpr bool STORES = sizeof(T) == 8 ? sizeof(S) == 8 : sizeof(S) <= 4;
+
+// Rows first ... first + count - 1 of one head to to[count][ld], zero from width to ld.
+template <typename T>
+void pack_rows(const View& x, Dtype dtype, int64_t molecule, int64_t first, int64_t head,
+               int64_t count, int64_t width, T* to, int64_t ld) {
+  with_stored(dtype, [&](auto kind) {
+    using S = decltype(kind);
+    if constexpr (STORES<T, S>) {
+      constexpr int W = WIDTH<T>;
+      const S* from = address<S>(x, molecule, first, head);
+      const int64_t unit = x.unit, whole = unit == 1 ? width / W * W : 0;
+      for (int64_t i = 0; i < count; ++i, from += x.row, to += ld) {
+        for (int64_t d = 0; d < whole; d += W) store(to + d, load_as(from + d));
+        for (int64_t d = whole; d < width; ++d) to[d] = widened(from[d * unit]);
+        for (int64_t d = width; d < ld; ++d) to[d] = 0;
+      }
+    }
+  });
+}
+
+// from[count][ld] (times rows_scale[i]) to rows first ... of one head; the opposite of pack_rows.
+template <typename T>
+void store_rows(const T* from, int64_t ld, const T* rows_scale, const View& x, Dtype dtype,
+                int64_t molecule, int64_t first, int64_t head, int64_t count, int64_t width) {
+  with_stored(dtype, [&](auto kind) {
+    using S = decltype(kind);
+    if constexpr (STORES<T, S>) {
+      constexpr int W = WIDTH<T>;
+      S* to = address<S>(x, molecule, first, head);
+      const int64_t whole = x.unit == 1 ? width / W * W : 0;
+      for (int64_t i = 0; i < count; ++i, from += ld, to += x.row) {
+        const T scale = rows_scale ? rows_scale[i] : T(1);
+        for (int64_t d = 0; d < whole; d += W) store_as(to + d, load(from + d) * scale);
+        for (int64_t d = whole; d < width; ++d) narrow(from[d] * scale, to + d * x.unit);
+      }
+    }
+  });
+}
+
+template <typename T>
+void fill_rows(T value, const View& x, Dtype dtype, int64_t molecule, int64_t first, int64_t head,
+               int64_t count, int64_t width) {
+  with_stored(dtype, [&](auto kind) {
+    using S = decltype(kind);
+    if constexpr (STORES<T, S>)
+      for (int64_t i = 0; i < count; ++i) {
+        S* to = address<S>(x, molecule, first + i, head);
+        for (int64_t d = 0; d < width; ++d) narrow(value, to + d * x.unit);
+      }
+  });
+}
+
+template <typename T>
+ATTN_INLINE void zero(T* to, int64_t count) {
+  memset(static_cast<void*>(to), 0, size_t(count) * sizeof(T));
+}
+
+// from[count][ld] to to[columns][QUERIES]; columns is a multiple of the vector width, and so is what
+// is written of each row: lanes from count on are zero.
+template <typename T>
+void transpose_rows(const T* from, int64_t ld, int64_t count, int64_t columns, T* to) {
+  constexpr int W = WIDTH<T>;
+  for (int64_t i = 0; i < count; i += W)
+    for (int64_t d = 0; d < columns; d += W) {
+      Vector<T> x[W];
+      for (int r = 0; r < W; ++r)
+        x[r] = i + r < count ? load(from + (i + r) * ld + d) : Vector<T>{};
+      transpose<T>(x);
+      for (int c = 0; c < W; ++c) store(to + (d + c) * QUERIES + i, x[c]);
+    }
+}
+
+// Where the rows of a result are summed: in the output itself if its layout allows, else in a
+// buffer that store() converts.
+template <typename T>
+struct Target {
+  T* data;
+  int64_t ld;
+  bool direct;
+
+  ATTN_INLINE T* row(int64_t i) const { return data + i * ld; }
+};
+
+template <typename T>
+Target<T> target_of(const View& x, Dtype dtype, int64_t molecule, int64_t first, int64_t head,
+                    int64_t width, T* buffer, int64_t ld) {
+  const bool same = dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
+  if (same && x.unit == 1 && width % WIDTH<T> == 0)
+    return {address<T>(x, molecule, first, head), x.row, true};
+  return {buffer, ld, false};
+}
+
+// One (molecule, head) and the block of pairs at hand.
+struct Pairs {
+  int64_t molecule, head;
+  Span queries, keys;       // of the molecule
+  int64_t i0, j0, ni, nj;   // block, in rows of the molecule
+};
+
+// to[nj][QUERIES] = x of the pairs, 0 in lanes without a query. Pairs that bias lacks read as 0.
+template <typename T>
+void pack_pairs(const AttnParams& a, const View& x, const Pairs& at, T* to) {
+  constexpr int W = WIDTH<T>;
+  const Span pairs = pair_span(a, at.molecule);
+  const int64_t lanes = whole_vectors<T>(at.ni);
+  if (lanes != at.ni)
+    for (int64_t j = 0; j < at.nj; ++j)
+      store(to + j * QUERIES + lanes - W, Vector<T>{});
+  with_stored(a.bias_dtype, [&](auto kind) {
+    using S = decltype(kind);
+    for (int64_t i = 0; i < at.ni; ++i) {
+      const int64_t pair = (at.i0 + i) * at.keys.size + at.j0;
+      const int64_t there = smaller(at.nj, pairs.size - pair);
+      const S* from = address<S>(x, 0, pairs.first + pair, at.head);
+      for (int64_t j = 0; j < there; ++j) to[j * QUERIES + i] = T(widened(from[j * x.row]));
+      for (int64_t j = larger(there, 0); j < at.nj; ++j) to[j * QUERIES + i] = 0;
+    }
+  });
+}
+
+template <typename T>
+void store_pairs(const AttnParams& a, const T* from, const Pairs& at, const View& x) {
+  const Span pairs = pair_span(a, at.molecule);
+  with_stored(a.bias_dtype, [&](auto kind) {
+    using S = decltype(kind);
+    for (int64_t i = 0; i < at.ni; ++i) {
+      const int64_t pair = (at.i0 + i) * at.keys.size + at.j0;
+      const int64_t there = smaller(at.nj, pairs.size - pair);
+      S* to = address<S>(x, 0, pairs.first + pair, at.head);
+      for (int64_t j = 0; j < there; ++j) narrow(from[j * QUERIES + i], to + j * x.row);
+    }
+  });
+}
+
+// to[nj][QUERIES] = keep factor R of the pairs: 0 or 1 / (1 - dropout).
+template <typename T>
+void keep_pairs(const AttnParams& a, const Pairs& at, T* to) {
+  const PhiloxKey key = philox_key(*a.seed);
+  const T kept = T(a.keep_scale);
+  const int64_t lanes = whole_vectors<T>(at.ni);
+  uint32_t word[4][QUERIES];
+  for (int64_t group = at.j0 / 4; group * 4 < at.j0 + at.nj; ++group) {
+    for (int64_t i = 0; i < lanes; ++i) {
+      const PhiloxWords words = keep_words(key, at.molecule, at.head, at.i0 + i, group * 4);
+      for (int w = 0; w < 4; ++w) word[w][i] = words.word[w];
+    }
+    for (int w = 0; w < 4; ++w) {
+      const int64_t j = group * 4 + w - at.j0;
+      if (j < 0 || j >= at.nj) continue;
+      for (int64_t i = 0; i < lanes; ++i)
+        to[j * QUERIES + i] = word[w][i] >= a.drop_threshold ? kept : T(0);
+    }
+  }
+}
+
+// Rows of one block without a finite logit: P is 0 there, and nothing else of them, not even a NaN,
+// may reach a sum.
+struct DeadRows {
+  bool any;
+  bool lane[QUERIES];
+
+  template <typename T>
+  void clear_rows(T* rows, int64_t ld, int64_t count) const {
+    if (!any) return;
+    for (int64_t i = 0; i < count; ++i)
+      if (lane[i]) zero(rows + i * ld, ld);
+  }
+  // f(first, count) for each run of living rows.
+  template <typename F>
+  void living(int64_t count, F f) const {
+    if (!any) return f(int64_t(0), count);
+    for (int64_t i = 0, from; i < count; ++i) {
+      if (lane[i]) continue;
+      for (from = i; i < count && !lane[i];) ++i;
+      f(from, i - from);
+    }
+  }
+  template <typename T>
+  void clear_pairs(T* pairs, int64_t ni, int64_t nj) const {
+    if (!any) return;
+    for (int64_t i = 0; i < ni; ++i)
+      if (lane[i])
+        for (int64_t j = 0; j < nj; ++j) pairs[j * QUERIES + i] = 0;
+  }
+};
+
+// minus_lse[lanes] = -lse, or -inf in dead rows, so that exp(s + minus_lse) is 0 there.
+template <typename T>
+void read_lse(const View& lse, int64_t molecule, int64_t first, int64_t head, int64_t count,
+              T* minus_lse, DeadRows& dead) {
+  const T infinity = T(__builtin_inf());
+  dead.any = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const T x = *address<T>(lse, molecule, first + i, head);
+    dead.lane[i] = x == -infinity;
+    dead.any |= dead.lane[i];
+    minus_lse[i] = dead.lane[i] ? x : -x;
+  }
+  for (int64_t i = count; i < whole_vectors<T>(count); ++i) minus_lse[i] = 0;
+}
+
+template <typename T>
+void read_statistic(const View& x, int64_t molecule, int64_t first, int64_t head, int64_t count,
+                    T* to) {
+  for (int64_t i = 0; i < count; ++i)
+    to[i] = x.data ? *address<T>(x, molecule, first + i, head) : T(0);
+  for (int64_t i = count; i < whole_vectors<T>(count); ++i) to[i] = 0;
+}
+
+template <typename T>
+void write_statistic(const T* from, const View& x, int64_t molecule, int64_t first, int64_t head,
+                     int64_t count) {
+  for (int64_t i = 0; i < count; ++i) *address<T>(x, molecule, first + i, head) = from[i];
+}
+
+// to (+)= factor * x^T y: sums over the keys of a block. x is [nj][QUERIES], y is [nj][ld]; dead rows
+// receive nothing.
+template <typename T>
+void sum_over_keys(const Pairs& at, const DeadRows& dead, const T* x, const T* y, int64_t ld,
+                   T* to, int64_t to_ld, T factor, bool add) {
+  if (!add)
+    for (int64_t i = 0; dead.any && i < at.ni; ++i)
+      if (dead.lane[i]) zero(to + i * to_ld, ld);
+  dead.living(at.ni, [&](int64_t i, int64_t count) {
+    product_columns<T>({x + i, QUERIES, y, ld, to + i * to_ld, to_ld, int(count),
+                        int(ld / WIDTH<T>), int(at.nj), factor, nullptr, add});
+  });
+}
+
+// to (+)= factor * x y: sums over the queries of a block. x is [nj][QUERIES], y is [ni][ld].
+template <typename T>
+void sum_over_queries(const Pairs& at, const T* x, const T* y, int64_t ld, T* to, int64_t to_ld,
+                      T factor, bool add) {
+  product_rows<T>({x, QUERIES, y, ld, to, to_ld, int(at.nj), int(ld / WIDTH<T>), int(at.ni),
+                   factor, nullptr, add});
+}
+
+// to (+)= factor * x y^T of the block, x the rows of keys [nj][ld] and y the transposed queries.
+template <typename T>
+void pair_products(const Pairs& at, const T* x, int64_t ld, const T* y_t, int64_t width, T* to,
+                   T factor, bool add) {
+  product_rows<T>({x, ld, y_t, QUERIES, to, QUERIES, int(at.nj),
+                   int(blocks_of(at.ni, WIDTH<T>)), int(width), factor, nullptr, add});
+}
+
+}  // namespace ATTN_ISA
+}  // namespace attnpool

@@ -1,0 +1,351 @@
+// Second derivative, (D1) to (D12), of a task. A molecule whose keys fit one block is read once: its
+// row statistics come from the block. Otherwise statistics() walks all keys of a block of queries
+// first, and the blocks are recomputed with keys outside and queries inside, as in backward.cpp.
+#include "../math.h"
+#include "block.h"
+#include "passes.h"
+
+namespace attnpool {
+namespace ATTN_ISA {
+namespace {
+
+template <typename T>
+struct Scratch {
+  T *q, *q_t, *k, *v, *dout, *dout_t;             // Q, K, V, dO
+  T *ddq, *ddq_t, *ddk, *ddv;                     // A, B, C
+  T *p, *tangent, *dp, *g, *pairs;                // P, T, dP, G of the block
+  T *gk, *gv;
+  T *minus_lse, *dlse, *delta_l, *t, *y;
+  T* linear;  // by query of the molecule: statistics [3, n_q], gq, gdout
+  int64_t keys, head_ld, value_ld;
+
+  Scratch(const AttnParams& a, int64_t longest, Arena& arena) {
+    head_ld = whole_vectors<T>(a.head_dim);
+    value_ld = whole_vectors<T>(a.value_dim);
+    keys = key_block<T>(larger(head_ld, value_ld));
+    arena.each(QUERIES * head_ld, q, q_t, ddq, ddq_t);
+    arena.each(QUERIES * value_ld, dout, dout_t);
+    arena.each(keys * head_ld, k, ddk, gk);
+    arena.each(keys * value_ld, v, ddv, gv);
+    arena.each(keys * QUERIES, p, tangent, dp, g);
+    pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
+    arena.each(QUERIES, minus_lse, dlse, delta_l, t, y);
+    linear = arena.take<T>(whole_vectors<T>(longest) * (3 + head_ld + value_ld));
+  }
+};
+
+// Row sums of one block of queries over the keys seen so far.
+template <typename T>
+struct Sums {
+  alignas(64) T delta[QUERIES], t[QUERIES], s1[QUERIES], w[QUERIES];
+};
+
+template <typename T>
+class Head {
+ public:
+  Head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head, const Scratch<T>& w)
+      : a_(a), task_(task), w_(w), scale_(T(a.scale)),
+        at_{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0} {
+    query_step_ = step_of(at_.queries.size, QUERIES, WIDTH<T>);
+    rows_ = task.statistics ? static_cast<T*>(task.statistics) + head * 3 * at_.queries.size
+                            : w.linear;
+  }
+
+  // Row statistics of queries first ... last - 1 to rows_, (D2) to (D4) and (D12).
+  void statistics(int64_t first, int64_t last) {
+    const int64_t step = step_of(at_.keys.size, w_.keys, 4), n = at_.queries.size;
+    for (at_.i0 = first; at_.i0 < last; at_.i0 += query_step_) {
+      at_.ni = smaller(query_step_, last - at_.i0);
+      load_queries();
+      Sums<T> sums;
+      zero(&sums, 1);
+      for (at_.j0 = 0; at_.j0 < at_.keys.size; at_.j0 += step) {
+        at_.nj = smaller(step, at_.keys.size - at_.j0);
+        load_keys();
+        products();
+        add_sums(sums);
+      }
+      finish(sums);
+      for (int64_t i = 0; i < at_.ni; ++i) {
+        rows_[at_.i0 + i] = w_.delta_l[i];
+        rows_[n + at_.i0 + i] = w_.t[i];
+        rows_[2 * n + at_.i0 + i] = w_.y[i];
+      }
+    }
+  }
+
+  void run() {
+    const Span queries = at_.queries, keys = at_.keys;
+    const int64_t first = smaller(task_.first, keys.size), last = smaller(task_.last, keys.size);
+    if (queries.size == 0) {
+      fill_rows(T(0), a_.gk, a_.dtype, 0, keys.first + first, at_.head, last - first, a_.head_dim);
+      fill_rows(T(0), a_.gv, a_.dtype, 0, keys.first + first, at_.head, last - first, a_.value_dim);
+      return;
+    }
+    if (keys.size == 0) return no_keys();
+    const int64_t key_step = step_of(last - first, w_.keys, 4);
+    const bool one_block = key_step >= keys.size;
+    if (!one_block && !task_.statistics) statistics(0, queries.size);
+    T* const gq_buffer = w_.linear + 3 * whole_vectors<T>(queries.size);
+    T* const gdout_buffer = gq_buffer + queries.size * w_.head_ld;
+    const Target<T> gq = sum_of(task_.dq_sum, a_.gq, 0, a_.head_dim, gq_buffer, w_.head_ld);
+    const Target<T> gdout =
+        sum_of(task_.gdout_sum, a_.gdout, at_.molecule, a_.value_dim, gdout_buffer, w_.value_ld);
+    for (at_.j0 = first; at_.j0 < last; at_.j0 += key_step) {
+      at_.nj = smaller(key_step, last - at_.j0);
+      const int64_t key = keys.first + at_.j0;
+      load_keys();
+      const Target<T> gk =
+          target_of(a_.gk, a_.dtype, 0, key, at_.head, a_.head_dim, w_.gk, w_.head_ld);
+      const Target<T> gv =
+          target_of(a_.gv, a_.dtype, 0, key, at_.head, a_.value_dim, w_.gv, w_.value_ld);
+      for (at_.i0 = 0; at_.i0 < queries.size; at_.i0 += query_step_) {
+        at_.ni = smaller(query_step_, queries.size - at_.i0);
+        if (query_step_ < queries.size || at_.j0 == first) load_queries();
+        products();
+        if (one_block) {
+          Sums<T> sums;
+          zero(&sums, 1);
+          add_sums(sums);
+          finish(sums);
+        } else {
+          read_rows();
+        }
+        elementwise();
+        accumulate(gq, gdout, gk, gv, at_.j0 > first);
+      }
+      if (!gk.direct)
+        store_rows<T>(gk.data, gk.ld, nullptr, a_.gk, a_.dtype, 0, key, at_.head, at_.nj,
+                      a_.head_dim);
+      if (!gv.direct)
+        store_rows<T>(gv.data, gv.ld, nullptr, a_.gv, a_.dtype, 0, key, at_.head, at_.nj,
+                      a_.value_dim);
+    }
+    if (!gq.direct)
+      store_rows<T>(gq.data, gq.ld, nullptr, a_.gq, a_.dtype, 0, queries.first, at_.head,
+                    queries.size, a_.head_dim);
+    if (!gdout.direct)
+      store_rows<T>(gdout.data, gdout.ld, nullptr, a_.gdout, a_.dtype, at_.molecule, queries.first,
+                    at_.head, queries.size, a_.value_dim);
+  }
+
+ private:
+  void no_keys() {
+    const int64_t row = at_.queries.first, count = at_.queries.size;
+    if (!task_.dq_sum) fill_rows(T(0), a_.gq, a_.dtype, 0, row, at_.head, count, a_.head_dim);
+    fill_rows(T(0), a_.gdout, a_.dtype, at_.molecule, row, at_.head, count, a_.value_dim);
+    for (int64_t i = 0; i < count; ++i) *address<T>(a_.gdlse, at_.molecule, row + i, at_.head) = 0;
+  }
+
+  Target<T> sum_of(void* sum, const View& x, int64_t molecule, int64_t width, T* buffer,
+                   int64_t ld) const {
+    if (sum) return {static_cast<T*>(sum) + at_.head * at_.queries.size * ld, ld, true};
+    return target_of(x, a_.dtype, molecule, at_.queries.first, at_.head, width, buffer, ld);
+  }
+
+  void load_keys() {
+    const int64_t key = at_.keys.first + at_.j0;
+    const auto pack = [&](const View& x, int64_t width, T* to, int64_t ld) {
+      if (x.data) pack_rows(x, a_.dtype, 0, key, at_.head, at_.nj, width, to, ld);
+    };
+    pack(a_.k, a_.head_dim, w_.k, w_.head_ld);
+    pack(a_.v, a_.value_dim, w_.v, w_.value_ld);
+    pack(a_.ddk, a_.head_dim, w_.ddk, w_.head_ld);
+    pack(a_.ddv, a_.value_dim, w_.ddv, w_.value_ld);
+  }
+
+  void load_queries() {
+    const int64_t row = at_.queries.first + at_.i0;
+    read_lse(a_.lse, at_.molecule, row, at_.head, at_.ni, w_.minus_lse, dead_);
+    read_statistic(a_.dlse, at_.molecule, row, at_.head, at_.ni, w_.dlse);
+    dead_.clear_rows(w_.dlse, 1, at_.ni);
+    const auto pack = [&](const View& x, int64_t molecule, int64_t width, T* to, T* to_t,
+                          int64_t ld) {
+      if (!x.data) return;
+      pack_rows(x, a_.dtype, molecule, row, at_.head, at_.ni, width, to, ld);
+      dead_.clear_rows(to, ld, at_.ni);
+      transpose_rows(to, ld, at_.ni, ld, to_t);
+    };
+    pack(a_.q, 0, a_.head_dim, w_.q, w_.q_t, w_.head_ld);
+    pack(a_.dout, at_.molecule, a_.value_dim, w_.dout, w_.dout_t, w_.value_ld);
+    pack(a_.ddq, 0, a_.head_dim, w_.ddq, w_.ddq_t, w_.head_ld);
+  }
+
+  int64_t lanes() const { return whole_vectors<T>(at_.ni); }
+
+  void scores(const T* x, const T* y_t, int64_t ld, int64_t width, T* to, T factor, bool add) {
+    pair_products(at_, x, ld, y_t, width, to, factor, add);
+  }
+
+  // P, T, dP and G of the block, (D1), (B1), (D3).
+  void products() {
+    const int64_t nj = at_.nj, count = nj * QUERIES;
+    scores(w_.k, w_.q_t, w_.head_ld, a_.head_dim, w_.p, T(1), false);
+    if (a_.bias.data) pack_pairs(a_, a_.bias, at_, w_.pairs);
+    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
+      const Vector<T> shift = load(w_.minus_lse + x);
+      for (int64_t j = 0; j < nj; ++j) {
+        Vector<T> logit = load(w_.p + j * QUERIES + x) * scale_;
+        if (a_.bias.data) logit += load(w_.pairs + j * QUERIES + x);
+        store(w_.p + j * QUERIES + x, exp<T>(logit + shift));
+      }
+    }
+    bool add = a_.ddbias.data != nullptr;
+    if (add) pack_pairs(a_, a_.ddbias, at_, w_.tangent);
+    if (a_.ddq.data) {
+      scores(w_.k, w_.ddq_t, w_.head_ld, a_.head_dim, w_.tangent, scale_, add);
+      add = true;
+    }
+    if (a_.ddk.data) {
+      scores(w_.ddk, w_.q_t, w_.head_ld, a_.head_dim, w_.tangent, scale_, add);
+      add = true;
+    }
+    if (!add) zero(w_.tangent, count);
+    scores(w_.v, w_.dout_t, w_.value_ld, a_.value_dim, w_.dp, T(1), false);
+    if (a_.ddv.data) scores(w_.ddv, w_.dout_t, w_.value_ld, a_.value_dim, w_.g, T(1), false);
+    else zero(w_.g, count);
+    if (a_.seed) {
+      keep_pairs(a_, at_, w_.pairs);
+      for (int64_t j = 0; j < nj; ++j)
+        for (int64_t x = j * QUERIES; x < j * QUERIES + lanes(); x += WIDTH<T>) {
+          const Vector<T> kept = load(w_.pairs + x);
+          store(w_.dp + x, load(w_.dp + x) * kept);
+          store(w_.g + x, load(w_.g + x) * kept);
+        }
+    }
+    if (!dead_.any) return;
+    dead_.clear_pairs(w_.p, at_.ni, nj);
+    dead_.clear_pairs(w_.tangent, at_.ni, nj);
+    dead_.clear_pairs(w_.dp, at_.ni, nj);
+    dead_.clear_pairs(w_.g, at_.ni, nj);
+  }
+
+  void add_sums(Sums<T>& sums) {
+    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
+      Vector<T> delta = load(sums.delta + x), t = load(sums.t + x), s1 = load(sums.s1 + x),
+                w = load(sums.w + x);
+      for (int64_t j = 0; j < at_.nj; ++j) {
+        const int64_t at = j * QUERIES + x;
+        const Vector<T> p = load(w_.p + at), dp = load(w_.dp + at);
+        const Vector<T> weighted = p * load(w_.tangent + at);
+        delta += p * dp;
+        t += weighted;
+        s1 += weighted * dp;
+        w += p * load(w_.g + at);
+      }
+      store(sums.delta + x, delta);
+      store(sums.t + x, t);
+      store(sums.s1 + x, s1);
+      store(sums.w + x, w);
+    }
+  }
+
+  void finish(const Sums<T>& sums) {
+    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
+      const Vector<T> delta = load(sums.delta + x), t = load(sums.t + x);
+      const Vector<T> delta_l = delta - load(w_.dlse + x);  // (B2)
+      store(w_.delta_l + x, delta_l);
+      store(w_.t + x, t);
+      store(w_.y + x, row_offset(load(sums.s1 + x), delta, delta_l, t, load(sums.w + x)));  // (D4)
+    }
+    write_statistic(w_.t, a_.gdlse, at_.molecule, at_.queries.first + at_.i0, at_.head,
+                    at_.ni);  // (D12)
+  }
+
+  void read_rows() {
+    const int64_t n = at_.queries.size;
+    for (int64_t i = 0; i < lanes(); ++i) {
+      const bool there = i < at_.ni;
+      w_.delta_l[i] = there ? rows_[at_.i0 + i] : T(0);
+      w_.t[i] = there ? rows_[n + at_.i0 + i] : T(0);
+      w_.y[i] = there ? rows_[2 * n + at_.i0 + i] : T(0);
+    }
+  }
+
+  // P, T, dP, G become P R, U R, dS, Z: (B3), (D5), (D6).
+  void elementwise() {
+    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
+      const Vector<T> delta_l = load(w_.delta_l + x), t = load(w_.t + x), y = load(w_.y + x);
+      for (int64_t j = 0; j < at_.nj; ++j) {
+        const int64_t at = j * QUERIES + x;
+        Vector<T> p = load(w_.p + at);
+        const Vector<T> tangent = load(w_.tangent + at), dp = load(w_.dp + at);
+        Vector<T> u = weight_cotangent(p, tangent, t);
+        store(w_.dp + at, score_gradient(p, dp, delta_l));
+        store(w_.g + at,
+              score_second_gradient(p, tangent, dp, delta_l, t, Vector<T>(load(w_.g + at)), y));
+        if (a_.seed) {
+          const Vector<T> kept = load(w_.pairs + at);
+          u *= kept;
+          p *= kept;
+        }
+        store(w_.tangent + at, u);
+        store(w_.p + at, p);
+      }
+    }
+  }
+
+  void by_queries(const T* x, const T* y, int64_t ld, const Target<T>& to, T factor, bool add) {
+    sum_over_keys(at_, dead_, x, y, ld, to.row(at_.i0), to.ld, factor, add);
+  }
+  void by_keys(const T* x, const T* y, int64_t ld, const Target<T>& to, T factor, bool add) {
+    sum_over_queries(at_, x, y, ld, to.data, to.ld, factor, add);
+  }
+
+  void accumulate(const Target<T>& gq, const Target<T>& gdout, const Target<T>& gk,
+                  const Target<T>& gv, bool later_keys) {
+    const T *pr = w_.p, *ur = w_.tangent, *ds = w_.dp, *z = w_.g;
+    const bool later_queries = at_.i0 > 0;
+    by_queries(z, w_.k, w_.head_ld, gq, scale_, later_keys || task_.dq_sum);  // (D7)
+    if (a_.ddk.data) by_queries(ds, w_.ddk, w_.head_ld, gq, scale_, true);
+    by_keys(z, w_.q, w_.head_ld, gk, scale_, later_queries);  // (D8)
+    if (a_.ddq.data) by_keys(ds, w_.ddq, w_.head_ld, gk, scale_, true);
+    by_keys(ur, w_.dout, w_.value_ld, gv, T(1), later_queries);                        // (D9)
+    by_queries(ur, w_.v, w_.value_ld, gdout, T(1), later_keys || task_.gdout_sum);  // (D11)
+    if (a_.ddv.data) by_queries(pr, w_.ddv, w_.value_ld, gdout, T(1), true);
+    if (a_.gbias.data) store_pairs(a_, z, at_, a_.gbias);  // (D10)
+  }
+
+  const AttnParams& a_;
+  const Task& task_;
+  const Scratch<T>& w_;
+  const T scale_;
+  Pairs at_;
+  int64_t query_step_;
+  T* rows_;
+  DeadRows dead_{};
+};
+
+template <typename T>
+void run(const AttnParams& a, const Task& task, void* buffer, bool only_statistics) {
+  Arena arena(buffer);
+  const Scratch<T> scratch(a, 0, arena);
+  for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule)
+    for (int64_t head = task.head; head < task.head_end; ++head) {
+      Head<T> work(a, task, molecule, head, scratch);
+      if (only_statistics) work.statistics(task.first, task.last);
+      else work.run();
+    }
+}
+
+}  // namespace
+
+void statistics(const AttnParams& a, const Task& task, void* scratch) {
+  if (a.dtype == Dtype::float64) return run<double>(a, task, scratch, true);
+  run<float>(a, task, scratch, true);
+}
+
+void double_backward(const AttnParams& a, const Task& task, void* scratch) {
+  if (a.dtype == Dtype::float64) return run<double>(a, task, scratch, false);
+  run<float>(a, task, scratch, false);
+}
+
+size_t double_backward_scratch(const AttnParams& a, int64_t longest) {
+  Arena arena(nullptr);
+  if (a.dtype == Dtype::float64) Scratch<double>(a, longest, arena);
+  else Scratch<float>(a, longest, arena);
+  return size_t(arena.used());
+}
+
+}  // namespace ATTN_ISA
+}  // namespace attnpool

@@ -1,0 +1,171 @@
+// Forward pass of a task: (F1) to (F3), softmax kept online over blocks of keys.
+//
+// Source of the algorithm: Dao et al., FlashAttention (NeurIPS 2022); blocks as in block.h.
+#include "block.h"
+#include "passes.h"
+
+namespace attnpool {
+namespace ATTN_ISA {
+namespace {
+
+template <typename T>
+struct Scratch {
+  T *q, *q_t, *k, *v, *s, *pairs, *o, *maximum, *sum, *row;
+  int64_t keys, head_ld, value_ld;
+
+  Scratch(const AttnParams& a, Arena& arena) {
+    head_ld = whole_vectors<T>(a.head_dim);
+    value_ld = whole_vectors<T>(a.value_dim);
+    keys = key_block<T>(larger(head_ld, value_ld));
+    q = arena.take<T>(QUERIES * head_ld);
+    q_t = arena.take<T>(QUERIES * head_ld);
+    k = arena.take<T>(keys * head_ld);
+    v = arena.take<T>(keys * value_ld);
+    s = arena.take<T>(keys * QUERIES);
+    pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
+    o = arena.take<T>(QUERIES * value_ld);
+    maximum = arena.take<T>(QUERIES);
+    sum = arena.take<T>(QUERIES);
+    row = arena.take<T>(QUERIES);
+  }
+};
+
+// Turns products s into weights exp(scale s + bias - max) and moves the running maximum and sum of
+// each row on; decay[i] is what the sums of earlier blocks must be multiplied by.
+template <typename T, bool BIAS>
+void soften(T* s, const T* bias, int64_t nj, int64_t lanes, T scale, T* maximum, T* sum, T* decay) {
+  const Vector<T> infinity = splat(T(__builtin_inf()));
+  for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
+    const Vector<T> old = load(maximum + x);
+    Vector<T> top = old;
+    for (int64_t j = 0; j < nj; ++j) {
+      Vector<T> logit = load(s + j * QUERIES + x) * scale;
+      if (BIAS) {
+        logit += load(bias + j * QUERIES + x);
+        store(s + j * QUERIES + x, logit);
+      }
+      top = larger_lanes<T>(logit, top);
+    }
+    store(maximum + x, top);
+    const Vector<T> finite = top == -infinity ? Vector<T>{} : top;
+    const Vector<T> fade = exp<T>(old - finite);
+    Vector<T> total = load(sum + x) * fade;
+    for (int64_t j = 0; j < nj; ++j) {
+      Vector<T> logit = load(s + j * QUERIES + x);
+      const Vector<T> weight = exp<T>(BIAS ? logit - finite : logit * scale - finite);
+      total += weight;
+      store(s + j * QUERIES + x, weight);
+    }
+    store(sum + x, total);
+    store(decay + x, fade);
+  }
+}
+
+template <typename T>
+void multiply_pairs(T* s, const T* by, int64_t nj, int64_t lanes) {
+  for (int64_t j = 0; j < nj; ++j)
+    for (int64_t x = 0; x < lanes; x += WIDTH<T>)
+      store(s + j * QUERIES + x, load(s + j * QUERIES + x) * load(by + j * QUERIES + x));
+}
+
+// lse = max + log sum; row = 1 / sum, 0 in rows without a finite logit. Returns whether there are
+// such rows.
+template <typename T>
+bool finish_rows(int64_t ni, T* maximum, const T* sum, T* row) {
+  for (int64_t x = 0; x < ni; x += WIDTH<T>) {
+    const Vector<T> total = load(sum + x);
+    store(maximum + x, load(maximum + x) + log<T>(total));
+    store(row + x, total == Vector<T>{} ? Vector<T>{} : T(1) / total);
+  }
+  bool dead = false;
+  for (int64_t i = 0; i < ni; ++i) dead |= sum[i] == 0;
+  return dead;
+}
+
+template <typename T>
+void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
+              const Scratch<T>& w) {
+  Pairs at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
+  const int64_t first = smaller(task.first, at.queries.size);
+  const int64_t last = smaller(task.last, at.queries.size);
+  const T infinity = T(__builtin_inf());
+  if (at.keys.size == 0) {
+    const int64_t row = at.queries.first + first;
+    fill_rows(T(0), a.out, a.dtype, molecule, row, head, last - first, a.value_dim);
+    for (int64_t i = 0; i < last - first; ++i)
+      *address<T>(a.lse, molecule, row + i, head) = -infinity;
+    return;
+  }
+  const int64_t key_step = step_of(at.keys.size, w.keys, 4);
+  const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
+  const bool one_block = key_step >= at.keys.size;
+  for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
+    at.ni = smaller(query_step, last - at.i0);
+    const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
+    pack_rows(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, w.head_ld);
+    transpose_rows(w.q, w.head_ld, at.ni, w.head_ld, w.q_t);
+    for (int64_t i = 0; i < lanes; ++i) w.maximum[i] = -infinity, w.sum[i] = 0;
+    const Target<T> out = one_block ? target_of(a.out, a.dtype, molecule, row, head, a.value_dim,
+                                                w.o, w.value_ld)
+                                    : Target<T>{w.o, w.value_ld, false};
+    bool dead = false;
+    for (at.j0 = 0; at.j0 < at.keys.size; at.j0 += key_step) {
+      at.nj = smaller(key_step, at.keys.size - at.j0);
+      const int64_t key = at.keys.first + at.j0;
+      if (!one_block || at.i0 == first) {
+        pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, w.k, w.head_ld);
+        pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, w.v, w.value_ld);
+      }
+      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.s, T(1), false);
+      if (a.bias.data) {  // (F1), (F2)
+        pack_pairs(a, a.bias, at, w.pairs);
+        soften<T, true>(w.s, w.pairs, at.nj, lanes, T(a.scale), w.maximum, w.sum, w.row);
+      } else {
+        soften<T, false>(w.s, nullptr, at.nj, lanes, T(a.scale), w.maximum, w.sum, w.row);
+      }
+      if (a.seed) {
+        keep_pairs(a, at, w.pairs);
+        multiply_pairs(w.s, w.pairs, at.nj, lanes);
+      }
+      if (one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.row);
+      product_columns<T>({w.s, QUERIES, w.v, w.value_ld, out.data, out.ld, int(at.ni),  // (F3)
+                          int(w.value_ld / WIDTH<T>), int(at.nj), T(1),
+                          one_block || at.j0 > 0 ? w.row : nullptr, at.j0 > 0});
+    }
+    if (!one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.row);
+    if (!out.direct)
+      store_rows(out.data, out.ld, one_block ? nullptr : w.row, a.out, a.dtype, molecule, row, head,
+                 at.ni, a.value_dim);
+    if (dead)
+      for (int64_t i = 0; i < at.ni; ++i)
+        if (w.sum[i] == 0)
+          fill_rows(T(0), a.out, a.dtype, molecule, row + i, head, 1, a.value_dim);
+    write_statistic(w.maximum, a.lse, molecule, row, head, at.ni);
+  }
+}
+
+template <typename T>
+void run(const AttnParams& a, const Task& task, void* buffer) {
+  Arena arena(buffer);
+  const Scratch<T> scratch(a, arena);
+  for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule)
+    for (int64_t head = task.head; head < task.head_end; ++head)
+      run_head<T>(a, task, molecule, head, scratch);
+}
+
+}  // namespace
+
+void forward(const AttnParams& a, const Task& task, void* scratch) {
+  if (a.dtype == Dtype::float64) return run<double>(a, task, scratch);
+  run<float>(a, task, scratch);
+}
+
+size_t forward_scratch(const AttnParams& a) {
+  Arena arena(nullptr);
+  if (a.dtype == Dtype::float64) Scratch<double>(a, arena);
+  else Scratch<float>(a, arena);
+  return size_t(arena.used());
+}
+
+}  // namespace ATTN_ISA
+}  // namespace attnpool

@@ -1,0 +1,57 @@
+// What the operators ask of the code compiled for one vector width. A task is a run of molecules
+// and heads, or a part of one large molecule; its results do not depend on how tasks are formed,
+// except where a buffer of partial sums is named.
+#pragma once
+
+#include <stddef.h>
+
+#include "../params.h"
+
+namespace attnpool {
+
+struct Task {
+  int64_t molecule, molecule_end;
+  int64_t head, head_end;
+  int64_t first, last;  // part of the molecule: queries (forward, statistics) or keys (the others)
+  // Buffers in the accumulation type, owned by the caller; null: none.
+  void* dq_sum;      // [heads, n_q, padded D]: dq (double backward: gq) is added here
+  void* gdout_sum;   // [heads, n_q, padded Dv]: gdout is added here
+  void* statistics;  // [heads, 3, n_q]: row statistics of the double backward
+};
+
+// out[row, head, :] = sum over parts of part[head, row, :], in the order of the parts.
+struct Sum {
+  View to;
+  const void* part;      // [parts, heads, rows, padded width]
+  int64_t parts, rows, width;
+  int64_t molecule, first_row;
+};
+
+enum class Pass { forward, backward, double_backward };
+
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();
+  // Bytes of scratch, aligned to 64, that tasks of this pass need; longest = most query rows.
+  size_t (*scratch_bytes)(const AttnParams&, Pass, int64_t longest);
+  int64_t (*padded)(const AttnParams&, int64_t width);
+  void (*forward)(const AttnParams&, const Task&, void* scratch);
+  void (*backward)(const AttnParams&, const Task&, void* scratch);
+  void (*statistics)(const AttnParams&, const Task&, void* scratch);
+  void (*double_backward)(const AttnParams&, const Task&, void* scratch);
+  void (*add_parts)(const AttnParams&, const Sum&, int64_t head);
+};
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+namespace baseline {
+extern const Kernels kernels;
+}
+
+}  // namespace attnpool

@@ -1,0 +1,115 @@
+// Register-blocked products: a tile of R rows x C vectors of C stays in registers for the whole
+// depth. Tile heights are balanced (18 rows are 6 + 6 + 6, not 8 + 8 + 2).
+#include "product.h"
+
+namespace attnpool {
+namespace ATTN_ISA {
+namespace {
+
+// 32 registers with AVX-512, 16 otherwise (also what 64-bit Arm can spare).
+#if defined(__AVX512F__)
+constexpr int MAX_VECTORS = 4;
+constexpr int max_rows(int vectors) { return vectors == 4 ? 6 : 8; }
+#else
+constexpr int MAX_VECTORS = 2;
+constexpr int max_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+#endif
+constexpr int MAX_ROWS = 8;
+
+template <typename T, bool BY_ROWS, int C, int R>
+void tile(const Product<T>& x, int row, int64_t column) {
+  constexpr int W = WIDTH<T>;
+  Vector<T> sum[R][C] = {};
+  const T* b = x.b + column;
+  const int64_t b_stride = x.b_stride, a_stride = x.a_stride;
+  const int depth = x.depth;
+  const T* a = BY_ROWS ? x.a + row * a_stride : x.a + row;
+  for (int k = 0; k < depth; ++k) {
+    Vector<T> right[C];
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) right[j] = load(b + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Vector<T> left = splat(BY_ROWS ? a[i * a_stride + k] : a[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) sum[i][j] += left * right[j];
+    }
+    b += b_stride;
+    if (!BY_ROWS) a += a_stride;
+  }
+  T* c = x.c + row * x.c_stride + column;
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i, c += x.c_stride) {
+    if (x.accumulate) {
+      const T keep = x.rows_scale ? x.rows_scale[row + i] : T(1);
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) store(c + j * W, load(c + j * W) * keep + sum[i][j] * x.factor);
+    } else {
+      const T scale = x.rows_scale ? x.rows_scale[row + i] * x.factor : x.factor;
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) store(c + j * W, sum[i][j] * scale);
+    }
+  }
+}
+
+template <typename T>
+using Tile = void (*)(const Product<T>&, int, int64_t);
+
+template <typename T, bool BY_ROWS, int C>
+constexpr Tile<T> of_height(int rows) {
+  constexpr Tile<T> tiles[MAX_ROWS] = {
+      tile<T, BY_ROWS, C, 1>, tile<T, BY_ROWS, C, 2>, tile<T, BY_ROWS, C, 3>,
+      tile<T, BY_ROWS, C, 4>, tile<T, BY_ROWS, C, 5>, tile<T, BY_ROWS, C, 6>,
+      tile<T, BY_ROWS, C, (max_rows(C) > 6 ? 7 : 6)>,  // never called where 6 is the most
+      tile<T, BY_ROWS, C, (max_rows(C) > 6 ? 8 : 6)>};
+  return tiles[rows - 1];
+}
+
+template <typename T, bool BY_ROWS>
+Tile<T> tile_of(int vectors, int rows) {
+  switch (vectors) {
+    case 1: return of_height<T, BY_ROWS, 1>(rows);
+    case 2: return of_height<T, BY_ROWS, 2>(rows);
+#if defined(__AVX512F__)
+    case 3: return of_height<T, BY_ROWS, 3>(rows);
+    default: return of_height<T, BY_ROWS, 4>(rows);
+#else
+    default: return nullptr;
+#endif
+  }
+}
+
+template <typename T, bool BY_ROWS>
+void product(const Product<T>& x) {
+  int done = 0;
+  for (int left = int(blocks_of(x.vectors, MAX_VECTORS)); left > 0; --left) {
+    const int vectors = (x.vectors - done) / left;
+    const int64_t column = int64_t(done) * WIDTH<T>;
+    int row = 0;
+    for (int tiles = int(blocks_of(x.rows, max_rows(vectors))); tiles > 0; --tiles) {
+      const int rows = (x.rows - row) / tiles;
+      tile_of<T, BY_ROWS>(vectors, rows)(x, row, column);
+      row += rows;
+    }
+    done += vectors;
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void product_rows(const Product<T>& x) {
+  product<T, true>(x);
+}
+template <typename T>
+void product_columns(const Product<T>& x) {
+  product<T, false>(x);
+}
+
+template void product_rows(const Product<float>&);
+template void product_rows(const Product<double>&);
+template void product_columns(const Product<float>&);
+template void product_columns(const Product<double>&);
+
+}  // namespace ATTN_ISA
+}  // namespace attnpool

@@ -1,0 +1,169 @@
+"""Builds the C++ library of attnpool_kernels, or leaves it out and says why.
+
+ATTNPOOL_BUILD = auto    what this machine's tools allow (default)
+                 python  nothing: pure Python
+                 cpu     the CPU library, or an error
+                 cuda    the CPU and the CUDA library, or an error
+
+torch is needed to build (its headers) but is no build requirement: an isolated build would download
+gigabytes. So: ``pip install . --no-build-isolation`` where torch is installed.
+
+Libraries are files ``attnpool_kernels/_C_cpu.abi3.so`` (pattern ``_C_cpu*.so``) and, for CUDA,
+``_C_cuda*.so``, loaded by ``torch.ops.load_library(path)``; the CPU library holds the schemas of
+``torch.ops.attnpool_c`` and is loaded first. They use torch's stable ABI and Python's limited API:
+one build serves torch >= 2.10 and Python >= 3.10.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+MODE = os.environ.get("ATTNPOOL_BUILD", "auto")
+
+# Sources of csrc/cpu that are compiled once per vector width; the rest of csrc/cpu once.
+WIDTH_SOURCES = ("product", "forward", "backward", "double_backward", "kernels")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+WIDTHS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+@dataclass
+class Library:
+    """One shared library: objects to compile, then a link."""
+
+    name: str
+    objects: dict[str, list[str]] = field(default_factory=dict)  # object name: compiler and flags
+    link: list[str] = field(default_factory=list)
+
+
+def compiler():
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and shutil.which(shlex.split(name)[0]):
+            return shlex.split(name)
+    return None
+
+
+def cpu_library():
+    """The CPU library, or None and the reason."""
+    if sys.platform != "linux":
+        return None, f"it is built on Linux only, this is {sys.platform}"
+    if compiler() is None:
+        return None, "no C++ compiler was found (set CXX)"
+    try:
+        import torch
+    except ImportError as error:
+        return None, f"torch cannot be imported here ({error}); try --no-build-isolation"
+    if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
+        return None, f"torch {torch.__version__} is older than 2.10"
+    from sysconfig import get_paths
+
+    torch_home = Path(torch.__file__).parent
+    base = [
+        *compiler(), "-c", "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0",
+        "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra",
+        f"-ffile-prefix-map={HERE}=.", *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]  # fmt: skip
+    with_torch = [
+        *base, "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000",
+        "-isystem", str(torch_home / "include"), "-isystem", get_paths()["include"],
+    ]  # fmt: skip
+    library = Library("attnpool_kernels._C_cpu")
+    library.objects["library"] = [*with_torch, "csrc/library.cpp"]
+    library.objects["operators"] = [*with_torch, "csrc/cpu/operators.cpp"]
+    for width, flags in WIDTHS.items() if X86 else [("baseline", [])]:
+        for source in WIDTH_SOURCES:
+            library.objects[f"{source}.{width}"] = [
+                *base, *flags, f"-DATTN_ISA={width}", f"csrc/cpu/{source}.cpp",
+            ]  # fmt: skip
+    library.link = [
+        *compiler(), "-shared", *shlex.split(os.environ.get("LDFLAGS", "")),
+        "-L", str(torch_home / "lib"), "-Wl,--as-needed", "-ltorch_cpu",
+    ]  # fmt: skip
+    return library, ""
+
+
+def cuda_library():
+    """The CUDA library, or None and the reason."""
+    return None, "it is not part of this build yet"
+
+
+def libraries():
+    """What to build under ATTNPOOL_BUILD; prints one line for each library left out."""
+    if MODE not in ("auto", "python", "cpu", "cuda"):
+        raise SystemExit(f"ATTNPOOL_BUILD must be auto, python, cpu or cuda, got {MODE!r}")
+    found = []
+    for kind, make, needed_by in (
+        ("CPU", cpu_library, ("cpu", "cuda")),
+        ("CUDA", cuda_library, ("cuda",)),
+    ):
+        if MODE != "auto" and MODE not in needed_by:
+            continue
+        library, reason = make()
+        if library:
+            found.append(library)
+        elif MODE == "auto":
+            print(f"attnpool_kernels: the {kind} library is left out: {reason}", file=sys.stderr)
+        else:
+            raise SystemExit(f"attnpool_kernels: the {kind} library cannot be built: {reason}")
+    return {x.name: x for x in found}
+
+
+class BuildLibraries(build_ext):
+    """Compiles objects in parallel, and only those whose command or sources changed."""
+
+    def build_extension(self, ext):
+        library = LIBRARIES[ext.name]
+        folder = Path(self.build_temp).absolute() / library.name
+        folder.mkdir(parents=True, exist_ok=True)
+        headers = [x for x in (HERE / "csrc").rglob("*") if x.suffix in (".h", ".cuh")]
+        newest_header = max(x.stat().st_mtime for x in headers)
+
+        def compiled(item):
+            name, command = item
+            target, note = folder / f"{name}.o", folder / f"{name}.command"
+            command = [*command, "-o", str(target)]
+            newest = max(newest_header, (HERE / command[-3]).stat().st_mtime)
+            fresh = (
+                target.exists()
+                and note.exists()
+                and note.read_text() == shlex.join(command)
+                and target.stat().st_mtime > newest
+            )
+            if not fresh:
+                subprocess.run(command, check=True, cwd=HERE)
+                note.write_text(shlex.join(command))
+            return str(target)
+
+        with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as pool:
+            objects = list(pool.map(compiled, library.objects.items()))
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = target.with_suffix(".new")  # a running program may have the old file mapped
+        at = library.link.index("-shared") + 1
+        link = [*library.link[:at], *objects, *library.link[at:], "-o", str(new)]
+        subprocess.run(link, check=True, cwd=HERE)
+        new.replace(target)
+
+
+LIBRARIES = libraries()
+setup(
+    ext_modules=[Extension(name, [], py_limited_api=True) for name in LIBRARIES],
+    cmdclass={"build_ext": BuildLibraries},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARIES else {},
+)
