@@ -105,44 +105,106 @@ def attention(
     return run(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend)
 
 
-class _FirstOrder(torch.autograd.Function):
-    """Calls a composite that is exact to first order only, and refuses a second derivative.
+class _Composite(torch.autograd.Function):
+    """Calls another library: its first derivative, and ours where it has none.
 
     Inside a backward, grad mode is on exactly when a graph of the gradient was asked for; a library
     whose backward is opaque would then return a gradient without one, and force training would be
-    silently wrong.
+    silently wrong. There, and where the LSE has a cotangent, a native kernel backend computes the
+    gradient from the inputs; where none can serve the call, it raises.
     """
 
     @staticmethod
-    def forward(ctx, call, name, *inputs):
-        detached = [
-            x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-            for x in inputs
-        ]
+    def forward(ctx, call, name, *arguments):
+        tensors, options = arguments[:_TENSORS], arguments[_TENSORS:]
+        leaves = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
         with torch.enable_grad():
-            out = call(*detached)
-        ctx.name, ctx.out = name, out
-        ctx.wanted = [
-            i for i, x in enumerate(detached) if isinstance(x, Tensor) and x.requires_grad
-        ]
-        ctx.inputs = [detached[i] for i in ctx.wanted]
-        ctx.count = len(inputs)
-        return out.detach()
+            out, lse = call(*leaves, *options)
+        ctx.save_for_backward(*tensors)
+        ctx.name, ctx.options = name, options
+        ctx.library = out, [x for x in leaves if x is not None and x.requires_grad]
+        ctx.set_materialize_grads(False)
+        return out.detach(), None if lse is None else lse.detach()
 
     @staticmethod
-    def backward(ctx, dout):
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"backend {ctx.name!r} has no second derivative (create_graph=True was asked for); "
-                "leave backend=None or name 'cpu', 'triton', 'cuda' or 'reference'"
-            )
-        found = torch.autograd.grad(ctx.out, ctx.inputs, dout, retain_graph=True)
-        gradients: list[Tensor | None] = [None] * (ctx.count + 2)
-        for i, gradient in zip(ctx.wanted, found):
-            gradients[i + 2] = gradient
-        return tuple(gradients)
+    def backward(ctx, dout, dlse):
+        tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2 : 2 + _TENSORS]
+        if torch.is_grad_enabled() or dlse is not None:
+            gradients = _native_gradients(ctx, tensors, dout, dlse)
+        else:
+            out, inputs = ctx.library
+            found = iter(_library_gradients(out, inputs, dout))
+            gradients = [next(found) if want else None for want in wanted]
+        gradients = [x if want else None for x, want in zip(gradients, wanted)]
+        return None, None, *gradients, *[None] * len(ctx.options)
 
 
-def first_order(call: Callable[..., Tensor], name: str, *inputs: object) -> Tensor:
-    """``call(*inputs)`` with its own first derivative and an error instead of a second one."""
-    return _FirstOrder.apply(call, name, *inputs)
+def _library_gradients(out, inputs, dout):
+    if dout is None or not out.requires_grad:  # no molecule has both queries and keys
+        return [torch.zeros_like(x) for x in inputs]
+    if not dout.is_contiguous() or dout.data_ptr() % 16:  # libraries read vectors of 16 bytes
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch.autograd.grad(
+        out, inputs, dout, retain_graph=keep, allow_unused=True, materialize_grads=True
+    )
+
+
+def _native_gradients(ctx, tensors, dout, dlse):
+    scale, dropout = ctx.options
+    backend = _native(tensors, dropout)
+    if backend is None:
+        what = "derivative of its LSE" if dlse is not None else "second derivative"
+        asked = " (create_graph=True was asked for)" if torch.is_grad_enabled() else ""
+        raise NotImplementedError(
+            f"backend {ctx.name!r} has no {what}{asked}, and no native kernel can serve this call "
+            "in its place; leave backend=None or name 'reference', which has every order"
+        )
+    with torch.no_grad():
+        out, lse = ops.forward(*tensors, scale, dropout, backend)
+    if dout is None:
+        dout = out.new_zeros(1).expand(out.shape)
+    need_dbias = tensors[3] is not None and ctx.needs_input_grad[5]
+    run = _Backward.apply if torch.is_grad_enabled() else ops.backward
+    gradients = run(*tensors, out, lse, dout, dlse, scale, dropout, need_dbias, backend)
+    return [*gradients, *[None] * (_TENSORS - len(gradients))]
+
+
+def _native(tensors, dropout: float) -> str | None:
+    """The first kernel backend that can serve these tensors to second order."""
+    from . import backends, dispatch
+
+    q, _, v, bias, q_ptr = tensors[:5]
+    problem = dispatch.Problem(
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
+        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
+        seeds=q.shape[0] if q_ptr is None else None,
+        bias=bias is not None,
+        dropout=dropout > 0,
+        grad_order=2,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        return_lse=True,
+    )
+    for name in backends.PRIORITY:
+        module = backends.load(name)
+        if module.KIND == "kernel" and not module.why_not(problem):
+            return name
+    return None
+
+
+def first_order(
+    call: Callable[..., tuple[Tensor, Tensor | None]], name: str, *arguments: object
+) -> tuple[Tensor, Tensor | None]:
+    """``call(*arguments)`` of a composite backend that is exact to first order only.
+
+    arguments: those of a composite's ``attention``. Without an input that requires grad the call
+    goes straight through; under a compiler too, whose graphs end at first order by themselves.
+    """
+    tracked = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    if not (tracked and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return call(*arguments)
+    return _Composite.apply(call, name, *arguments)

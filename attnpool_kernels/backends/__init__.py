@@ -14,8 +14,9 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-# Native kernels first: they are exact to second order. reference is last: it serves everything.
-PRIORITY = ("cpu", "sdpa", "reference")
+# Native kernels first: they are exact to second order. The automatic choice ends at reference,
+# which serves everything; what stands behind it is used by name only.
+PRIORITY = ("cpu", "flash_attn", "varlen", "xformers", "sdpa", "reference", "flex")
 
 _loaded: dict[str, ModuleType] = {}
 
