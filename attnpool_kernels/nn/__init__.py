@@ -1,0 +1,42 @@
+"""Modules around the operator: attention layers, Set Transformer blocks and poolings.
+
+Every pooling is called ``pool(x, ptr)`` with x [N, C] and ``ptr`` [B + 1] or a ``Ragged``, and
+returns [B, C_out]. State dicts hold parameters only and do not depend on backend or device.
+"""
+
+from .abp import AttentionPooling
+from .attention import SetAttention
+from .blocks import ISAB, MAB, ORIGINAL, PAPER, PMA, PYG, SAB, SetTransformer
+from .pooling import (
+    AttentionalPooling,
+    MaxPooling,
+    MeanPooling,
+    OrbitalWeightedAverage,
+    Perceptron,
+    SeedPooling,
+    SoftmaxPooling,
+    SumPooling,
+    WeightedAverage,
+)
+
+__all__ = [
+    "ISAB",
+    "MAB",
+    "ORIGINAL",
+    "PAPER",
+    "PMA",
+    "PYG",
+    "SAB",
+    "AttentionPooling",
+    "AttentionalPooling",
+    "MaxPooling",
+    "MeanPooling",
+    "OrbitalWeightedAverage",
+    "Perceptron",
+    "SeedPooling",
+    "SetAttention",
+    "SetTransformer",
+    "SoftmaxPooling",
+    "SumPooling",
+    "WeightedAverage",
+]

@@ -1,0 +1,210 @@
+"""Multi-head attention as a layer: projections, the operator, and nothing in between."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..functional import seed_pool, set_attention
+from ..ragged import Ragged
+from .projection import add_linear, project
+
+INITS = ("linear", "xavier")
+SCALES = ("head", "width")
+
+
+class SetAttention(torch.nn.Module):
+    r"""Attention of every row over the rows of its own molecule, on a concatenated batch.
+
+    ::
+
+        q, k, v = x W_q + b_q, y W_k + b_k, y W_v + b_v      split into ``heads`` chunks of D/heads
+        out     = concat_h softmax(scale · q_h k_hᵀ) v_h     per molecule
+        out     = out W_o + b_o                              with ``out_projection``
+
+    Args:
+        dim: D, the width of the result; a multiple of ``heads``.
+        heads: number of heads.
+        query_dim, key_dim: widths of x and y, default D. Equal widths share one stacked matrix
+            ``in_proj_weight`` (torch's ``MultiheadAttention`` has the same names and shapes);
+            else ``q_proj_weight`` and ``kv_proj_weight``.
+        out_projection: with W_o.
+        scale: "head" (D/heads)**-0.5, "width" D**-0.5 (Set Transformer), or a number.
+        dropout: probability on the attention weights, in training only.
+        init: "linear" (as ``torch.nn.Linear``) or "xavier" (as ``torch.nn.MultiheadAttention``).
+        backend: None or the name of a backend, see ``explain``.
+
+    Raises: TypeError, ValueError: a width, number or option that cannot be, by name.
+    Source: Vaswani et al. 2017; Lee et al. 2019 (Set Transformer).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 1,
+        *,
+        query_dim: int | None = None,
+        key_dim: int | None = None,
+        out_projection: bool = True,
+        scale: str | float = "head",
+        dropout: float = 0.0,
+        init: str = "linear",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = positive("dim", dim)
+        self.heads = positive("heads", heads)
+        if dim % heads:
+            raise ValueError(f"heads must divide dim = {dim}, got {heads}")
+        self.query_dim = positive("query_dim", dim if query_dim is None else query_dim)
+        self.key_dim = positive("key_dim", dim if key_dim is None else key_dim)
+        if isinstance(scale, str):
+            one_of("scale", scale, SCALES)
+        elif isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"scale must be a str or a float, got {type(scale).__name__}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.scale, self.dropout, self.backend = scale, dropout, backend
+        self.init = one_of("init", init, INITS)
+        if self.query_dim == self.key_dim:
+            self.in_proj_weight = torch.nn.Parameter(torch.empty(3 * dim, self.key_dim))
+        else:
+            self.q_proj_weight = torch.nn.Parameter(torch.empty(dim, self.query_dim))
+            self.kv_proj_weight = torch.nn.Parameter(torch.empty(2 * dim, self.key_dim))
+        self.in_proj_bias = torch.nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = torch.nn.Linear(dim, dim) if out_projection else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        row = 0
+        for weight in [x for x in self.parameters(recurse=False) if x.dim() == 2]:
+            bound = 0.0
+            if self.init == "xavier":
+                torch.nn.init.xavier_uniform_(weight)
+            else:
+                torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+                bound = weight.shape[1] ** -0.5
+            rows = self.in_proj_bias.detach()[row : row + len(weight)]
+            torch.nn.init.uniform_(rows, -bound, bound)
+            row += len(weight)
+        if self.out_proj is not None:
+            self.out_proj.reset_parameters()
+            if self.init == "xavier":
+                torch.nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged,
+        y: Tensor | None = None,
+        y_ptr: Tensor | Ragged | None = None,
+        *,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D] from x [N, query_dim] and its boundaries [B + 1]; y, y_ptr: the keys (default x).
+
+        bias: [P, H] added to the logits, see ``set_attention``.
+        """
+        return self.add_to(None, *self.attend(x, ptr, y, y_ptr, bias=bias))
+
+    def attend(
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged,
+        y: Tensor | None = None,
+        y_ptr: Tensor | Ragged | None = None,
+        *,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The projected queries [N, D] and the heads' results [N, D], before W_o."""
+        check_rows("x", x, self.query_dim)
+        if y is not None:
+            check_rows("y", y, self.key_dim)
+        q, k, v = self._split(*self._projected(x, y))
+        out = set_attention(q, k, v, ptr, y_ptr, bias=bias, **self._options())
+        assert isinstance(out, Tensor)
+        return q.flatten(1), out.flatten(1)
+
+    def attend_seeds(
+        self, seeds: Tensor, y: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same for seeds [S, query_dim] that all molecules share: q [S, D] and [B·S, D].
+
+        The seeds are projected once, not once a molecule.
+        """
+        check_rows("y", y, self.key_dim)
+        q, k, v = self._split(*self._projected(seeds, y))
+        out = seed_pool(q, k, v, ptr, bias=bias, **self._options())
+        assert isinstance(out, Tensor)
+        return q.flatten(1), out.view(-1, self.dim)
+
+    def attend_alone(self, x: Tensor, need_queries: bool) -> tuple[Tensor | None, Tensor]:
+        """The same for molecules of exactly one row, whose softmax is 1: the result is v.
+
+        Not for training with dropout, which may drop that one weight.
+        """
+        check_rows("x", x, self.query_dim)
+        if need_queries:
+            q, v = project(x, None, self.in_proj_weight, self.in_proj_bias, "qv")
+            return q, v
+        return None, project(x, None, self.in_proj_weight, self.in_proj_bias, "v")[0]
+
+    def add_to(self, residual: Tensor | None, q: Tensor | None, out: Tensor) -> Tensor:
+        """residual + out W_o + b_o, without W_o residual + out; None is no residual."""
+        if residual is None:
+            return out if self.out_proj is None else self.out_proj(out)
+        if self.out_proj is not None:
+            return add_linear(residual, out, self.out_proj.weight, self.out_proj.bias)
+        if residual.shape[0] == out.shape[0]:
+            return out + residual
+        return (out.view(-1, *residual.shape) + residual).view(out.shape)
+
+    def _projected(self, x: Tensor, y: Tensor | None) -> list[Tensor]:
+        if self.query_dim == self.key_dim:
+            return project(x, y, self.in_proj_weight, self.in_proj_bias, "qkv")
+        q = linear(x, self.q_proj_weight, self.in_proj_bias[: self.dim])
+        kv = linear(x if y is None else y, self.kv_proj_weight, self.in_proj_bias[self.dim :])
+        return [q, *kv.unflatten(1, (2, self.dim)).unbind(1)]
+
+    def _split(self, *parts: Tensor) -> list[Tensor]:
+        return [x.unflatten(1, (self.heads, -1)) for x in parts]
+
+    def _options(self) -> dict:
+        scale: float | str | None = self.scale
+        if isinstance(scale, str):
+            scale = None if scale == "head" else self.dim**-0.5
+        dropout = self.dropout if self.training else 0.0
+        return {"scale": scale, "dropout": dropout, "backend": self.backend}
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, heads={self.heads}, scale={self.scale!r}, dropout={self.dropout}"
+
+
+def positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def one_of(name: str, value: object, known: tuple) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def check_rows(name: str, x: object, width: int | None) -> None:
+    """Raises where x is no floating-point [N, width] tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 2 or (width is not None and x.shape[1] != width):
+        wanted = "C" if width is None else width
+        raise ValueError(f"{name} must have shape [N, {wanted}], got {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")

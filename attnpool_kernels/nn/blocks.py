@@ -1,0 +1,326 @@
+r"""The blocks of the Set Transformer on concatenated batches, with its variants as options.
+
+::
+
+    MAB(x, y): a = attention of x over y;  h = LN(r + [W_o] a);  LN(h + act(h W + b))
+               r = the projected queries ("query") or x itself ("input")
+    SAB(x)  = MAB(x, x)      ISAB(x) = MAB(x, MAB(I, x))      PMA(x) = MAB(S, [relu(x W + b)])
+    SetTransformer(x) = head(SAB^d(PMA(SAB^e(x))))
+
+The published variants are three settings of the same blocks, ``ORIGINAL`` (the defaults), ``PAPER``
+and ``PYG``: keyword arguments of ``SetTransformer`` and ``AttentionPooling``. Sources: Lee et al.
+2019 (arXiv 1810.00825) and its code; Buterez et al. 2023; torch_geometric's aggregation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, silu, softplus
+
+from ..ragged import Ragged
+from .attention import SetAttention, check_rows, one_of, positive
+from .projection import add_relu_linear
+
+RESIDUALS = ("query", "input")
+ACTIVATIONS = ("relu", "silu", "gelu", "shifted_softplus")
+REDUCTIONS = ("mean", "concat", "none")
+
+ORIGINAL: dict[str, Any] = {
+    "scale": "width", "residual": "query", "out_projection": False, "activation": "relu",
+    "norm": False, "pre_linear": False, "init": "linear",
+}  # fmt: skip
+PAPER: dict[str, Any] = {
+    "scale": "width", "residual": "input", "out_projection": True, "activation": "relu",
+    "norm": True, "pre_linear": True, "init": "linear",
+}  # fmt: skip
+PYG: dict[str, Any] = {
+    "scale": "head", "residual": "input", "out_projection": True, "activation": "relu",
+    "norm": False, "pre_linear": True, "init": "xavier",
+}  # fmt: skip
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    if name == "relu":
+        return x.relu()
+    if name == "silu":
+        return silu(x)
+    if name == "gelu":
+        return gelu(x)
+    return softplus(x) - 0.6931471805599453  # log 2
+
+
+class MAB(torch.nn.Module):
+    r"""Multi-head attention block: attention of x over y, residual, row-wise layer, residual.
+
+    Args:
+        dim: D, the width of the result.
+        heads: number of heads; divides D.
+        query_dim, key_dim: widths of x and y, default D.
+        scale: factor of the logits: "width" D**-0.5, "head" (D/heads)**-0.5, or a number.
+        residual: added to the attention: "query", the projected queries, or "input", x itself
+            (its width must be D).
+        out_projection: with a linear layer after merging the heads.
+        activation: of the row-wise layer: "relu", "silu" (swish), "gelu", "shifted_softplus".
+        norm: with a LayerNorm after each of the two residuals.
+        dropout: on the attention weights, in training.
+        init: "linear" or "xavier", see ``SetAttention``.
+        backend: None or the name of a backend.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 1,
+        *,
+        query_dim: int | None = None,
+        key_dim: int | None = None,
+        scale: str | float = "width",
+        residual: str = "query",
+        out_projection: bool = False,
+        activation: str = "relu",
+        norm: bool = False,
+        dropout: float = 0.0,
+        init: str = "linear",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.residual = one_of("residual", residual, RESIDUALS)
+        self.activation = one_of("activation", activation, ACTIVATIONS)
+        self.attn = SetAttention(
+            dim, heads, query_dim=query_dim, key_dim=key_dim, out_projection=out_projection,
+            scale=scale, dropout=dropout, init=init, backend=backend,
+        )  # fmt: skip
+        if residual == "input" and self.attn.query_dim != dim:
+            raise ValueError(
+                f"residual='input' needs query_dim = dim = {dim}, got {self.attn.query_dim}"
+            )
+        self.lin = torch.nn.Linear(dim, dim)
+        self.layer_norm1 = torch.nn.LayerNorm(dim) if norm else None
+        self.layer_norm2 = torch.nn.LayerNorm(dim) if norm else None
+
+    def reset_parameters(self) -> None:
+        for child in (self.attn, self.lin, self.layer_norm1, self.layer_norm2):
+            if child is not None:
+                child.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged,
+        y: Tensor | None = None,
+        y_ptr: Tensor | Ragged | None = None,
+        *,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D] from x [N, query_dim] and its boundaries [B + 1]; y, y_ptr: the keys (default x).
+
+        bias: [P, H] added to the logits. A row without keys attends to nothing: its attention is 0.
+        """
+        q, out = self.attn.attend(x, ptr, y, y_ptr, bias=bias)
+        return self._finish(x, q, out)
+
+    def pool(
+        self, seeds: Tensor, y: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None
+    ) -> Tensor:
+        """[B·S, D]: the seeds [S, query_dim], shared by all molecules, attend to the rows y."""
+        q, out = self.attn.attend_seeds(seeds, y, ptr, bias=bias)
+        return self._finish(seeds, q, out)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """``self(x, ptr)`` for molecules of exactly one row: no logits are computed.
+
+        Not for training with dropout on the attention weights.
+        """
+        q, out = self.attn.attend_alone(x, self.residual == "query")
+        return self._finish(x, q, out)
+
+    def _finish(self, x: Tensor, q: Tensor | None, out: Tensor) -> Tensor:
+        h = self.attn.add_to(q if self.residual == "query" else x, q, out)
+        if self.layer_norm1 is not None:
+            h = self.layer_norm1(h)
+        if self.activation == "relu":
+            h = add_relu_linear(h, self.lin.weight, self.lin.bias)
+        else:
+            h = h + activate(self.activation, self.lin(h))
+        return h if self.layer_norm2 is None else self.layer_norm2(h)
+
+    def extra_repr(self) -> str:
+        return f"residual={self.residual!r}, activation={self.activation!r}"
+
+
+class SAB(torch.nn.Module):
+    """Set attention block, MAB(x, x). ``in_dim``: width of x, default ``dim``; options of MAB."""
+
+    def __init__(self, dim: int, heads: int = 1, *, in_dim: int | None = None, **options) -> None:
+        super().__init__()
+        self.mab = MAB(dim, heads, query_dim=in_dim, key_dim=in_dim, **options)
+
+    def reset_parameters(self) -> None:
+        self.mab.reset_parameters()
+
+    def forward(self, x: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None) -> Tensor:
+        """[N, D] from x [N, in_dim] and the boundaries [B + 1]."""
+        return self.mab(x, ptr, bias=bias)
+
+    def equal(self, x: Tensor, size: int) -> Tensor:
+        """The same for molecules of ``size`` rows each, x [B·size, in_dim]."""
+        if size == 1 and not (self.training and self.mab.attn.dropout > 0):
+            return self.mab.alone(x)
+        return self.mab(x, _equal(x, size))
+
+
+class ISAB(torch.nn.Module):
+    """Set attention through m learned points, MAB(x, MAB(I, x)): cost m·n instead of n².
+
+    Args: ``points`` m; ``in_dim``: width of x, default ``dim``; options of MAB.
+    """
+
+    def __init__(
+        self, dim: int, points: int, heads: int = 1, *, in_dim: int | None = None, **options
+    ) -> None:
+        super().__init__()
+        self.ind = torch.nn.Parameter(torch.empty(positive("points", points), dim))
+        self.mab1 = MAB(dim, heads, query_dim=dim, key_dim=in_dim, **options)
+        self.mab2 = MAB(dim, heads, query_dim=in_dim, key_dim=dim, **options)
+        torch.nn.init.xavier_uniform_(self.ind)
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.xavier_uniform_(self.ind)
+        self.mab1.reset_parameters()
+        self.mab2.reset_parameters()
+
+    def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
+        """[N, D] from x [N, in_dim] and the boundaries [B + 1]."""
+        h = self.mab1.pool(self.ind, x, ptr)
+        return self.mab2(x, ptr, h, _equal(h, self.ind.shape[0]))
+
+
+class PMA(torch.nn.Module):
+    """Pooling by multi-head attention: ``seeds`` learned queries attend to the rows of a molecule.
+
+    Args: ``in_dim``: width of x, default ``dim``; ``pre_linear``: relu(x W + b) before the
+    attention; options of MAB.
+    """
+
+    def __init__(
+        self, dim: int, seeds: int = 1, heads: int = 1, *, in_dim: int | None = None,
+        pre_linear: bool = False, **options,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        in_dim = dim if in_dim is None else positive("in_dim", in_dim)
+        self.lin = torch.nn.Linear(in_dim, in_dim) if pre_linear else None
+        self.mab = MAB(dim, heads, query_dim=dim, key_dim=in_dim, **options)
+        self.seed = torch.nn.Parameter(torch.empty(1, positive("seeds", seeds), dim))
+        torch.nn.init.xavier_uniform_(self.seed)
+
+    def reset_parameters(self) -> None:
+        if self.lin is not None:
+            self.lin.reset_parameters()
+        torch.nn.init.xavier_uniform_(self.seed)
+        self.mab.reset_parameters()
+
+    def forward(self, x: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None) -> Tensor:
+        """[B, S, D] from x [N, in_dim] and the boundaries [B + 1]."""
+        check_rows("x", x, self.mab.attn.key_dim)
+        if self.lin is not None:
+            x = linear(x, self.lin.weight, self.lin.bias).relu_()
+        out = self.mab.pool(self.seed[0], x, ptr, bias=bias)
+        return out.view(-1, *self.seed.shape[1:])
+
+
+class SetTransformer(torch.nn.Module):
+    """Encoder of set attention blocks, pooling to S seeds, decoder over the seeds, linear head.
+
+    ::
+
+        SAB^e or ISAB^e  →  PMA  →  SAB^d over the S rows of each molecule  →  Linear  →  reduction
+
+    Args:
+        in_features: C, width of x.
+        hidden: D, width of the blocks.
+        out_features: width of the head, a linear layer on each seed; None: no head.
+        heads: number of heads of all blocks; divides D.
+        seeds: S.
+        encoder_blocks, decoder_blocks: number of blocks, may be 0. The first block (or PMA) maps
+            C to D; with residual="input" the encoder needs C = D.
+        points: None for SABs in the encoder, else the number of induced points of ISABs.
+        reduce: of the seeds: "mean" [B, C_out], "concat" [B, S·C_out], "none" [B, S, C_out].
+        options: of ``MAB``, and ``pre_linear`` of ``PMA``; ``ORIGINAL`` (the defaults), ``PAPER``
+            or ``PYG`` hold all of them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int | None = None,
+        *,
+        heads: int = 1,
+        seeds: int = 1,
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 1,
+        points: int | None = None,
+        reduce: str = "none",
+        **options,
+    ) -> None:
+        super().__init__()
+        positive("in_features", in_features)
+        for name, count in (("encoder_blocks", encoder_blocks), ("decoder_blocks", decoder_blocks)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+            if count < 0:
+                raise ValueError(f"{name} must not be negative, got {count}")
+        self.reduce = one_of("reduce", reduce, REDUCTIONS)
+        widths = [in_features] + [hidden] * encoder_blocks
+        block = dict(options)
+        block.pop("pre_linear", None)
+        self.encoders = torch.nn.ModuleList(
+            SAB(hidden, heads, in_dim=width, **block)
+            if points is None
+            else ISAB(hidden, points, heads, in_dim=width, **block)
+            for width in widths[:-1]
+        )
+        self.pma = PMA(hidden, seeds, heads, in_dim=widths[-1], **options)
+        self.decoders = torch.nn.ModuleList(
+            SAB(hidden, heads, **block) for _ in range(decoder_blocks)
+        )
+        self.head = None
+        if out_features is not None:
+            self.head = torch.nn.Linear(hidden, positive("out_features", out_features))
+
+    def reset_parameters(self) -> None:
+        for block in (*self.encoders, self.pma, *self.decoders):
+            block.reset_parameters()  # type: ignore[operator]
+        if self.head is not None:
+            self.head.reset_parameters()
+
+    def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
+        """[B, C_out], [B, S·C_out] or [B, S, C_out] from x [N, C] and the boundaries [B + 1]."""
+        ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
+        for block in self.encoders:
+            x = block(x, ragged)
+        return reduced(decoded(self.pma(x, ragged), self.decoders), self.head, self.reduce)
+
+
+def decoded(x: Tensor, decoders: torch.nn.ModuleList) -> Tensor:
+    """Blocks over the S rows of each molecule, x [B, S, D] → [B, S, D]."""
+    shape, rows = x.shape, x.flatten(0, 1)
+    for block in decoders:
+        rows = block.equal(rows, shape[1])
+    return rows.view(-1, *shape[1:])
+
+
+def reduced(x: Tensor, head: torch.nn.Linear | None, reduce: str) -> Tensor:
+    """Head and reduction of the seeds. A mean is taken before the head, which is linear."""
+    if reduce == "mean":
+        x = x.mean(1)
+    if head is not None:
+        x = head(x)
+    return x.flatten(1) if reduce == "concat" else x
+
+
+def _equal(x: Tensor, size: int) -> Tensor:
+    return torch.arange(0, x.shape[0] + 1, size, device=x.device)

@@ -1,0 +1,266 @@
+"""Poolings with one signature: (x [N, C], ptr [B + 1] or Ragged) → [B, C_out].
+
+Molecules without atoms give 0 in the simple poolings. Sums over a molecule are differentiable to
+every order; their backward is a gather, and no row of one molecule reaches another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from ..ragged import Ragged
+from .attention import check_rows, one_of, positive
+from .blocks import ACTIVATIONS, PMA, activate
+
+
+def segment_sum(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+    """[B, C] sums of the rows x [N, C] of each molecule; batch = ``ragged.batch(N)``."""
+    total = x.new_zeros(len(ragged) + 1, x.shape[1])  # the last row collects atoms of no molecule
+    return total.index_add(0, batch, x)[:-1]
+
+
+def segment_max(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+    """[B, C] largest rows; the gradient goes to the first of equal ones; 0 without atoms."""
+    return _select(x, _first_largest(x.detach(), ragged, batch)[:-1])
+
+
+def segment_softmax(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+    """[N, C] softmax over the rows of each molecule, channel by channel."""
+    x = x.masked_fill((batch == len(ragged))[:, None], 0.0)  # whatever rows of no molecule hold
+    top = _select(x.detach(), _first_largest(x.detach(), ragged, batch))
+    e = (x - top.index_select(0, batch)).exp()
+    total = x.new_zeros(len(ragged) + 1, x.shape[1]).index_add(0, batch, e)
+    return e / total.index_select(0, batch)
+
+
+def _first_largest(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+    """Row of the first largest element (or NaN) in each molecule, N where there is none.
+
+    [B + 1, C]: the last line is for the rows of no molecule.
+    """
+    rows, shape = x.shape[0], (len(ragged) + 1, x.shape[1])
+    index = batch[:, None].expand_as(x)
+    top = x.new_full(shape, -torch.inf).scatter_reduce_(0, index, x, "amax")
+    row = torch.arange(rows, device=x.device)[:, None]
+    row = torch.where((x == top.index_select(0, batch)) | x.isnan(), row, rows)
+    return row.new_full(shape, rows).scatter_reduce_(0, index, row, "amin")
+
+
+def _select(x: Tensor, row: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(1, x.shape[1])]).gather(0, row)
+
+
+class _Pooling(torch.nn.Module):
+    """Checks the arguments and makes the molecule index, which all simple poolings need."""
+
+    channels: int | None = None
+
+    def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
+        """[B, C_out] from x [N, C] and the boundaries [B + 1]."""
+        return self.pool(x, *located(x, ptr, self.channels))
+
+    def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def located(x: Tensor, ptr: Tensor | Ragged, width: int | None) -> tuple[Ragged, Tensor]:
+    """The molecules on the device of x, and the molecule of each row."""
+    check_rows("x", x, width)
+    ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
+    check_last(ragged, x.shape[0])
+    if ragged.ptr.device != x.device:
+        ragged = ragged.to(x.device)
+    return ragged, ragged.batch(x.shape[0])
+
+
+def check_last(ragged: Ragged, rows: int) -> None:
+    last = ragged._last  # None where contents cannot be read
+    if last is not None and last > rows:
+        raise ValueError(f"ptr[-1] must be at most the number of rows, {rows}, got {last}")
+
+
+class SumPooling(_Pooling):
+    """Σ_i x_i."""
+
+    def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+        return segment_sum(x, ragged, batch)
+
+
+class MeanPooling(_Pooling):
+    """Σ_i x_i / n."""
+
+    def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+        counts = ragged.counts().clamp(min=1)
+        return segment_sum(x, ragged, batch) / counts[:, None].to(x.dtype)
+
+
+class MaxPooling(_Pooling):
+    """max_i x_i, channel by channel; the gradient goes to the first of equal elements."""
+
+    def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+        return segment_max(x, ragged, batch)
+
+
+class SoftmaxPooling(_Pooling):
+    """Σ_i x_i softmax_i(x), channel by channel (Buterez et al. 2023, OE62 baselines)."""
+
+    def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+        return segment_sum(x * segment_softmax(x, ragged, batch), ragged, batch)
+
+
+class AttentionalPooling(_Pooling):
+    """Σ_i softmax_i(gate(x)) · transform(x_i): gated pooling (Li et al. 2016, GGNN).
+
+    Args:
+        channels: C.
+        out_features: width of transform(x) = x W + b; None: x itself.
+        hidden: width of the gate's hidden layer; None: gate(x) = x w + b.
+        activation: of the gate's hidden layer.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_features: int | None = None,
+        *,
+        hidden: int | None = None,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.channels = positive("channels", channels)
+        widths = (channels, 1) if hidden is None else (channels, positive("hidden", hidden), 1)
+        self.gate = Perceptron(widths, activation)
+        self.transform = None
+        if out_features is not None:
+            self.transform = torch.nn.Linear(channels, positive("out_features", out_features))
+
+    def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+        weights = segment_softmax(self.gate(x), ragged, batch)
+        values = x if self.transform is None else self.transform(x)
+        return segment_sum(weights * values, ragged, batch)
+
+
+class Perceptron(torch.nn.Sequential):
+    """Linear layers of the given widths with an activation between them."""
+
+    def __init__(self, widths: Sequence[int], activation: str) -> None:
+        super().__init__(*(torch.nn.Linear(a, b) for a, b in pairwise(widths)))
+        self.activation = one_of("activation", activation, ACTIVATIONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self):
+            x = layer(x) if i == 0 else layer(activate(self.activation, x))
+        return x
+
+
+class WeightedAverage(_Pooling):
+    r"""Average of atom predictions with learned weights (WA of Chen et al. and Buterez et al.).
+
+    ::
+
+        y = Σ_i a_i (std · f(x_i) + mean),   a = softmax over the molecule's atoms of g(x_i)
+
+    f and g are separate networks of widths ``channels, *hidden, out_features`` and
+    ``channels, *hidden, 1``. Without atoms y = 0.
+
+    Args:
+        channels: C.
+        out_features: width of y.
+        hidden: widths of the hidden layers; the original has 64, 32, 16 for C = 128.
+        mean, std: of the target over the training set, in its units.
+        activation: of both networks.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_features: int = 1,
+        *,
+        hidden: tuple[int, ...] = (64, 32, 16),
+        mean: float = 0.0,
+        std: float = 1.0,
+        activation: str = "shifted_softplus",
+    ) -> None:
+        super().__init__()
+        self.channels = positive("channels", channels)
+        for width in hidden:
+            positive("hidden", width)
+        self.value = Perceptron(
+            (channels, *hidden, positive("out_features", out_features)), activation
+        )
+        self.gate = Perceptron((channels, *hidden, 1), activation)
+        self.mean, self.std = float(mean), float(std)
+
+    def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+        return self._pool(x, ragged, batch)[0]
+
+    def with_weights(self, x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Tensor]:
+        """y [B, C_out] and the weights a [N] of the atoms."""
+        return self._pool(x, *located(x, ptr, self.channels))
+
+    def _pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> tuple[Tensor, Tensor]:
+        weights = segment_softmax(self.gate(x), ragged, batch)
+        values = self.value(x) * self.std + self.mean
+        return segment_sum(weights * values, ragged, batch), weights.squeeze(1)
+
+
+class OrbitalWeightedAverage(WeightedAverage):
+    """WA whose weights are trained towards orbital coefficients (OWA)."""
+
+    def loss(
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged,
+        target: Tensor,
+        coefficients: Tensor,
+        *,
+        factor: float = 0.1,
+    ) -> Tensor:
+        """factor · mean (y - target)² + mean (a - coefficients)².
+
+        target: [B, C_out]; coefficients: [N], the share of each atom in the orbital. The second
+        mean is over atoms; the original averaged over its padding too, so that the weight of the
+        coefficients there depends on the largest molecule of the batch.
+        """
+        y, weights = self.with_weights(x, ptr)
+        for name, given, made in (("target", target, y), ("coefficients", coefficients, weights)):
+            if given.shape != made.shape:
+                raise ValueError(
+                    f"{name} must have shape {tuple(made.shape)}, got {tuple(given.shape)}"
+                )
+        return factor * mse_loss(y, target) + mse_loss(weights, coefficients)
+
+
+class SeedPooling(torch.nn.Module):
+    """PMA alone: ``seeds`` learned queries attend to the atoms, then their mean or concatenation.
+
+    Args: ``channels`` C; ``out_features``: width of a seed's result, default C (with
+    residual="input" the seeds have that width); ``reduce``: "mean" [B, out_features] or "concat"
+    [B, seeds·out_features]; options of ``PMA`` and ``MAB``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_features: int | None = None,
+        *,
+        seeds: int = 1,
+        heads: int = 1,
+        reduce: str = "mean",
+        **options,
+    ) -> None:
+        super().__init__()
+        self.reduce = one_of("reduce", reduce, ("mean", "concat"))
+        positive("channels", channels)
+        dim = channels if out_features is None else positive("out_features", out_features)
+        self.pma = PMA(dim, seeds, heads, in_dim=channels, **options)
+
+    def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
+        """[B, C_out] from x [N, C] and the boundaries [B + 1]."""
+        out = self.pma(x, ptr)
+        return out.mean(1) if self.reduce == "mean" else out.flatten(1)

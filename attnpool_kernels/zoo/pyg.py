@@ -1,0 +1,277 @@
+"""Aggregations for torch_geometric: a drop-in SetTransformerAggregation, and any pooling of ``nn``.
+
+An aggregation here needs no padded batch: where torch_geometric's own pads every group to the
+largest one, these work on the rows as they are. Groups are given by ``ptr`` (which costs nothing)
+or by ``index``, whose contents are checked, and whose rows are sorted where they are not sorted.
+
+Importing this module adds the names ``RaggedSetTransformerAggregation`` and
+``AttentionPoolingAggregation`` to ``torch_geometric.nn.aggr``, so that its resolver and
+``MessagePassing(aggr="ragged_set_transformer", aggr_kwargs=...)`` find them; ``register`` says more.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch_geometric.nn.aggr
+from torch import Tensor
+from torch_geometric.nn.aggr import Aggregation
+
+from ..nn.abp import AttentionPooling
+from ..nn.attention import one_of
+from ..nn.blocks import PYG, SetTransformer, decoded
+from ..nn.pooling import Perceptron
+from ..ragged import Ragged
+
+EMPTY = ("attention", "zero")
+
+
+class SetTransformerAggregation(Aggregation):
+    r"""torch_geometric's SetTransformerAggregation with the same weights and numbers, unpadded.
+
+    Constructor, ``forward``, state dict, ``repr`` and results are those of
+    ``torch_geometric.nn.aggr.SetTransformerAggregation``. In addition it takes ``ptr`` alone and an
+    unsorted ``index``, has second derivatives (training on forces) and raises where that one drops
+    elements. Its dropout mask is this package's: same distribution, other numbers.
+
+    Args:
+        channels: C, width of the rows and of each seed; a multiple of ``heads``.
+        num_seed_points: S. num_encoder_blocks, num_decoder_blocks: may be 0.
+        concat: True: [B, S·C]; False: the mean over the seeds, [B, C].
+        layer_norm: with LayerNorm in every block.
+        dropout: on the attention weights, in training.
+        empty: result of a group without elements: "attention", what the layers make of an
+            attention that is 0 (as torch_geometric on torch ≥ 2.5), or "zero", 0.
+        backend: None or the name of a backend, see ``attnpool_kernels.explain``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_seed_points: int = 1,
+        num_encoder_blocks: int = 1,
+        num_decoder_blocks: int = 1,
+        heads: int = 1,
+        concat: bool = True,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+        *,
+        empty: str = "attention",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        model = SetTransformer(
+            channels, channels, heads=heads, seeds=num_seed_points,
+            encoder_blocks=num_encoder_blocks, decoder_blocks=num_decoder_blocks,
+            dropout=dropout, backend=backend, **(PYG | {"norm": layer_norm}),
+        )  # fmt: skip
+        self.channels = channels
+        self.num_seed_points = num_seed_points
+        self.heads = heads
+        self.concat = concat
+        self.layer_norm = layer_norm
+        self.dropout = dropout
+        self.empty = one_of("empty", empty, EMPTY)
+        self.encoders, self.pma, self.decoders = model.encoders, model.pma, model.decoders
+
+    def reset_parameters(self) -> None:
+        for block in (*self.encoders, self.pma, *self.decoders):
+            block.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+        max_num_elements: int | None = None,
+    ) -> Tensor:
+        """[B, S·C] or [B, C] from x [N, C] and the groups of its rows.
+
+        Args:
+            x: [N, C].
+            index: [N] group of each row, in any order.
+            ptr: [B + 1] boundaries of the groups; then ``index`` is not read.
+            dim_size: B; default: that of ptr, or the largest index + 1 (read on the host).
+            dim: of the rows, -2 or 0.
+            max_num_elements: not needed; checked against the largest group on the CPU.
+
+        Raises ValueError: a wrong width, shape, dim, dim_size, boundary or index, by name.
+        """
+        x, ragged = grouped(x, index, ptr, dim_size, dim, max_num_elements)
+        for block in self.encoders:
+            x = block(x, ragged)
+        out = decoded(self.pma(x, ragged), self.decoders).nan_to_num()
+        if self.empty == "zero":
+            out = out.masked_fill((ragged.counts() == 0).to(out.device)[:, None, None], 0.0)
+        return out.flatten(1, 2) if self.concat else out.mean(1)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.channels}, num_seed_points={self.num_seed_points}, "
+            f"heads={self.heads}, layer_norm={self.layer_norm}, dropout={self.dropout})"
+        )
+
+
+class RaggedSetTransformerAggregation(SetTransformerAggregation):
+    """The same under a name that torch_geometric's resolver can tell from its own."""
+
+
+class PoolingAggregation(Aggregation):
+    """Any pooling ``pool(x [N, C], Ragged) → [B, C_out]`` as an aggregation of torch_geometric.
+
+    ``head``: applied to the pooled rows. Arguments of ``forward``: see SetTransformerAggregation.
+    """
+
+    def __init__(self, pool: torch.nn.Module, head: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.pool, self.head = pool, head
+
+    def reset_parameters(self) -> None:
+        for module in (self.pool, self.head):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+        max_num_elements: int | None = None,
+    ) -> Tensor:
+        out = self.pool(*grouped(x, index, ptr, dim_size, dim, max_num_elements))
+        return out if self.head is None else self.head(out)
+
+    def __repr__(self) -> str:
+        return torch.nn.Module.__repr__(self)
+
+
+class AttentionPoolingAggregation(PoolingAggregation):
+    """``nn.AttentionPooling`` as an aggregation; its arguments."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(AttentionPooling(*arguments, **options))
+
+
+def register(replace: bool = False) -> None:
+    """Makes the aggregations known to torch_geometric's resolver by their names.
+
+    Done at import. With ``replace`` torch_geometric's own name too, ``SetTransformerAggregation``
+    or "set_transformer", means the class of this module from then on, in the whole process: for
+    programs that choose an aggregation in a configuration file.
+    """
+    names = [RaggedSetTransformerAggregation, AttentionPoolingAggregation]
+    for found in names + [SetTransformerAggregation] * replace:
+        setattr(torch_geometric.nn.aggr, found.__name__, found)
+
+
+def grouped(
+    x: Tensor,
+    index: Tensor | None,
+    ptr: Tensor | None,
+    dim_size: int | None,
+    dim: int = -2,
+    max_num_elements: int | None = None,
+) -> tuple[Tensor, Ragged]:
+    """The rows of x, group after group, and their boundaries."""
+    if x.dim() != 2:
+        raise ValueError(f"x must have 2 dimensions, got {x.dim()}")
+    if dim not in (-2, 0):
+        raise ValueError(f"dim must be -2 or 0, got {dim}")
+    known = not torch.compiler.is_compiling()
+    if ptr is not None:
+        ragged = Ragged(ptr)
+        last = ragged._last
+        if last is not None and last != x.shape[0]:
+            raise ValueError(f"ptr[-1] must be the number of rows, {x.shape[0]}, got {last}")
+    else:
+        if index is None:
+            index = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+            dim_size = 1 if dim_size is None else dim_size
+        x, index, dim_size = _sorted(x, index, dim_size, known)
+        ragged = Ragged.from_batch(index, dim_size)
+    if dim_size is not None and dim_size != len(ragged):
+        raise ValueError(f"dim_size must be the number of groups, {len(ragged)}, got {dim_size}")
+    if max_num_elements is not None and known and ragged.ptr.device.type == "cpu":
+        largest = int(ragged.counts().amax()) if len(ragged) else 0
+        if max_num_elements < largest:
+            raise ValueError(
+                f"max_num_elements must be at least the largest group, {largest}, "
+                f"got {max_num_elements}"
+            )
+    return x, ragged
+
+
+def _sorted(x: Tensor, index: Tensor, dim_size: int | None, known: bool):
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
+    if index.shape != x.shape[:1]:
+        raise ValueError(f"index must have shape [{x.shape[0]}], got {tuple(index.shape)}")
+    in_order = False
+    if known and index.numel():
+        falls = (index[1:] < index[:-1]).any()
+        smallest, largest, falls = torch.stack([*index.aminmax(), falls.to(index)]).tolist()
+        dim_size = largest + 1 if dim_size is None else dim_size
+        if smallest < 0 or largest >= dim_size:
+            wrong = smallest if smallest < 0 else largest
+            raise ValueError(f"index must be from 0 to dim_size - 1 = {dim_size - 1}, got {wrong}")
+        in_order = not falls
+    elif dim_size is None:
+        dim_size = int(index.max()) + 1 if index.numel() else 0
+    if not in_order:  # or not known: a compiled graph cannot depend on it
+        index, order = index.sort(stable=True)
+        x = x.index_select(0, order)
+    return x, index, dim_size
+
+
+class MoleculeGraph(torch.nn.Module):
+    """All pairs of atoms of a molecule within a cutoff: ``interaction_graph`` of PyG's SchNet.
+
+    Unlike the default there is no limit on the neighbours, so the result does not depend on the
+    order of the atoms; and it needs no compiled extension. cutoff: in the unit of the positions.
+    """
+
+    def __init__(self, cutoff: float = 10.0) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+
+    def forward(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Edges [2, E] (source, target) and their lengths [E], from pos [N, 3] and batch [N]."""
+        ragged = Ragged.from_batch(batch)
+        counts = ragged.counts()[batch]  # candidates of each target atom
+        target = torch.repeat_interleave(counts)
+        place = torch.arange(len(target), device=pos.device) - (counts.cumsum(0) - counts)[target]
+        source = ragged.ptr[batch[target]] + place
+        near = (pos[source] - pos[target]).detach().square().sum(1) <= self.cutoff**2
+        edges = torch.stack([source, target])[:, near & (source != target)]
+        return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=1)
+
+
+def pooled_schnet(
+    model: torch.nn.Module, pool: torch.nn.Module, head: torch.nn.Module | None = None
+) -> torch.nn.Module:
+    """PyG's SchNet with a pooling of its last hidden state instead of a sum of atom outputs.
+
+    The model is changed in place and returned: its two output layers are dropped, its readout
+    becomes ``pool`` [B, C] and then ``head``, by default the one of Buterez et al.: linear layers
+    C, C/2, C/2, 1 with shifted softplus, xavier weights, biases 0.01.
+
+    Raises ValueError for a model with dipole, atomref, mean or std, which act on atom outputs.
+    """
+    for name in ("dipole", "atomref", "mean", "std"):
+        if getattr(model, name) not in (None, False):
+            raise ValueError(f"model must not have {name}: it acts on the outputs of single atoms")
+    if head is None:
+        width = model.hidden_channels
+        head = Perceptron((width, width // 2, width // 2, 1), "shifted_softplus")
+        for layer in head:
+            torch.nn.init.xavier_uniform_(layer.weight)
+            torch.nn.init.constant_(layer.bias, 0.01)
+    model.lin1 = model.act = model.lin2 = torch.nn.Identity()
+    model.readout = PoolingAggregation(pool, head)
+    return model
+
+
+register()
