@@ -1,2 +1,326 @@
+// (B1)-(B7): dq, dk, dv, dbias.
+//
+// Grid: x only, GROUPS tiles x heads a block; a group of ROWS / 16 warps owns ROWS rows of one
+// molecule and one head, 16 rows a warp, and waits for no other group. Two launches:
+//   backward_queries_kernel  tiles of queries: delta and dq. Where the molecule has at most ROWS
+//                            queries and keys the same group does its dk and dv as well, from the
+//                            rows already in shared memory: q, k, v, dout are read once.
+//   backward_keys_kernel     tiles of keys of the other molecules: dk and dv.
+// Shared memory a group: four tiles (q, dout, k, v), lse, 1 / rowsum(exp(S - lse)) and delta' of the
+// queries. The rowsum is 1 but for the rounding of lse, which for large logits would be the largest
+// error of all. delta is rowsum(P o dP) in the accumulator's type, so `out` is not read. No atomics;
+// with shared seeds dq is written per molecule and summed afterwards (seeds.cuh). Any size is
+// correct; beyond ROWS the rows of the other axis are read again by each tile, without overlap.
+#include "../math.h"
+#include "instances.cuh"
 #include "launch.h"
-namespace attnpool { int launch_backward(const KernelParams&, void*) { return -1; } }
+#include "seeds.cuh"
+#include "tile.cuh"
+
+namespace attnpool {
+
+template <typename T, int D>
+struct BackwardPlan {
+  static constexpr int ROW_BYTES = D * int(sizeof(T));
+  static constexpr int ROWS = larger(16, smaller(64, (16 << 10) / ROW_BYTES));
+  static constexpr int N = sizeof(T) == 2 && D <= 64 ? 4 : 2, STEP = 8 * N;  // 16 x STEP pairs
+  static constexpr int UNITS = sizeof(T) == 8 ? smaller(D, 64) : D;  // of a gradient at a time
+  static constexpr int GROUP_THREADS = ROWS * 2;
+  static constexpr int TILE = ROWS * STRIDE<T, D>;
+  static constexpr int GROUP_BYTES = 4 * TILE * int(sizeof(T)) + 3 * ROWS * int(sizeof(Acc<T>));
+  static constexpr int GROUPS = GROUP_BYTES <= (24 << 10) ? 2 : 1;
+  static constexpr int THREADS = GROUPS * GROUP_THREADS, BYTES = GROUPS * GROUP_BYTES;
+};
+
+// The shared memory of one group.
+template <typename T, int D>
+struct BackwardTiles {
+  using Plan = BackwardPlan<T, D>;
+  T *q, *dout, *k, *v;
+  Acc<T>* lse;  // -inf: a row without a finite logit, or no row; its P and dS are 0
+  Acc<T> *norm, *delta;
+
+  ATTN_DEVICE explicit BackwardTiles(unsigned char* memory)
+      : q(reinterpret_cast<T*>(memory)), dout(q + Plan::TILE), k(dout + Plan::TILE),
+        v(k + Plan::TILE), lse(reinterpret_cast<Acc<T>*>(v + Plan::TILE)),
+        norm(lse + Plan::ROWS), delta(norm + Plan::ROWS) {}
+
+  ATTN_DEVICE void load_queries(const KernelParams& p, const Tile& tile, const Span& span,
+                                int64_t first, int64_t head, int thread, bool statistics) const {
+    const int live = rows_from(span.size, first, Plan::ROWS);
+    const int rows = round_up(live, Plan::STEP);
+    const int64_t row = span.first + first;
+    load_rows<T, D, Plan::GROUP_THREADS>(q, rows, p.q, p.vector_loads & VECTOR_Q, 0, row, live,
+                                         head, int(p.head_dim), thread);
+    load_rows<T, D, Plan::GROUP_THREADS>(dout, rows, p.dout, p.vector_loads & VECTOR_DOUT,
+                                         tile.molecule, row, live, head, int(p.value_dim), thread);
+    for (int i = thread; i < Plan::ROWS; i += Plan::GROUP_THREADS) {
+      lse[i] = i < live ? *address<const Acc<T>>(p.lse, tile.molecule, row + i, head)
+                        : -Acc<T>(INFINITY);
+      if (!statistics) continue;  // this group finds them itself
+      const Acc<T>* found = statistics_of<T>(p, tile.molecule, row + i, head);
+      norm[i] = i < live ? found[0] : 0;
+      delta[i] = i < live ? found[1] : 0;
+    }
+  }
+
+  ATTN_DEVICE void load_keys(const KernelParams& p, const Span& span, int64_t first, int64_t head,
+                             int thread) const {
+    const int live = rows_from(span.size, first, Plan::ROWS);
+    const int rows = round_up(live, larger(16, Plan::STEP));
+    load_rows<T, D, Plan::GROUP_THREADS>(k, rows, p.k, p.vector_loads & VECTOR_K, 0,
+                                         span.first + first, live, head, int(p.head_dim), thread);
+    load_rows<T, D, Plan::GROUP_THREADS>(v, rows, p.v, p.vector_loads & VECTOR_V, 0,
+                                         span.first + first, live, head, int(p.value_dim), thread);
+  }
+};
+
+// dk and dv of the 16 keys from `slot` on, over the queries of the group's tile.
+// first_query and first_key: of the two tiles, in the molecule.
+template <typename T, int D, int M>
+ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
+                                   const BackwardTiles<T, D>& tiles, const Pairs<T>& pairs,
+                                   int slot, int queries, int64_t first_query, int64_t first_key,
+                                   int begin) {
+  using Plan = BackwardPlan<T, D>;
+  using A = Acc<T>;
+  constexpr int S = STRIDE<T, D>, N = Plan::N;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  for (int at = 0; at < queries; at += Plan::STEP) {
+    A weights[N][4], ds[N][4];
+    clear(weights);
+    clear(ds);
+    multiply_rows<T, D, true>(weights, tiles.k + slot * S, tiles.q + at * S);
+    multiply_rows<T, D, true>(ds, tiles.v + slot * S, tiles.dout + at * S);
+    ATTN_UNROLL
+    for (int n = 0; n < N; ++n)
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int query = at + n * 8 + 2 * t + e % 2;
+        const int64_t i = first_query + query, j = first_key + slot + g + e / 2 * 8;
+        const A lse = tiles.lse[query];
+        if (lse == -A(INFINITY)) {
+          weights[n][e] = ds[n][e] = 0;
+          continue;
+        }
+        const A logit = pairs.logit(weights[n][e], i, j);
+        const A p = exponential<T>(logit - lse) * tiles.norm[query];             // (F2)
+        const A r = pairs.keep(i, j);
+        ds[n][e] = score_gradient(p, r * ds[n][e], tiles.delta[query]);          // (B1) (B3)
+        weights[n][e] = p * r;
+      }
+    multiply_weights<T, D>(dv, weights, tiles.dout + at * S + begin);            // (B4)
+    multiply_weights<T, D>(dk, ds, tiles.q + at * S + begin);                    // (B6)
+  }
+}
+
+template <typename T, int D>
+ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
+    backward_queries_kernel(ATTN_GRID_CONSTANT KernelParams p) {
+  using Plan = BackwardPlan<T, D>;
+  using A = Acc<T>;
+  constexpr int S = STRIDE<T, D>, ROWS = Plan::ROWS, N = Plan::N, M = Plan::UNITS / 8;
+  ATTN_SHARED_MEMORY(memory);
+  const int group = threadIdx.x / Plan::GROUP_THREADS;
+  const int thread = threadIdx.x % Plan::GROUP_THREADS, slot = thread / 32 * 16;
+  const uint32_t work = blockIdx.x * Plan::GROUPS + group;
+  const uint32_t heads = static_cast<uint32_t>(p.heads);
+  const int64_t head = work % heads, tile_index = work / heads;
+  if (tile_index >= query_tile_count(p, ROWS)) return;
+  const Tile tile = find_query_tile(p, tile_index, ROWS);
+  const int live = rows_from(tile.own.size, tile.first, ROWS);
+  const int64_t keys = tile.other.size;
+  const bool whole = tile.real && tile.own.size <= ROWS && keys <= ROWS;
+  if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
+
+  const BackwardTiles<T, D> tiles(memory + group * Plan::GROUP_BYTES);
+  const bool resident = keys <= ROWS;
+  if (keys > 0) {
+    tiles.load_queries(p, tile, tile.own, tile.first, head, thread, false);
+    if (resident) tiles.load_keys(p, tile.other, 0, head, thread);
+    copy_commit();
+    copy_wait<0>();
+    group_barrier(1 + group, Plan::GROUP_THREADS);
+  }
+
+  const Pairs<T> pairs(p, tile.molecule, head, keys);
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int64_t first_query = tile.own.first + tile.first;
+  // Of rows slot + g and slot + g + 8.
+  A delta[2] = {0, 0}, norm[2] = {0, 0}, lse[2] = {-A(INFINITY), -A(INFINITY)};
+  if (keys > 0) {
+    lse[0] = tiles.lse[slot + g];
+    lse[1] = tiles.lse[slot + g + 8];
+  }
+  A weights[N][4], dp[N][4];
+  // Sweep 0 over the keys finds norm and delta, sweep 1 adds to dq. One step of keys stays in registers.
+  const bool once = keys <= Plan::STEP;
+  for (int begin = 0; begin < D; begin += Plan::UNITS) {
+    A dq[M][4];
+    clear(dq);
+    for (int sweep = begin == 0 ? 0 : 1; sweep < 2; ++sweep) {
+      for (int64_t first = 0; first < keys; first += ROWS) {
+        if (!resident) {
+          group_barrier(1 + group, Plan::GROUP_THREADS);
+          tiles.load_keys(p, tile.other, first, head, thread);
+          copy_commit();
+          copy_wait<0>();
+          group_barrier(1 + group, Plan::GROUP_THREADS);
+        }
+        if (slot >= live) continue;
+        const int rows = rows_from(keys, first, ROWS);
+        for (int at = 0; at < rows; at += Plan::STEP) {
+          const int64_t key = first + at + 2 * t;
+          if (sweep == 0 || !once) {
+            clear(weights);
+            clear(dp);
+            multiply_rows<T, D, false>(weights, tiles.q + slot * S, tiles.k + at * S);
+            multiply_rows<T, D, false>(dp, tiles.dout + slot * S, tiles.v + at * S);
+            ATTN_UNROLL
+            for (int n = 0; n < N; ++n)
+              ATTN_UNROLL
+              for (int half = 0; half < 2; ++half) {
+                const int64_t i = tile.first + slot + g + 8 * half, j = key + 8 * n;
+                A r[2];
+                pairs.keep_two(i, j, r);
+                ATTN_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                  A& weight = weights[n][2 * half + e];
+                  const bool exists = j + e < keys && lse[half] != -A(INFINITY);
+                  weight = exists ? exponential<T>(pairs.logit(weight, i, j + e) - lse[half])
+                                  : A(0);                                        // (F2)
+                  dp[n][2 * half + e] = exists ? r[e] * dp[n][2 * half + e] : A(0);  // (B1)
+                }
+              }
+          }
+          if (sweep == 0) {
+            ATTN_UNROLL
+            for (int n = 0; n < N; ++n)
+              ATTN_UNROLL
+              for (int e = 0; e < 4; ++e) {
+                norm[e / 2] += weights[n][e];
+                delta[e / 2] += weights[n][e] * dp[n][e];                        // (B2)
+              }
+            continue;
+          }
+          A ds[N][4];
+          ATTN_UNROLL
+          for (int n = 0; n < N; ++n)
+            ATTN_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              const int row = slot + g + e / 2 * 8;
+              const int64_t j = key + 8 * n + e % 2;
+              const bool dead = lse[e / 2] == -A(INFINITY) || j >= keys;
+              const A weight = weights[n][e] * norm[e / 2];
+              ds[n][e] = dead ? A(0) : score_gradient(weight, dp[n][e], delta[e / 2]);
+              if (begin == 0 && row < live && j < keys)
+                pairs.store_pair(p.dbias, tile.first + row, j, ds[n][e]);        // (B3) (B7)
+            }
+          multiply_weights<T, D>(dq, ds, tiles.k + at * S + begin);              // (B5)
+        }
+      }
+      if (sweep == 1) break;
+      ATTN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        norm[half] = quad_sum(norm[half]);
+        norm[half] = norm[half] == 0 ? A(0) : A(1) / norm[half];
+        delta[half] = quad_sum(delta[half]) * norm[half];
+        const int row = slot + g + 8 * half;
+        if (row >= live) continue;
+        if (p.dlse.data)
+          delta[half] -= *address<const A>(p.dlse, tile.molecule, first_query + row, head);
+        if (t == 0 && whole && keys > 0) {
+          tiles.norm[row] = norm[half];
+          tiles.delta[row] = delta[half];
+        } else if (t == 0 && !whole) {
+          A* found = statistics_of<T>(p, tile.molecule, first_query + row, head);
+          found[0] = norm[half];
+          found[1] = delta[half];
+        }
+      }
+    }
+    const A scale = pairs.scale;
+    if (slot < live)
+      store_query_gradient<T>(p, p.dq, tile.molecule, first_query + slot, live - slot, head, begin,
+                              dq, lse[0] == -A(INFINITY) ? A(0) : scale,
+                              lse[1] == -A(INFINITY) ? A(0) : scale);
+  }
+  if (!whole || keys == 0) return;
+
+  group_barrier(1 + group, Plan::GROUP_THREADS);  // delta' of the other warps
+  if (slot >= keys) return;
+  for (int begin = 0; begin < D; begin += Plan::UNITS) {
+    A dk[M][4], dv[M][4];
+    clear(dk);
+    clear(dv);
+    add_key_gradients(dk, dv, tiles, pairs, slot, live, 0, 0, begin);
+    const int64_t first_key = tile.other.first + slot;
+    const int count = static_cast<int>(keys) - slot;
+    store_rows<T>(p.dk, 0, first_key, count, head, begin, int(p.head_dim), dk, pairs.scale,
+                  pairs.scale);
+    store_rows<T>(p.dv, 0, first_key, count, head, begin, int(p.value_dim), dv, A(1), A(1));
+  }
+}
+
+template <typename T, int D>
+ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
+    backward_keys_kernel(ATTN_GRID_CONSTANT KernelParams p) {
+  using Plan = BackwardPlan<T, D>;
+  using A = Acc<T>;
+  constexpr int ROWS = Plan::ROWS, M = Plan::UNITS / 8;
+  ATTN_SHARED_MEMORY(memory);
+  const int group = threadIdx.x / Plan::GROUP_THREADS;
+  const int thread = threadIdx.x % Plan::GROUP_THREADS, slot = thread / 32 * 16;
+  const uint32_t work = blockIdx.x * Plan::GROUPS + group;
+  const uint32_t heads = static_cast<uint32_t>(p.heads);
+  const int64_t head = work % heads, tile_index = work / heads;
+  if (tile_index >= tile_count(key_axis(p), ROWS)) return;
+  const Tile tile = find_key_tile(p, tile_index, ROWS);
+  const int live = rows_from(tile.own.size, tile.first, ROWS);
+  const int64_t queries = tile.other.size;
+  const bool whole = tile.real && tile.own.size <= ROWS && queries <= ROWS;
+  if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
+
+  const BackwardTiles<T, D> tiles(memory + group * Plan::GROUP_BYTES);
+  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
+  if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
+  for (int begin = 0; begin < D; begin += Plan::UNITS) {
+    A dk[M][4], dv[M][4];
+    clear(dk);
+    clear(dv);
+    for (int64_t first = 0; first < queries; first += ROWS) {
+      group_barrier(1 + group, Plan::GROUP_THREADS);
+      tiles.load_queries(p, tile, tile.other, first, head, thread, true);
+      copy_commit();
+      copy_wait<0>();
+      group_barrier(1 + group, Plan::GROUP_THREADS);
+      if (slot < live)
+        add_key_gradients(dk, dv, tiles, pairs, slot, rows_from(queries, first, ROWS), first,
+                          tile.first, begin);
+    }
+    if (slot >= live) continue;
+    const int64_t first_key = tile.own.first + tile.first + slot;
+    store_rows<T>(p.dk, 0, first_key, live - slot, head, begin, int(p.head_dim), dk, pairs.scale,
+                  pairs.scale);
+    store_rows<T>(p.dv, 0, first_key, live - slot, head, begin, int(p.value_dim), dv, A(1), A(1));
+  }
+}
+
+template <typename T, int D>
+struct RunBackward {
+  static int run(const KernelParams& p, void* stream) {
+    using Plan = BackwardPlan<T, D>;
+    const int64_t query_tiles = query_tile_count(p, Plan::ROWS) * p.heads;
+    const int64_t key_tiles = tile_count(key_axis(p), Plan::ROWS) * p.heads;
+    int status = launch<backward_queries_kernel<T, D>, Plan>(query_tiles, p, stream);
+    if (!status) status = launch<backward_keys_kernel<T, D>, Plan>(key_tiles, p, stream);
+    if (!status && p.shared_seeds) status = sum_over_molecules<T>(p, stream);
+    return status;
+  }
+};
+
+int launch_backward(const KernelParams& p, void* stream) {
+  return for_instance<RunBackward>(p, stream);
+}
+
+}  // namespace attnpool

@@ -1,9 +1,9 @@
 // (F1)-(F3): out and lse of one tile of queries a group of warps.
 //
-// Grid: x only, GROUPS tiles x heads a block. A group is ROWS / 16 warps that own ROWS query rows of
-// one molecule and one head, 16 rows a warp, and walk over the molecule's keys in steps of KEYS from
-// the molecule's own start, so a row's sums never depend on its batch. Shared memory a group: the
-// queries, and keys and values twice (the next step is copied while this one is computed). The
+// Grid: x only, GROUPS tiles x heads a block. A group is ROWS / 16 warps that own ROWS query rows
+// of one molecule and one head, 16 rows a warp, and walk over the molecule's keys in steps of KEYS
+// from the molecule's own start, so a row's sums never depend on its batch. Shared memory a group:
+// the queries, and keys and values twice (the next step is copied while this one is computed). The
 // groups of a block are different tiles and never wait for each other.
 // Any size is correct; the shape is meant for molecules, where memory is the limit.
 // Source: online softmax (Milakov and Gimelshein, 2018) on tiles of FlashAttention-2 (Dao, 2023).
@@ -108,9 +108,12 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
         ATTN_UNROLL
         for (int n = 0; n < N; ++n)
           ATTN_UNROLL
-          for (int e = 0; e < 4; ++e)
-            s[n][e] *= pairs.keep(tile.first + slot + g + e / 2 * 8,
-                                  first + n * 8 + 2 * t + e % 2);
+          for (int half = 0; half < 2; ++half) {
+            A r[2];
+            pairs.keep_two(tile.first + slot + g + 8 * half, first + n * 8 + 2 * t, r);
+            s[n][2 * half] *= r[0];
+            s[n][2 * half + 1] *= r[1];
+          }
       }
       ATTN_UNROLL
       for (int m = 0; m < M; ++m)
@@ -131,15 +134,16 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
       *address<A>(p.lse, tile.molecule, first_query + row, head) =
           sum[half] == 0 ? A(-INFINITY) : highest[half] + natural_log(sum[half]);
   }
-  store_rows<T, M>(p.out, tile.molecule, first_query + slot, live - slot, head, 0, value_dim, out,
-                   inverse[0], inverse[1]);
+  store_rows<T>(p.out, tile.molecule, first_query + slot, live - slot, head, 0, value_dim, out,
+                inverse[0], inverse[1]);
 }
 
 template <typename T, int D>
 struct RunForward {
   static int run(const KernelParams& p, void* stream) {
     using Plan = ForwardPlan<T, D>;
-    return launch<forward_kernel<T, D>, Plan>(query_tile_count(p, Plan::ROWS), p, stream);
+    return launch<forward_kernel<T, D>, Plan>(query_tile_count(p, Plan::ROWS) * p.heads, p,
+                                                stream);
   }
 };
 

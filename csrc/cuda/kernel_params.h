@@ -18,7 +18,7 @@ enum VectorLoads : uint32_t {
 
 struct KernelParams : AttnParams {
   // Row statistics that a key tile needs and a query tile computes, [query rows, heads, 4] in the
-  // accumulator's type: delta', t, y. With shared seeds [molecules, seeds, heads, 4].
+  // accumulator's type: norm, delta', t, y. With shared seeds [molecules, seeds, heads, 4].
   void* statistics;
   // Shared seeds: d(q) of one molecule, [molecules, seeds, heads, head_dim] in the accumulator's
   // type, later summed over the molecules in a fixed order, and the room for that sum.

@@ -78,27 +78,41 @@ ATTN_DEVICE void load_rows(T* tile, int rows, const View& x, bool by_16_bytes, i
 }
 
 // Units begin ... begin + 8 N - 1 of the 16 rows of a slot, times a factor for rows g and g + 8.
-template <typename T, int N>
+// A factor of 0 means an empty row, which is 0 even where the sum is not finite.
+template <typename Out, typename A, int N>
 ATTN_DEVICE void store_rows(const View& x, int64_t molecule, int64_t first, int live, int64_t head,
-                            int begin, int units, const Acc<T> (&c)[N][4], Acc<T> upper,
-                            Acc<T> lower) {
+                            int begin, int units, const A (&c)[N][4], A upper, A lower) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
     if (row >= live) continue;
-    const Acc<T> factor = half ? lower : upper;
-    T* to = address<T>(x, molecule, first + row, head);
+    const A factor = half ? lower : upper;
+    Out* to = address<Out>(x, molecule, first + row, head);
     ATTN_UNROLL
     for (int n = 0; n < N; ++n)
       ATTN_UNROLL
       for (int e = 0; e < 2; ++e) {
         const int unit = begin + 8 * n + 2 * t + e;
-        // A factor of 0 means an empty row, which is 0 even where the sum is not finite.
-        const Acc<T> value = factor == 0 ? Acc<T>(0) : c[n][2 * half + e] * factor;
+        const A value = factor == 0 ? A(0) : c[n][2 * half + e] * factor;
         if (unit < units) from_acc(value, to[unit * x.unit]);
       }
   }
+}
+
+// d(q) of a slot: to the tensor, or with shared seeds to the partial result of this molecule.
+template <typename T, int N>
+ATTN_DEVICE void store_query_gradient(const KernelParams& p, const View& dq, int64_t molecule,
+                                      int64_t first, int live, int64_t head, int begin,
+                                      const Acc<T> (&c)[N][4], Acc<T> upper, Acc<T> lower) {
+  const int units = static_cast<int>(p.head_dim);
+  if (!p.shared_seeds) {
+    store_rows<T>(dq, molecule, first, live, head, begin, units, c, upper, lower);
+    return;
+  }
+  const int64_t row = p.heads * p.head_dim;
+  const View partial = {p.partial, p.query_rows * row, row, p.head_dim, 1};
+  store_rows<Acc<T>>(partial, molecule, first, live, head, begin, units, c, upper, lower);
 }
 
 // ---- products of one warp ----------------------------------------------------------------------
@@ -256,6 +270,23 @@ struct Pairs {
     const uint32_t high = j & 1 ? words.word[3] : words.word[2];
     return (j & 2 ? high : low) >= p.drop_threshold ? keep_scale : 0;
   }
+
+  // R of (i, j) and (i, j + 1) for an even j, which share their random words.
+  ATTN_DEVICE void keep_two(int64_t i, int64_t j, Acc<T> (&r)[2]) const {
+    r[0] = r[1] = 1;
+    if (!p.seed) return;
+    const PhiloxWords words = keep_words(key, molecule, head, i, j);
+    r[0] = (j & 2 ? words.word[2] : words.word[0]) >= p.drop_threshold ? keep_scale : 0;
+    r[1] = (j & 2 ? words.word[3] : words.word[1]) >= p.drop_threshold ? keep_scale : 0;
+  }
 };
+
+// Where the statistics of a query row lie (KernelParams), four numbers a row and head.
+template <typename T>
+ATTN_DEVICE Acc<T>* statistics_of(const KernelParams& p, int64_t molecule, int64_t row,
+                                  int64_t head) {
+  const int64_t rows = p.shared_seeds ? molecule * p.query_rows + row : row;
+  return static_cast<Acc<T>*>(p.statistics) + (rows * p.heads + head) * 4;
+}
 
 }  // namespace attnpool

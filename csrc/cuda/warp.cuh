@@ -105,10 +105,10 @@ ATTN_DEVICE void mma_double(double& c0, double& c1, double a, double b) {
       : "d"(a), "d"(b));
 }
 
-// Runs tiles * heads groups of a kernel; 0, or a cudaError_t.
+// Runs a kernel for so many groups of warps; returns 0 or a cudaError_t.
 template <void (*KERNEL)(KernelParams), typename Plan>
-int launch(int64_t tiles, const KernelParams& p, void* stream) {
-  const int64_t blocks = (tiles * p.heads + Plan::GROUPS - 1) / Plan::GROUPS;
+int launch(int64_t groups, const KernelParams& p, void* stream) {
+  const int64_t blocks = (groups + Plan::GROUPS - 1) / Plan::GROUPS;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (Plan::BYTES > (48 << 10)) {

@@ -1,10 +1,10 @@
 // The threads of one CUDA block as fibers of one thread of the CPU, with the barriers they meet at.
 //
 // Schedules: seed 0 runs the threads in order; an odd seed shuffles them anew each round; an even
-// one gives the warps a strict random order, so that one warp runs as far ahead of the others as the
-// barriers allow. Blocks are shuffled too. An error is thrown for lanes of a warp that meet
-// different collectives or leave, for barriers with different thread counts, for a deadlock, and for
-// threads that end with a copy in flight.
+// one gives the warps a strict random order, so that one warp runs as far ahead of the others as
+// the barriers allow. Blocks are shuffled too. An error is thrown for lanes of a warp that meet
+// different collectives or leave, for barriers with different thread counts, for a deadlock, and
+// for threads that end with a copy in flight.
 #pragma once
 
 #include <algorithm>

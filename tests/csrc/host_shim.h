@@ -197,8 +197,8 @@ inline void mma_double(double& c0, double& c1, double a, double b) {
 // ---- launch ------------------------------------------------------------------------------------
 
 template <void (*KERNEL)(KernelParams), typename Plan>
-int launch(int64_t tiles, const KernelParams& p, void*) {
-  const int64_t blocks = (tiles * p.heads + Plan::GROUPS - 1) / Plan::GROUPS;
+int launch(int64_t groups, const KernelParams& p, void*) {
+  const int64_t blocks = (groups + Plan::GROUPS - 1) / Plan::GROUPS;
   if (blocks == 0) return 0;
   if (blocks > INT32_MAX) return 9;  // cudaErrorInvalidConfiguration
   fibers::launch(blocks, Plan::THREADS, Plan::BYTES, [&p] { KERNEL(p); });
