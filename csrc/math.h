@@ -32,4 +32,11 @@ ATTN_HD T score_second_gradient(T p, T tangent, T dp, T delta_l, T t, T g, T y) 
   return p * (tangent * (dp - delta_l) - t * dp + g - y);
 }
 
+// (D6) with T - t taken first, which cancels less: T (dp - delta') - t dp - y equals
+// (T - t)(dp - delta') - y', where y' = s1 - delta t + w = sum p (T - t)(dp - delta) + w.
+template <typename T>
+ATTN_HD T centred_second_gradient(T p, T centred, T dp, T delta_l, T g, T y) {
+  return p * (centred * (dp - delta_l) + (g - y));
+}
+
 }  // namespace attnpool

@@ -37,46 +37,52 @@ struct Scratch {
   }
 };
 
-// p: products q.k to weights P; dp: products dO.v to dP (times R). one_block: every key is here, and
-// delta = rowsum(P dP) comes from the block itself.
+// p: logits to weights P, not yet divided by their sum where one block holds all keys.
 template <typename T, bool BIAS>
-void weights(T* p, const T* bias, int64_t nj, int64_t lanes, T scale, const T* minus_lse) {
+void weights(T* p, const T* bias, int64_t nj, int64_t lanes, const T* minus_lse) {
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
     const Vector<T> shift = load(minus_lse + x);
     for (int64_t j = 0; j < nj; ++j) {
-      Vector<T> logit = load(p + j * QUERIES + x) * scale;
+      Vector<T> logit = load(p + j * QUERIES + x);
       if (BIAS) logit += load(bias + j * QUERIES + x);
       store(p + j * QUERIES + x, exp<T>(logit + shift));
     }
   }
 }
 
-template <typename T, bool DROPOUT>
-void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, bool one_block,
-                     const T* delta, const T* dlse) {
+// p to P (times R), ds from dO.v to dS. ONE_BLOCK: every key is here; P is divided by its own sum,
+// because the rounding of a large LSE would spoil the cancellation in (B3), and
+// delta = rowsum(P dP) comes from the block itself.
+template <typename T, bool DROPOUT, bool ONE_BLOCK>
+void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* delta,
+                     const T* dlse) {
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-    Vector<T> sum{};
-    if (one_block) {
+    Vector<T> sum{}, total{};
+    if (ONE_BLOCK) {
       for (int64_t j = 0; j < nj; ++j) {
-        Vector<T> dp = load(ds + j * QUERIES + x);
-        if (DROPOUT) {
-          dp *= load(keep + j * QUERIES + x);
-          store(ds + j * QUERIES + x, dp);
-        }
-        sum += load(p + j * QUERIES + x) * dp;
+        const int64_t at = j * QUERIES + x;
+        const Vector<T> weight = load(p + at);
+        Vector<T> dp = load(ds + at);
+        if (DROPOUT) dp *= load(keep + at);
+        total += weight;
+        sum += weight * dp;
       }
+      total = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
+      sum *= total;
     } else {
       sum = load(delta + x);
     }
     const Vector<T> delta_l = sum - load(dlse + x);  // (B2)
     for (int64_t j = 0; j < nj; ++j) {
       const int64_t at = j * QUERIES + x;
-      const Vector<T> weight = load(p + at);
-      Vector<T> dp = load(ds + at);
+      Vector<T> weight = load(p + at), dp = load(ds + at);
+      if (ONE_BLOCK) weight *= total;
       if (DROPOUT) {
         const Vector<T> kept = load(keep + at);
-        if (!one_block) dp *= kept;
+        dp *= kept;
         store(p + at, weight * kept);
+      } else if (ONE_BLOCK) {
+        store(p + at, weight);
       }
       store(ds + at, score_gradient(weight, dp, delta_l));  // (B3)
     }
@@ -146,22 +152,22 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
           row_products(w.out, w.dout, w.value_ld, at.ni, w.delta);  // (B2)
         }
       }
-      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.p, T(1), false);
+      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.p, scale, false);
       if (a.bias.data) {
         pack_pairs(a, a.bias, at, w.pairs);
-        weights<T, true>(w.p, w.pairs, nj, lanes, scale, w.minus_lse);
+        weights<T, true>(w.p, w.pairs, nj, lanes, w.minus_lse);
       } else {
-        weights<T, false>(w.p, nullptr, nj, lanes, scale, w.minus_lse);
+        weights<T, false>(w.p, nullptr, nj, lanes, w.minus_lse);
       }
       pair_products(at, w.v, w.value_ld, w.dout_t, a.value_dim, w.ds, T(1), false);  // (B1)
       dead.clear_pairs(w.p, at.ni, at.nj);
       dead.clear_pairs(w.ds, at.ni, at.nj);
-      if (a.seed) {
-        keep_pairs(a, at, w.pairs);
-        score_gradients<T, true>(w.p, w.ds, w.pairs, nj, lanes, one_block, w.delta, w.dlse);
-      } else {
-        score_gradients<T, false>(w.p, w.ds, nullptr, nj, lanes, one_block, w.delta, w.dlse);
-      }
+      if (a.seed) keep_pairs(a, at, w.pairs);
+      const auto finish = a.seed ? (one_block ? score_gradients<T, true, true>
+                                              : score_gradients<T, true, false>)
+                                 : (one_block ? score_gradients<T, false, true>
+                                              : score_gradients<T, false, false>);
+      finish(w.p, w.ds, w.pairs, nj, lanes, w.delta, w.dlse);
       const bool add = at.i0 > 0;
       sum_over_queries(at, w.p, w.dout, w.value_ld, dv.data, dv.ld, T(1), add);  // (B4)
       sum_over_queries(at, w.ds, w.q, w.head_ld, dk.data, dk.ld, scale, add);    // (B6)

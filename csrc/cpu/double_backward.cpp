@@ -15,8 +15,8 @@ struct Scratch {
   T *ddq, *ddq_t, *ddk, *ddv;                     // A, B, C
   T *p, *tangent, *dp, *g, *pairs;                // P, T, dP, G of the block
   T *gk, *gv;
-  T *minus_lse, *dlse, *delta_l, *t, *y;
-  T* linear;  // by query of the molecule: statistics [3, n_q], gq, gdout
+  T *minus_lse, *dlse, *delta_l, *t, *y, *w, *inverse;
+  T* linear;  // by query of the molecule: statistics [4, n_q], gq, gdout
   int64_t keys, head_ld, value_ld;
 
   Scratch(const AttnParams& a, int64_t longest, Arena& arena) {
@@ -29,15 +29,16 @@ struct Scratch {
     arena.each(keys * value_ld, v, ddv, gv);
     arena.each(keys * QUERIES, p, tangent, dp, g);
     pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
-    arena.each(QUERIES, minus_lse, dlse, delta_l, t, y);
-    linear = arena.take<T>(whole_vectors<T>(longest) * (3 + head_ld + value_ld));
+    arena.each(QUERIES, minus_lse, dlse, delta_l, t, y, w, inverse);
+    linear = arena.take<T>(whole_vectors<T>(longest) * (4 + head_ld + value_ld));
   }
 };
 
-// Row sums of one block of queries over the keys seen so far.
+// Row sums of one block of queries over the keys seen so far. P is divided by its own sum in the end:
+// the rounding of a large LSE would spoil the cancellations in (D5) and (D6).
 template <typename T>
 struct Sums {
-  alignas(64) T delta[QUERIES], t[QUERIES], s1[QUERIES], w[QUERIES];
+  alignas(64) T total[QUERIES], delta[QUERIES], t[QUERIES], s1[QUERIES], w[QUERIES];
 };
 
 template <typename T>
@@ -47,7 +48,7 @@ class Head {
       : a_(a), task_(task), w_(w), scale_(T(a.scale)),
         at_{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0} {
     query_step_ = step_of(at_.queries.size, QUERIES, WIDTH<T>);
-    rows_ = task.statistics ? static_cast<T*>(task.statistics) + head * 3 * at_.queries.size
+    rows_ = task.statistics ? static_cast<T*>(task.statistics) + head * 4 * at_.queries.size
                             : w.linear;
   }
 
@@ -70,6 +71,7 @@ class Head {
         rows_[at_.i0 + i] = w_.delta_l[i];
         rows_[n + at_.i0 + i] = w_.t[i];
         rows_[2 * n + at_.i0 + i] = w_.y[i];
+        rows_[3 * n + at_.i0 + i] = w_.inverse[i];
       }
     }
   }
@@ -86,7 +88,7 @@ class Head {
     const int64_t key_step = step_of(last - first, w_.keys, 4);
     const bool one_block = key_step >= keys.size;
     if (!one_block && !task_.statistics) statistics(0, queries.size);
-    T* const gq_buffer = w_.linear + 3 * whole_vectors<T>(queries.size);
+    T* const gq_buffer = w_.linear + 4 * whole_vectors<T>(queries.size);
     T* const gdout_buffer = gq_buffer + queries.size * w_.head_ld;
     const Target<T> gq = sum_of(task_.dq_sum, a_.gq, 0, a_.head_dim, gq_buffer, w_.head_ld);
     const Target<T> gdout =
@@ -108,6 +110,7 @@ class Head {
           zero(&sums, 1);
           add_sums(sums);
           finish(sums);
+          centre();
         } else {
           read_rows();
         }
@@ -177,15 +180,15 @@ class Head {
     pair_products(at_, x, ld, y_t, width, to, factor, add);
   }
 
-  // P, T, dP and G of the block, (D1), (B1), (D3).
+  // P (before it is divided by its sum), T, dP and G of the block, (D1), (B1), (D3).
   void products() {
     const int64_t nj = at_.nj, count = nj * QUERIES;
-    scores(w_.k, w_.q_t, w_.head_ld, a_.head_dim, w_.p, T(1), false);
+    scores(w_.k, w_.q_t, w_.head_ld, a_.head_dim, w_.p, scale_, false);
     if (a_.bias.data) pack_pairs(a_, a_.bias, at_, w_.pairs);
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
       const Vector<T> shift = load(w_.minus_lse + x);
       for (int64_t j = 0; j < nj; ++j) {
-        Vector<T> logit = load(w_.p + j * QUERIES + x) * scale_;
+        Vector<T> logit = load(w_.p + j * QUERIES + x);
         if (a_.bias.data) logit += load(w_.pairs + j * QUERIES + x);
         store(w_.p + j * QUERIES + x, exp<T>(logit + shift));
       }
@@ -222,17 +225,19 @@ class Head {
 
   void add_sums(Sums<T>& sums) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      Vector<T> delta = load(sums.delta + x), t = load(sums.t + x), s1 = load(sums.s1 + x),
-                w = load(sums.w + x);
+      Vector<T> total = load(sums.total + x), delta = load(sums.delta + x);
+      Vector<T> t = load(sums.t + x), s1 = load(sums.s1 + x), w = load(sums.w + x);
       for (int64_t j = 0; j < at_.nj; ++j) {
         const int64_t at = j * QUERIES + x;
         const Vector<T> p = load(w_.p + at), dp = load(w_.dp + at);
         const Vector<T> weighted = p * load(w_.tangent + at);
+        total += p;
         delta += p * dp;
         t += weighted;
         s1 += weighted * dp;
         w += p * load(w_.g + at);
       }
+      store(sums.total + x, total);
       store(sums.delta + x, delta);
       store(sums.t + x, t);
       store(sums.s1 + x, s1);
@@ -242,14 +247,32 @@ class Head {
 
   void finish(const Sums<T>& sums) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      const Vector<T> delta = load(sums.delta + x), t = load(sums.t + x);
+      const Vector<T> total = load(sums.total + x);
+      const Vector<T> inverse = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
+      const Vector<T> delta = load(sums.delta + x) * inverse, t = load(sums.t + x) * inverse;
+      const Vector<T> s1 = load(sums.s1 + x) * inverse, w = load(sums.w + x) * inverse;
       const Vector<T> delta_l = delta - load(w_.dlse + x);  // (B2)
       store(w_.delta_l + x, delta_l);
       store(w_.t + x, t);
-      store(w_.y + x, row_offset(load(sums.s1 + x), delta, delta_l, t, load(sums.w + x)));  // (D4)
+      store(w_.y + x, s1 - delta * t + w);
+      store(w_.w + x, w);
+      store(w_.inverse + x, inverse);
     }
     write_statistic(w_.t, a_.gdlse, at_.molecule, at_.queries.first + at_.i0, at_.head,
                     at_.ni);  // (D12)
+  }
+
+  // The same y from centred terms, which do not cancel: needs t and delta of all keys first.
+  void centre() {
+    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
+      const Vector<T> t = load(w_.t + x), delta = load(w_.delta_l + x) + load(w_.dlse + x);
+      Vector<T> sum{};
+      for (int64_t j = 0; j < at_.nj; ++j) {
+        const int64_t at = j * QUERIES + x;
+        sum += load(w_.p + at) * (load(w_.tangent + at) - t) * (load(w_.dp + at) - delta);
+      }
+      store(w_.y + x, sum * load(w_.inverse + x) + load(w_.w + x));
+    }
   }
 
   void read_rows() {
@@ -259,6 +282,7 @@ class Head {
       w_.delta_l[i] = there ? rows_[at_.i0 + i] : T(0);
       w_.t[i] = there ? rows_[n + at_.i0 + i] : T(0);
       w_.y[i] = there ? rows_[2 * n + at_.i0 + i] : T(0);
+      w_.inverse[i] = there ? rows_[3 * n + at_.i0 + i] : T(0);
     }
   }
 
@@ -266,14 +290,15 @@ class Head {
   void elementwise() {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
       const Vector<T> delta_l = load(w_.delta_l + x), t = load(w_.t + x), y = load(w_.y + x);
+      const Vector<T> inverse = load(w_.inverse + x);
       for (int64_t j = 0; j < at_.nj; ++j) {
         const int64_t at = j * QUERIES + x;
-        Vector<T> p = load(w_.p + at);
+        Vector<T> p = load(w_.p + at) * inverse;
         const Vector<T> tangent = load(w_.tangent + at), dp = load(w_.dp + at);
         Vector<T> u = weight_cotangent(p, tangent, t);
         store(w_.dp + at, score_gradient(p, dp, delta_l));
-        store(w_.g + at,
-              score_second_gradient(p, tangent, dp, delta_l, t, Vector<T>(load(w_.g + at)), y));
+        store(w_.g + at, centred_second_gradient(p, tangent - t, dp, delta_l,
+                                                 Vector<T>(load(w_.g + at)), y));
         if (a_.seed) {
           const Vector<T> kept = load(w_.pairs + at);
           u *= kept;

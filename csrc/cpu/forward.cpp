@@ -30,16 +30,16 @@ struct Scratch {
   }
 };
 
-// Turns products s into weights exp(scale s + bias - max) and moves the running maximum and sum of
+// Turns logits s into weights exp(s + bias - max) and moves the running maximum and sum of
 // each row on; decay[i] is what the sums of earlier blocks must be multiplied by.
 template <typename T, bool BIAS>
-void soften(T* s, const T* bias, int64_t nj, int64_t lanes, T scale, T* maximum, T* sum, T* decay) {
+void soften(T* s, const T* bias, int64_t nj, int64_t lanes, T* maximum, T* sum, T* decay) {
   const Vector<T> infinity = splat(T(__builtin_inf()));
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
     const Vector<T> old = load(maximum + x);
     Vector<T> top = old;
     for (int64_t j = 0; j < nj; ++j) {
-      Vector<T> logit = load(s + j * QUERIES + x) * scale;
+      Vector<T> logit = load(s + j * QUERIES + x);
       if (BIAS) {
         logit += load(bias + j * QUERIES + x);
         store(s + j * QUERIES + x, logit);
@@ -51,8 +51,7 @@ void soften(T* s, const T* bias, int64_t nj, int64_t lanes, T scale, T* maximum,
     const Vector<T> fade = exp<T>(old - finite);
     Vector<T> total = load(sum + x) * fade;
     for (int64_t j = 0; j < nj; ++j) {
-      Vector<T> logit = load(s + j * QUERIES + x);
-      const Vector<T> weight = exp<T>(BIAS ? logit - finite : logit * scale - finite);
+      const Vector<T> weight = exp<T>(load(s + j * QUERIES + x) - finite);
       total += weight;
       store(s + j * QUERIES + x, weight);
     }
@@ -116,12 +115,12 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
         pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, w.k, w.head_ld);
         pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, w.v, w.value_ld);
       }
-      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.s, T(1), false);
+      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale), false);
       if (a.bias.data) {  // (F1), (F2)
         pack_pairs(a, a.bias, at, w.pairs);
-        soften<T, true>(w.s, w.pairs, at.nj, lanes, T(a.scale), w.maximum, w.sum, w.row);
+        soften<T, true>(w.s, w.pairs, at.nj, lanes, w.maximum, w.sum, w.row);
       } else {
-        soften<T, false>(w.s, nullptr, at.nj, lanes, T(a.scale), w.maximum, w.sum, w.row);
+        soften<T, false>(w.s, nullptr, at.nj, lanes, w.maximum, w.sum, w.row);
       }
       if (a.seed) {
         keep_pairs(a, at, w.pairs);

@@ -16,7 +16,7 @@ struct Task {
   // Buffers in the accumulation type, owned by the caller; null: none.
   void* dq_sum;      // [heads, n_q, padded D]: dq (double backward: gq) is added here
   void* gdout_sum;   // [heads, n_q, padded Dv]: gdout is added here
-  void* statistics;  // [heads, 3, n_q]: row statistics of the double backward
+  void* statistics;  // [heads, 4, n_q]: row statistics of the double backward
 };
 
 // out[row, head, :] = sum over parts of part[head, row, :], in the order of the parts.

@@ -220,7 +220,7 @@ class Derivative {
       const int64_t parts = (key_span(a_, b).size + part - 1) / part;
       char* dq = large_sum(b, n, parts, a_.head_dim, head_ld, out_);
       char* gdout = double_ ? large_sum(b, n, parts, a_.value_dim, value_ld, a_.gdout) : nullptr;
-      char* rows = double_ ? take(size_t(a_.heads * 3 * n) * sums_size(a_)) : nullptr;
+      char* rows = double_ ? take(size_t(a_.heads * 4 * n) * sums_size(a_)) : nullptr;
       for (Task& task : plan_.tasks) {
         if (task.molecule != b || task.molecule_end != b + 1) continue;
         const size_t skip = size_t(task.first / part * a_.heads * n) * sums_size(a_);
