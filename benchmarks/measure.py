@@ -1,0 +1,134 @@
+"""The clock: interleaved samples of contenders, and what the device can do at best.
+
+Contenders take turns within one process, so that a noisy second or a changed clock rate meets all
+of them. A sample is the mean of enough calls to be far above the resolution of the clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+Sampler = Callable[[], float]  # runs a contender, returns the seconds of one call
+SHORTEST = {"cpu": 4e-4, "cuda": 3e-3}  # seconds that one sample should last
+
+
+@dataclass
+class Timing:
+    samples: list[float] = field(default_factory=list)
+
+    def quantile(self, q: float) -> float:
+        """Milliseconds; linear between order statistics."""
+        ordered = sorted(self.samples)
+        place = q * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return 1e3 * (ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+
+
+def once(call: Callable[[], object], device: str) -> float:
+    return repeated(call, device, 1)
+
+
+def repeated(call: Callable[[], object], device: str, times: int) -> float:
+    """Seconds per call over ``times`` calls; on CUDA by events on the stream."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(times):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / times
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def sampler(call: Callable[[], object], device: str, first: float) -> Sampler:
+    """first: seconds of the warm-up call, from which the number of calls a sample follows."""
+    quick = min(first, repeated(call, device, 1)) if first < SHORTEST[device] * 20 else first
+    times = max(1, min(100, round(SHORTEST[device] / max(quick, 1e-7))))
+    return lambda: repeated(call, device, times)
+
+
+def interleave(
+    samplers: dict[str, Sampler], budget_s: float, fewest: int = 5, most: int = 200
+) -> dict[str, Timing]:
+    """Samples all contenders in turn until each has spent its budget; at least ``fewest`` each.
+
+    A contender slower than the budget allows gets fewer samples, but never none.
+    """
+    timings = {name: Timing() for name in samplers}
+    spent = dict.fromkeys(samplers, 0.0)
+    going = list(samplers)
+    while going:
+        for name in list(going):
+            begin = time.perf_counter()
+            timings[name].samples.append(samplers[name]())
+            spent[name] += time.perf_counter() - begin
+            count = len(timings[name].samples)
+            enough = count >= fewest and spent[name] >= budget_s
+            if enough or count >= most or spent[name] > 4 * budget_s:
+                going.remove(name)
+    return timings
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device did at best in this run: flops per second by dtype, bytes per second."""
+
+    matmul: dict[torch.dtype, float]
+    copy: float
+
+    def limit(self, flops: float, size: float, dtype: torch.dtype) -> float:
+        """Seconds that no implementation can beat: arithmetic or memory, whichever is longer."""
+        return max(flops / self.matmul[dtype], size / self.copy)
+
+
+def rates(dtypes: set[torch.dtype], device: str, seconds: float = 0.6) -> Rates:
+    """Rates of a square matrix product in each dtype, and of a copy far larger than any cache.
+
+    Half types are computed in float32 on a CPU, so their limit there is the rate of float32.
+    """
+    matmul = {}
+    for dtype in sorted(dtypes, key=str):
+        kind = torch.float32 if device == "cpu" and dtype.itemsize == 2 else dtype
+        best = 0.0
+        for n in (1024, 2048) if device == "cpu" else (4096, 8192):
+            a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+            out = torch.empty_like(a)
+            took = _best(lambda: torch.mm(a, b, out=out), device, seconds / 2)  # noqa: B023
+            best = max(best, 2 * n**3 / took)
+        matmul[dtype] = best
+    megabytes = 256 if device == "cpu" else 1024
+    source = torch.ones(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    took = _best(lambda: target.copy_(source), device, seconds)
+    return Rates(matmul, 2 * source.nbytes / took)
+
+
+def _best(call: Callable[[], object], device: str, seconds: float) -> float:
+    """The lower quintile of repeated calls: rates are limits, so noise must not lower them."""
+    call()
+    samples, begin = [], time.perf_counter()
+    while len(samples) < 3 or (time.perf_counter() - begin < seconds and len(samples) < 500):
+        samples.append(once(call, device))
+    return statistics.quantiles(samples, n=5)[0]
+
+
+def peak_cuda(call: Callable[[], object]) -> int:
+    """Peak bytes of torch's allocator during a call, over what was allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = call()
+    torch.cuda.synchronize()
+    del found
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,164 @@
+"""Peak memory of one pass over its inputs, in a child process with a limit on memory and time.
+
+On Linux the child resets the kernel's high-water mark of resident memory after it has made the
+inputs and runs the contender once. Children are forked from a server that has imported torch but
+never computed, so each costs milliseconds. The mark is exact to about half a megabyte. A contender
+that exceeds the limits, crashes or hangs ends its child, not the benchmark.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import providers
+from .cases import Workload
+
+_TINY = (5, 3)
+
+
+@dataclass
+class Probe:
+    """How one call went. status: ok, oom, timeout, refused, error."""
+
+    status: str
+    reason: str = ""
+    peak_bytes: int | None = None
+    seconds: float = 0.0
+
+
+def probe(work: Workload, what: str, name: str, threads: int, cap: int, limit_s: float) -> Probe:
+    """Runs the contender once in a child process on the CPU."""
+    # Freed blocks go back to the system at once, so that the mark counts what was in use.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.memory"])
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_child, args=(there, work, what, name, threads, cap), daemon=True
+    )
+    begin = time.perf_counter()
+    child.start()
+    there.close()
+    try:
+        if not here.poll(limit_s):
+            child.kill()
+            return Probe("timeout", f"over {limit_s:.0f} s for one call", seconds=limit_s)
+        return here.recv()
+    except EOFError:
+        child.join(5)
+        code = child.exitcode
+        oom = code == -9
+        reason = f"its process ended with {'signal ' + str(-code) if code and code < 0 else code}"
+        seconds = time.perf_counter() - begin
+        return Probe("oom" if oom else "error", reason, seconds=seconds)
+    finally:
+        child.join(5)
+        here.close()
+
+
+def stop() -> None:
+    """Ends the server, so that nothing outlives the benchmark."""
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()
+
+
+def available() -> int:
+    """Bytes that a child may take: 85% of what the system has to give now."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(int(line.split()[1]) * 1024 * 0.85)
+    except OSError:
+        pass
+    return 8 * 2**30
+
+
+def _child(pipe, work: Workload, what: str, name: str, threads: int, cap: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' notices and last words
+    torch.set_num_threads(threads)
+    try:
+        pipe.send(_measured(work, what, name, cap))
+    except BaseException as error:
+        status, reason = classify(error)
+        pipe.send(Probe(status, reason))
+    pipe.close()
+    os._exit(0)
+
+
+def _measured(work: Workload, what: str, name: str, cap: int) -> Probe:
+    contender = providers.CONTENDERS[name]
+    sizes = work.sizes[:1] if len(set(work.sizes)) == 1 else _TINY
+    warm = replace(work, sizes=tuple(min(n, 8) for n in sizes)).make("cpu")
+    warm.prepare(what)
+    warm.run(contender.prepare(warm), what)  # thread pools, lazily loaded code
+    batch = work.make("cpu")
+    batch.prepare(what)
+    call = contender.prepare(batch)
+    _limit(cap)
+    before = _reset()
+    begin = time.perf_counter()
+    found = batch.run(call, what)
+    seconds = time.perf_counter() - begin
+    after = _mark()
+    del found
+    peak = None if before is None or after is None else max(0, after - before)
+    return Probe("ok", "", peak, seconds)
+
+
+def _limit(cap: int) -> None:
+    """Lets an allocation fail beyond ``cap`` more bytes, instead of the machine swapping or dying."""
+    used = _status("VmData:") or 0
+    resource.setrlimit(resource.RLIMIT_DATA, (used + cap, used + cap))
+
+
+def _reset() -> int | None:
+    """Resets the high-water mark where allowed; the mark that the next peak starts from."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _mark()
+    return _status("VmRSS:")
+
+
+def _mark() -> int | None:
+    found = _status("VmHWM:")
+    if found is None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return found
+
+
+def _status(field: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def classify(error: BaseException) -> tuple[str, str]:
+    """The status of a row for an exception of a contender, and one line that says why."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    low = text.lower()
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate" in low or "out of memory" in low or "bad_alloc" in low
+    ):
+        return "oom", text[:160]
+    if isinstance(error, NotImplementedError) or type(error).__name__ == "BackendError":
+        return "refused", text.split(" Problem(")[0][:240]
+    if "derivative for" in low and "not implemented" in low:
+        return "refused", text[:240]
+    if "no available kernel" in low or "no viable backend" in low:
+        return "refused", text[:240]
+    return "error", f"{type(error).__name__}: {text}"[:240]

@@ -1,0 +1,196 @@
+"""Figures from rows: time and memory against atoms per molecule, and batches of molecules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import tables
+from .sheet import Row
+
+# One colour and marker a contender in every figure; ours are dark and thick.
+STYLE = {
+    "attnpool:cpu": ("#111111", "o"), "attnpool:cuda": ("#111111", "o"),
+    "attnpool:triton": ("#6a3d9a", "o"), "attnpool:sdpa": ("#8c8c8c", "s"),
+    "attnpool:reference": ("#bcbcbc", "D"), "attnpool:varlen": ("#1b9e77", "P"),
+    "attnpool:flash_attn": ("#66a61e", "P"), "attnpool:xformers": ("#a6761d", "P"),
+    "attnpool:flex": ("#7570b3", "P"), "naive": ("#d62728", "v"), "memory_efficient": ("#ff9f1c", "^"),
+    "flash": ("#1f77b4", "s"), "efficient": ("#17a2b8", "s"), "per_molecule": ("#2ca02c", "<"),
+    "nested": ("#e377c2", ">"), "einsum": ("#8c564b", "x"),
+}  # fmt: skip
+LABELS = {
+    "naive": "naive, padded", "memory_efficient": "chunked (Rabe & Staats)",
+    "flash": "flash (torch SDPA)", "efficient": "memory-efficient (torch SDPA)",
+    "per_molecule": "torch SDPA per molecule", "nested": "NestedTensor SDPA",
+    "einsum": "padded einsum (as DGL)",
+}  # fmt: skip
+PASS = {"forward": "forward", "backward": "+ backward", "double_backward": "+ second derivative"}
+FLOOR = 3e5  # bytes: the resolution of the memory measurement
+
+
+def draw(rows: list[Row], stem: Path, title: str) -> list[Path]:
+    """Writes <stem>-*.png and .svg for what the rows hold; the files. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figures: matplotlib is not installed")
+        return []
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"font.size": 9, "svg.hashsalt": "attnpool", "svg.fonttype": "none"})
+    made = []
+    for family in ("scaling", "constant"):
+        figure = _scaling([r for r in rows if r.family == family], title, family)
+        made += _save(figure, stem, family)
+    batches = [r for r in rows if r.family in ("molecules", "mixed", "long")]
+    made += _save(_batches(batches, title, "batches of molecules"), stem, "molecules")
+    pooling = [r for r in rows if r.family == "seeds"]
+    made += _save(_batches(pooling, title, "seed pooling"), stem, "seeds")
+    modules = [r for r in rows if r.family == "modules"]
+    made += _save(_batches(modules, title, "pooling module"), stem, "modules")
+    return made
+
+
+def _save(figure, stem: Path, name: str) -> list[Path]:
+    if figure is None:
+        return []
+    import matplotlib.pyplot as plt
+
+    made = []
+    for kind in ("png", "svg"):
+        path = stem.with_name(f"{stem.name}-{name}.{kind}")
+        options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 130}
+        figure.savefig(path, bbox_inches="tight", **options)
+        made.append(path)
+    plt.close(figure)
+    return made
+
+
+def _look(name: str, rows: list[Row]) -> dict:
+    colour, marker = STYLE.get(name, ("#444444", "*"))
+    ours = any(row.ours for row in rows)
+    label = LABELS.get(name, name.replace("attnpool:", "attnpool, "))
+    return {
+        "color": colour, "marker": marker, "markersize": 5 if ours else 4,
+        "linewidth": 2.6 if ours else 1.4, "zorder": 5 if ours else 3, "label": label,
+    }  # fmt: skip
+
+
+def _scaling(rows: list[Row], title: str, family: str):
+    """Two rows of panels (time, memory), one column a pass, log-log."""
+    rows = [r for r in rows if not r.contender.startswith("base:")]
+    first = next((r for r in rows if r.ok), None)
+    if first is None:
+        return None
+    rows = [r for r in rows if (r.dtype, r.heads, r.dim) == (first.dtype, first.heads, first.dim)]
+    import matplotlib.pyplot as plt
+
+    passes = [what for what in PASS if any(r.what == what and r.ok for r in rows)]
+    figure, axes = plt.subplots(
+        2, len(passes), figsize=(4.3 * len(passes), 7.4), sharex=True, sharey="row", squeeze=False
+    )
+    handles: dict[str, object] = {}
+    for column, what in enumerate(passes):
+        time_axis, memory_axis = axes[0][column], axes[1][column]
+        own = [r for r in rows if r.what == what]
+        for (name,), group in tables.grouped(own, "contender").items():
+            good = sorted((r for r in group if r.ok), key=lambda r: r.x)
+            if not good:
+                continue
+            look = _look(name, group)
+            (line,) = time_axis.plot([r.x for r in good], [r.p50_ms for r in good], **look)
+            time_axis.fill_between(
+                [r.x for r in good], [r.p20_ms for r in good], [r.p80_ms for r in good],
+                color=look["color"], alpha=0.15, linewidth=0,
+            )  # fmt: skip
+            handles.setdefault(look["label"], line)
+            known = [r for r in good if r.peak_bytes is not None and r.peak_bytes > FLOOR]
+            memory_axis.plot([r.x for r in known], [r.peak_bytes / 1e6 for r in known], **look)
+            _end(time_axis, memory_axis, group, good[-1], look["color"])
+        limit = {r.x: r.limit_ms for r in own if r.limit_ms and r.x}
+        xs = sorted(x for x in limit if x <= max(r.x for r in own if r.ok))
+        (line,) = time_axis.plot(
+            xs, [limit[x] for x in xs], color="#555555", linestyle=(0, (4, 3)), linewidth=1,
+            label="limit of this machine",
+        )  # fmt: skip
+        handles.setdefault("limit of this machine", line)
+        time_axis.set_title(PASS[what])
+        for axis in (time_axis, memory_axis):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.grid(True, which="major", color="#e4e4e4", linewidth=0.7)
+            axis.spines[["top", "right"]].set_visible(False)
+        memory_axis.set_xlabel("atoms per molecule")
+        memory_axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes[0][0].set_ylabel("milliseconds (median; band p20 to p80)")
+    axes[1][0].set_ylabel("peak memory over the inputs, MB")
+    what = "one molecule" if family == "scaling" else f"{first.atoms} atoms in equal molecules"
+    figure.suptitle(f"{what}, {first.heads} x {first.dim}, {first.dtype}\n{title}", fontsize=10)
+    figure.legend(
+        handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.02),
+        ncol=min(5, len(handles)), frameon=False,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    return figure
+
+
+def _end(time_axis, memory_axis, group: list[Row], last: Row, colour: str) -> None:
+    """A word where a contender's line ends because it ran out of memory or time."""
+    words = {"oom": "out of memory", "timeout": "too slow"}
+    for row in group:
+        if row.status not in words or row.x is None:
+            continue
+        if row.status == "oom" and last.peak_bytes:
+            memory_axis.annotate(
+                words[row.status], (last.x, last.peak_bytes / 1e6), color=colour, fontsize=7,
+                xytext=(4, 4), textcoords="offset points",
+            )  # fmt: skip
+        time_axis.annotate(
+            "×" if row.status == "timeout" else "out of memory", (last.x, last.p50_ms), color=colour,
+            fontsize=7, xytext=(4, 4), textcoords="offset points",
+        )  # fmt: skip
+
+
+def _batches(rows: list[Row], title: str, what: str):
+    """One line a workload and pass: the time of every contender as a multiple of the limit."""
+    groups = {
+        key: group
+        for key, group in tables.grouped(rows, "workload", "what").items()
+        if any(r.ok for r in group)
+    }
+    if not groups:
+        return None
+    import matplotlib.pyplot as plt
+
+    if len(groups) > 40:  # a figure must be readable: forward only
+        groups = {key: group for key, group in groups.items() if key[1] == "forward"}
+    figure, axis = plt.subplots(figsize=(9.5, 1.6 + 0.27 * len(groups)))
+    seen: dict[str, object] = {}
+    names = []
+    for y, ((workload, kind), group) in enumerate(groups.items()):
+        names.append(f"{workload}, {PASS[kind]}")
+        for row in group:
+            if not row.ok or row.contender.startswith("base:"):
+                continue
+            look = _look(row.contender, [row])
+            point = axis.scatter(
+                row.p50_ms, y, color=look["color"], marker=look["marker"],
+                s=70 if row.ours else 34, zorder=look["zorder"],
+            )  # fmt: skip
+            seen.setdefault(look["label"], point)
+        limits = [r.limit_ms for r in group if r.limit_ms]
+        if limits:
+            mark = axis.scatter(limits[0], y, color="#555555", marker="|", s=110, zorder=2)
+            seen.setdefault("limit of this machine", mark)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_xscale("log")
+    axis.set_xlabel("milliseconds (median); left is faster")
+    axis.grid(True, axis="x", which="major", color="#d8d8d8", linewidth=0.7)
+    axis.grid(True, axis="y", color="#f0f0f0", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.set_title(f"{what}\n{title}", fontsize=10)
+    axis.legend(
+        seen.values(), seen.keys(), loc="upper center", frameon=False, ncol=4,
+        bbox_to_anchor=(0.35, -0.9 / (1 + 0.27 * len(groups)) - 0.02),
+    )  # fmt: skip
+    return figure

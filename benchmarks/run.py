@@ -1,0 +1,220 @@
+"""Command line of the benchmark: ``python -m benchmarks.run``; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import cases, goals, measure, memory, molecules, plot, providers, sheet, tables
+from .base import Base
+from .sheet import BenchmarkError
+from .sweep import Limits, Sweep
+
+HERE = Path(__file__).resolve().parent
+MINUTES = {"quick": 4.5}  # of the sweep; what is left of quick's five minutes is for the rest
+
+DESCRIPTION = """\
+Time and peak memory of set attention against the number of atoms.
+
+Every contender starts from packed rows and ends with packed rows: padding and unpadding count.
+Each is checked against float64 before it is timed. The contenders take turns within one process;
+peak memory comes from a child process for each point (CPU) or from torch's allocator (CUDA).
+Refusals, wrong results, out of memory and timeouts are rows with their reasons.
+"""
+EPILOG = """\
+examples:
+  python -m benchmarks.run                              the quick suite on the CPU, < 5 minutes
+  python -m benchmarks.run --suite molecules            real sizes, table of performance goals
+  python -m benchmarks.run --device cuda --minutes 6    any CUDA machine, no network needed
+  python -m benchmarks.run --tiny                       everything once at toy sizes, < 1 minute
+  python -m benchmarks.run --contenders attnpool:cpu,flash --suite seeds
+  python -m benchmarks.run --base v0.1.0 --contenders attnpool:cpu    against another git ref
+  python -m benchmarks.run --resume                     goes on where an interrupted run stopped
+  python -m benchmarks.report                           one HTML page from committed results
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m benchmarks.run", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    suites = "; ".join(f"{name}: {text}" for name, (text, _) in cases.SUITES.items())
+    p.add_argument("--suite", default="quick", metavar="NAME", help=suites + " (default: quick)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    p.add_argument("--contenders", metavar="A,B", help="only these; --list shows the names")
+    p.add_argument("--output", type=Path, metavar="PATH",
+                   help="CSV file, or folder for <suite>.csv (default: benchmarks/out/<device>)")
+    p.add_argument("--resume", action="store_true",
+                   help="keep the rows of the output file and measure only what is missing")
+    p.add_argument("--base", metavar="REF", help="also time our backends as of this git ref")
+    p.add_argument("--tiny", action="store_true", help="toy sizes: does everything work here?")
+    p.add_argument("--list", action="store_true", help="list contenders and reasons, and stop")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    p.add_argument("--minutes", type=float, metavar="M",
+                   help="skip points that would start later than this (quick: 4.5)")
+    p.add_argument("--budget", type=float, metavar="S",
+                   help="timed seconds per contender, workload and pass (default: 0.3; quick 0.12)")
+    p.add_argument("--call", type=float, metavar="S",
+                   help="longest single call before it is a timeout (default: 10; quick 4)")
+    p.add_argument("--memory", type=float, metavar="GB",
+                   help="memory over the inputs before it is out of memory (default: 85%% of free)")
+    p.add_argument("--qm7b", type=Path, metavar="PATH", help="qm7b.npz for the real molecules")
+    p.add_argument("--no-figures", action="store_true", help="no PNG and SVG beside the CSV")
+    p.add_argument("--no-molecules", action="store_true", help="skip the real molecules at the end")
+    return p  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    warnings.filterwarnings("ignore")  # prototype notices of nested tensors and the like
+    logging.disable(logging.WARNING)
+    try:
+        return _run(options)
+    except BenchmarkError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; rows so far are kept, go on with --resume", file=sys.stderr)
+        return 130
+    finally:
+        memory.stop()
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = _check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    workloads = cases.suite(options.suite, options.device, options.tiny)
+    if options.list:
+        _list(workloads, options.device)
+        return 0
+    path = _path(options)
+    table = sheet.Sheet(path, options.resume)
+    chosen = {k: str(v) for k, v in vars(options).items() if v not in (None, False)}
+    chosen.pop("output", None)
+    base = None
+    begin = time.monotonic()
+    try:
+        seconds = 0.1 if options.tiny else 0.6
+        rates = measure.rates({w.dtype for w in workloads}, options.device, seconds)
+        matmul = {str(d).removeprefix("torch."): round(r / 1e9, 1) for d, r in rates.matmul.items()}
+        about = sheet.provenance(options.device, chosen)
+        about["rates"] = {"matmul_gflops": matmul, "copy_gbs": round(rates.copy / 1e9, 1)}
+        table.start(about)
+        print(_headline(about), flush=True)
+        if options.base:
+            base = Base(options.base, options.device)
+        sweep = Sweep(options.suite, options.device, rates, table, _limits(options), names, base)
+        sweep.run(workloads)
+        if options.suite == "molecules":
+            goals.overheads(sweep, options.tiny)
+    finally:
+        if base is not None:
+            base.close()
+    print("\n" + tables.everything(table.rows))
+    if options.suite == "molecules":
+        print("\n" + goals.render(table.rows))
+    print(f"\nresults: {path}")
+    if not options.no_figures:
+        for figure in plot.draw(table.rows, path.with_suffix(""), _title(about)):
+            print(f"figure:  {figure}")
+    agree = True
+    if not options.no_molecules:
+        print()
+        agree = molecules.compare(options.qm7b, 32 if options.tiny else 512)
+    print(f"total {time.monotonic() - begin:.0f} s")
+    wrong = [row for row in table.rows if row.ours and row.status in ("wrong", "error")]
+    for row in wrong:
+        print(f"FAILED: {row.contender} on {row.workload}, {row.what}: {row.reason}")
+    return 0 if agree and not wrong else 1
+
+
+def _check(options: argparse.Namespace) -> list[str] | None:
+    """Everything about the options that can be wrong; the contenders' names."""
+    if options.suite not in cases.SUITES:
+        raise BenchmarkError(
+            f"unknown suite {options.suite!r}; there are {', '.join(cases.SUITES)}"
+        )
+    if options.device not in ("cpu", "cuda"):
+        raise BenchmarkError(f"unknown device {options.device!r}; there are cpu and cuda")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError(f"device cuda: torch {torch.__version__} sees no CUDA device here")
+    for name in ("threads", "minutes", "budget", "call", "memory"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise BenchmarkError(f"--{name} must be positive, got {value:g}")
+    if options.qm7b is not None and not options.qm7b.is_file():
+        raise BenchmarkError(f"--qm7b {options.qm7b}: there is no such file")
+    if options.contenders is None:
+        return None
+    names = [name for name in options.contenders.split(",") if name]
+    for name in names:
+        if name not in providers.CONTENDERS:
+            known = ", ".join(providers.CONTENDERS)
+            raise BenchmarkError(f"unknown contender {name!r}; there are {known}")
+    if not names:
+        raise BenchmarkError("--contenders names none")
+    return names
+
+
+def _path(options: argparse.Namespace) -> Path:
+    name = options.suite + ("-tiny" if options.tiny else "")
+    if options.output is None:
+        slug = re.sub("[^a-z0-9]+", "-", sheet.device_name(options.device).lower()).strip("-")
+        return HERE / "out" / f"{slug}-{torch.get_num_threads()}" / f"{name}.csv"
+    is_file = options.output.suffix or (options.output.exists() and not options.output.is_dir())
+    return options.output if is_file else options.output / f"{name}.csv"
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    quick = options.suite == "quick"
+    budget, call, fewest = (0.12, 4.0, 5) if quick else (0.3, 10.0, 5)
+    if options.tiny:
+        budget, call, fewest = 0.005, 4.0, 2
+    return Limits(
+        budget_s=options.budget or budget,
+        call_s=options.call or call,
+        cap_bytes=int((options.memory or 0) * 1e9),
+        minutes=options.minutes or MINUTES.get(options.suite, float("inf")),
+        fewest=fewest,
+    )
+
+
+def _headline(about: dict) -> str:
+    versions = " ".join(f"{name} {x}" for name, x in about["versions"].items())
+    matmul = ", ".join(f"{k} {v:g}" for k, v in about["rates"]["matmul_gflops"].items())
+    return (
+        f"{about['device']}, {about['threads']} threads; {versions}; "
+        f"attnpool_kernels {about['attnpool_kernels']} at {about['commit'] or 'no commit'}\n"
+        f"measured now: matmul {matmul} GFLOP/s, copy {about['rates']['copy_gbs']:g} GB/s "
+        "(the limit that times are compared with)"
+    )
+
+
+def _title(about: dict) -> str:
+    return f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}"
+
+
+def _list(workloads: list[cases.Workload], device: str) -> None:
+    work = workloads[0]
+    print(f"contenders for {work.key} on {device}; a reason where one cannot run")
+    for contender in providers.CONTENDERS.values():
+        lines = []
+        for what in cases.PASSES:
+            reasons = contender.why_not(work, what, device)
+            lines.append(f"{what}: {'; '.join(reasons) or 'ok'}")
+        if len({line.split(": ", 1)[1] for line in lines}) == 1:
+            lines = [lines[0].split(": ", 1)[1]]
+        print(f"  {contender.name:20} {contender.title}\n" + "\n".join(f"      {x}" for x in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Results as CSV: one row a measurement, one comment line of provenance for each run.
+
+A file is only ever appended to. A row is written whole or not at all: where the disk is full the
+half-written row is cut off again, earlier rows stay, and one message says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+COMMENT = "# run "
+
+
+class BenchmarkError(Exception):
+    """Something that the user can repair; shown as one message, exit code 2."""
+
+
+@dataclass
+class Row:
+    """One contender on one workload and pass. Times in milliseconds, sizes in bytes."""
+
+    suite: str
+    family: str
+    workload: str
+    x: int | None
+    molecules: int
+    atoms: int
+    longest: int
+    heads: int
+    dim: int
+    seeds: int | None
+    dtype: str
+    layout: str
+    what: str
+    contender: str
+    kernel: str
+    ours: int
+    status: str  # ok, refused, wrong, oom, timeout, error, skipped
+    reason: str = ""
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    samples: int | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    check: str = ""
+    flops: float | None = None
+    bytes: float | None = None
+    limit_ms: float | None = None
+    ratio: float | None = None  # p50 over limit
+    run: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return (self.family, self.workload, self.what, self.contender)
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+COLUMNS = tuple(f.name for f in fields(Row))
+_TYPES = {f.name: str(f.type) for f in fields(Row)}
+STATUSES = ("ok", "refused", "wrong", "oom", "timeout", "error", "skipped")
+
+
+class Sheet:
+    """An open results file that rows are appended to."""
+
+    def __init__(self, path: Path, resume: bool = False) -> None:
+        self.path, self.rows, self.runs = path, [], []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if resume and path.exists():
+                self._mend()
+                self.rows, self.runs = read(path)
+            elif path.exists() and path.is_file() and path.stat().st_size:
+                path.replace(path.with_suffix(path.suffix + ".old"))
+        except OSError as error:
+            raise BenchmarkError(f"cannot write results to {path}: {error.strerror}") from error
+
+    def start(self, provenance: dict) -> None:
+        self.run = len(self.runs)
+        self.runs.append(provenance)
+        head = "" if self.path.exists() and self.path.stat().st_size else _line(COLUMNS)
+        self._append(head + COMMENT + json.dumps({"run": self.run, **provenance}) + "\n")
+
+    def add(self, row: Row) -> None:
+        row.run = self.run
+        self.rows.append(row)
+        values = [getattr(row, name) for name in COLUMNS]
+        self._append(_line([f"{x:.6g}" if isinstance(x, float) else x for x in values]))
+
+    def done(self) -> set[tuple[str, str, str, str]]:
+        """Measurements that need not be repeated."""
+        return {row.key for row in self.rows}
+
+    def _append(self, text: str) -> None:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+        except OSError as error:
+            if self.path.is_file():
+                os.truncate(self.path, size)
+            raise BenchmarkError(
+                f"cannot write to {self.path}: {error.strerror}. The rows before this one are "
+                "kept; go on with --resume once there is space"
+            ) from error
+
+    def _mend(self) -> None:
+        """Cuts off a last line that was interrupted while it was written."""
+        data = self.path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.truncate(self.path, data.rfind(b"\n") + 1)
+
+
+def _line(values) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(["" if x is None else x for x in values])
+    return buffer.getvalue()
+
+
+def read(path: Path) -> tuple[list[Row], list[dict]]:
+    """Rows and provenance of a file. Raises BenchmarkError naming the first damaged line."""
+    rows, runs, header = [], [], None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise BenchmarkError(f"cannot read {path}: {why}") from error
+
+    def damaged(number: int, why: str) -> BenchmarkError:
+        return BenchmarkError(
+            f"{path}, line {number}: {why}. Nothing was changed; repair the file or move it away"
+        )
+
+    for number, line in enumerate(lines, 1):
+        if line.startswith(COMMENT):
+            try:
+                runs.append(json.loads(line.removeprefix(COMMENT)))
+            except json.JSONDecodeError:
+                raise damaged(number, "provenance that is not JSON") from None
+            continue
+        values = next(csv.reader([line]), [])
+        if header is None:
+            header = tuple(values)
+            for name in header:
+                if name not in COLUMNS:
+                    raise damaged(number, f"unknown column {name!r}")
+            missing = [name for name in COLUMNS if name not in header]
+            if missing:
+                raise damaged(number, f"missing column {missing[0]!r}")
+            continue
+        if len(values) != len(header):
+            raise damaged(number, f"{len(values)} fields, expected {len(header)}")
+        try:
+            row = Row(**{name: _parse(name, x) for name, x in zip(header, values)})
+        except ValueError as error:
+            raise damaged(number, str(error)) from None
+        rows.append(row)
+    if header is None:
+        raise BenchmarkError(f"{path} holds no results: it has no header line")
+    return rows, runs
+
+
+def _parse(name: str, text: str):
+    kind = _TYPES[name]
+    if name == "status" and text not in STATUSES:
+        raise ValueError(f"status {text!r} is none of {', '.join(STATUSES)}")
+    if kind.startswith("str"):
+        return text
+    if text == "":
+        if "None" in kind:
+            return None
+        raise ValueError(f"column {name} is empty")
+    try:
+        return float(text) if kind.startswith("float") else int(text)
+    except ValueError:
+        raise ValueError(f"column {name}: {text!r} is not a number") from None
+
+
+def provenance(device: str, options: dict) -> dict:
+    """Machine, versions, commit and date of a run."""
+    import attnpool_kernels
+
+    from .providers import version
+
+    packages = ("torch", "triton", "numpy", "flash_attn", "xformers", "torch_geometric")
+    versions = {name: version(name) for name in packages}
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": device_name(device),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: x for name, x in versions.items() if x},
+        "attnpool_kernels": attnpool_kernels.__version__,
+        "commit": commit(),
+        "options": options,
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                isa = torch.backends.cpu.get_cpu_capability()
+                return f"{name} ({isa})"
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checkout, with a + where files differ from it; "" outside of one."""
+    here = Path(__file__).resolve().parent
+    try:
+        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()

@@ -1,0 +1,253 @@
+"""The sweep: every contender on every workload and pass becomes one row, whatever happens to it.
+
+Order of events for a row: reasons against it, a probe in a child process (peak memory; out of memory
+and timeouts end the child only), the gate against float64, then interleaved timing. A contender that
+ran out of memory or time is not tried on larger workloads of the same family.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from . import memory, providers
+from .base import Base
+from .cases import Batch, Workload
+from .gate import Gate, shortened
+from .measure import Rates, Timing, interleave, once, peak_cuda, sampler
+from .providers import Contender
+from .sheet import Row, Sheet
+
+BASE = "base:"
+
+
+@dataclass
+class Limits:
+    """What a point may cost."""
+
+    budget_s: float = 0.3  # timed seconds per contender, workload and pass
+    call_s: float = 10.0  # longest single call
+    cap_bytes: int = 0  # memory over the inputs; 0: what the machine has
+    minutes: float = math.inf  # for all of it
+    fewest: int = 5  # samples
+
+
+@dataclass
+class Sweep:
+    suite: str
+    device: str
+    rates: Rates
+    sheet: Sheet
+    limits: Limits
+    contenders: list[str] | None = None
+    base: Base | None = None
+    blocked: dict[tuple, str] = field(default_factory=dict)
+    trusted: dict[tuple, str] = field(default_factory=dict)
+
+    def run(self, workloads: Iterable[Workload]) -> None:
+        points = [(work, what) for work in workloads for what in work.passes]
+        progress = Progress([self._cost(*point) for point in points])
+        begin, done = time.monotonic(), self.sheet.done()
+        for row in self.sheet.rows:  # of an earlier run that is being resumed
+            if row.status in ("oom", "timeout"):
+                self._block(row, row.x)
+        for work, what in points:
+            progress.show(f"{work.key} {what}")
+            late = time.monotonic() - begin > self.limits.minutes * 60
+            self._point(work, what, done, late)
+            progress.advance()
+        progress.end()
+
+    def _cost(self, work: Workload, what: str) -> float:
+        flops = work.work(what)[0]
+        names = len(providers.for_workload(work, self.contenders))
+        return names * (self.limits.budget_s + 0.1 + min(self.limits.call_s, flops / 1e11) * 3)
+
+    def _point(self, work: Workload, what: str, done: set, late: bool) -> None:
+        rows: dict[str, Row] = {}
+        pending: list[Contender] = []
+        for contender in providers.for_workload(work, self.contenders):
+            row = self._row(work, what, contender)
+            if row.key in done:
+                continue
+            reasons = contender.why_not(work, what, self.device)
+            if reasons:
+                row.status, row.reason = "refused", "; ".join(reasons)
+            elif self._starts_slowly(contender):
+                row.status, row.reason = "skipped", "compiles for seconds: name it in --contenders"
+            elif late:
+                row.status, row.reason = "skipped", f"over {self.limits.minutes:g} minutes"
+            elif self._blocking(row) is not None:
+                row.status, row.reason = "skipped", self._blocking(row)
+            else:
+                rows[contender.name] = row
+                pending.append(contender)
+                continue
+            self.sheet.add(row)
+        if not pending:
+            return
+        if self.device == "cpu":
+            pending = [c for c in pending if self._probe(work, what, rows[c.name])]
+        batch = work.make(self.device)
+        batch.prepare(what)
+        gate = Gate(batch, what)
+        samplers, timings = {}, {}
+        for contender in pending:
+            made = self._admit(batch, what, contender, gate, rows[contender.name])
+            if made is not None:
+                first, samplers[contender.name] = made
+                timings[contender.name] = Timing([first] if first > 1.0 else [])
+        if self.base is not None:
+            for contender in [c for c in pending if c.ours and c.name in samplers]:
+                row = self._row(work, what, contender)
+                row.contender, row.ours = BASE + contender.name, 0
+                row.kernel = f"{contender.name} at {self.base.ref}"
+                sample = self.base.sampler(work, what, contender.name)
+                if isinstance(sample, str):
+                    row.status, row.reason = "error", sample
+                else:
+                    samplers[row.contender] = sample
+                rows[row.contender] = row
+        slow = {n for n, timing in timings.items() if timing.samples}  # one call was long enough
+        quick = {n: s for n, s in samplers.items() if n not in slow}
+        timings |= interleave(quick, self.limits.budget_s, self.limits.fewest)
+        few = {n: samplers[n] for n in slow if timings[n].samples[0] < 5.0}
+        for name, timing in interleave(few, 0, min(2, self.limits.fewest)).items():
+            timings[name].samples += timing.samples
+        for name, row in rows.items():
+            if row.status == "ok":
+                _fill(row, timings[name])
+            if row.key not in done:
+                self.sheet.add(row)
+        del samplers, batch, gate
+        gc.collect()
+
+    def _probe(self, work: Workload, what: str, row: Row) -> bool:
+        limits = self.limits
+        cap = limits.cap_bytes or memory.available()
+        threads = torch.get_num_threads()
+        longest = limits.call_s * (1 if work.rivals else 6)
+        limit_s = 1.5 * longest + 5
+        found = memory.probe(work, what, row.contender, threads, cap, limit_s)
+        row.status, row.reason, row.peak_bytes = found.status, found.reason, found.peak_bytes
+        if found.status == "ok" and found.seconds > longest:
+            row.status = "timeout"
+            row.reason = f"{found.seconds:.1f} s for one call, limit {longest:g} s"
+        if row.status in ("oom", "timeout"):
+            self._block(row, work.x)
+        return row.status == "ok"
+
+    def _admit(self, batch: Batch, what: str, contender: Contender, gate: Gate, row: Row):
+        """Checks the numbers of the first call; its seconds and a sampler, or None."""
+        device = self.device
+        try:
+            call = contender.prepare(batch)
+            held: list[dict] = []
+            if device == "cuda":
+                batch.run(call, what)  # compiles, picks algorithms
+                row.peak_bytes = peak_cuda(lambda: batch.run(call, what))
+            first = once(lambda: held.append(batch.run(call, what)), device)
+            row.error, wrong = gate.error(held.pop())
+            row.check = gate.check
+            if not gate.full and not wrong and what == "double_backward":
+                wrong = self._short(batch.workload, what, contender)
+                row.check += ", short all"
+            if wrong:
+                row.status, row.reason = "wrong", wrong
+                return None
+            run = sampler(lambda: batch.run(call, what), device, first)
+        except Exception as error:
+            row.status, row.reason = memory.classify(error)
+            if row.status == "oom":
+                self._block(row, batch.workload.x)
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            return None
+        row.status = "ok"
+        return first, run
+
+    def _short(self, work: Workload, what: str, contender: Contender) -> str:
+        """Full check of all gradients on a shortened workload, once per kind of workload."""
+        small = shortened(work)
+        key = (small.sizes, small.heads, small.dim, small.seeds, small.dtype, small.layout)
+        key = (*key, what, contender.name)
+        if key not in self.trusted:
+            batch = small.make(self.device)
+            batch.prepare(what)
+            found = batch.run(contender.prepare(batch), what)
+            self.trusted[key] = Gate(batch, what).error(found)[1]
+        return self.trusted[key]
+
+    def _starts_slowly(self, contender: Contender) -> bool:
+        quick = self.suite == "quick" and self.device == "cpu" and self.contenders is None
+        return quick and contender.name in providers.SLOW_TO_START
+
+    def _axis(self, row: Row) -> tuple | None:
+        if row.x is None or row.family not in ("scaling", "constant"):
+            return None
+        return (row.family, row.contender, row.what, row.heads, row.dim, row.dtype, row.layout)
+
+    def _block(self, row: Row, x: int | None) -> None:
+        axis = self._axis(row)
+        if axis is not None and x is not None:
+            self.blocked.setdefault(axis, f"{row.status} at {x} atoms")
+
+    def _blocking(self, row: Row) -> str | None:
+        axis = self._axis(row)
+        return None if axis is None else self.blocked.get(axis)
+
+    def _row(self, work: Workload, what: str, contender: Contender) -> Row:
+        flops, size = work.work(what) if not work.module else (None, None)
+        limit = None if work.module else 1e3 * self.rates.limit(flops, size, work.dtype)
+        return Row(
+            suite=self.suite, family=work.family, workload=work.key, x=work.x,
+            molecules=len(work.sizes), atoms=work.atoms, longest=max(work.sizes),
+            heads=work.heads, dim=work.dim, seeds=work.seeds,
+            dtype=str(work.dtype).removeprefix("torch."), layout=work.layout, what=what,
+            contender=contender.name, kernel=contender.kernel(work, self.device),
+            ours=int(contender.ours), status="ok", flops=flops, bytes=size, limit_ms=limit,
+        )  # fmt: skip
+
+
+def _fill(row: Row, timing: Timing) -> None:
+    row.samples = len(timing.samples)
+    row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
+    if row.limit_ms:
+        row.ratio = row.p50_ms / row.limit_ms
+
+
+class Progress:
+    """A bar with the remaining time, on a terminal; a line now and then where there is none."""
+
+    def __init__(self, costs: list[float]) -> None:
+        self.costs, self.place = costs, 0
+        self.total = sum(costs) or 1.0
+        self.begin = self.said = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if not self.live and self.place and now - self.said < 15:
+            return
+        self.said = now
+        share = sum(self.costs[: self.place]) / self.total
+        left = (now - self.begin) * (1 - share) / share if share > 0.02 else None
+        clock = "--:--" if left is None else f"{int(left // 60)}:{int(left % 60):02d}"
+        bar = "#" * round(24 * share)
+        line = f"[{bar:<24}] {100 * share:3.0f}%  {clock} left  {text}"
+        print(f"\r\x1b[K{line[:118]}" if self.live else line, end="" if self.live else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    def advance(self) -> None:
+        self.place += 1
+
+    def end(self) -> None:
+        took = time.monotonic() - self.begin
+        clear = "\r\x1b[K" if self.live else ""
+        print(f"{clear}{len(self.costs)} points in {took:.0f} s", file=sys.stderr, flush=True)
