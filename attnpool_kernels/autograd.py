@@ -101,6 +101,9 @@ def attention(
     differentiable: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(F1)-(F3) through a kernel backend, with a graph to second order where it is wanted."""
+    if torch.compiler.is_compiling():
+        # Dynamo refuses a Function that gets one tensor twice: set_attention(x, x, x, ptr).
+        k, v, k_ptr = k.view_as(k), v.view_as(v), k_ptr.view_as(k_ptr)
     run = _Forward.apply if differentiable else ops.forward
     return run(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend)
 

@@ -47,12 +47,35 @@ def select(problem: Problem, name: str | None = None) -> ModuleType:
     where the backend, or every backend, has a reason.
     """
     if torch.compiler.is_compiling():
-        return _select(problem, name)
+        # Sizes may be symbols here. What counts is whether the native kernels cover them: literals
+        # in a comparison, which becomes a guard of the graph.
+        head_dim = 256 if problem.head_dim <= 256 else 257
+        value_dim = 256 if problem.value_dim <= 256 else 257
+        seeds = None if problem.seeds is None else 1
+        facts = problem.device, problem.dtype, head_dim, value_dim, problem.capability, seeds
+        return backends.load(
+            _select_once(
+                *facts, problem.bias, problem.dropout, problem.grad_order, problem.deterministic,
+                problem.return_lse, name,
+            )
+        )  # fmt: skip
     key = (problem, name)
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _select(problem, name)
     return found
+
+
+def _select_once(*facts) -> str:
+    """``_select`` for a compiler, which calls it while tracing and keeps the name as a constant.
+
+    Backends look at installed packages and built libraries, which is nothing to trace.
+    """
+    return _select(Problem(*facts[:-1]), facts[-1]).__name__.rpartition(".")[2]
+
+
+# What torch.compiler.assume_constant_result sets; that call would import the whole compiler.
+_select_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _select(problem: Problem, name: str | None) -> ModuleType:

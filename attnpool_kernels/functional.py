@@ -187,7 +187,7 @@ def _problem(q, k, v, bias, dropout, backend, return_lse, shared) -> Problem:
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         seeds=q.shape[0] if shared else None,
         bias=bias is not None,
-        dropout=dropout > 0,
+        dropout=True if dropout > 0 else False,  # noqa: SIM210 - a symbol under a compiler
         grad_order=grad_order,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         return_lse=return_lse,
@@ -329,6 +329,7 @@ def _boundaries(name: str, ptr: object, rows_of: Tensor) -> Tensor:
     else:
         check_kind(ptr, name)
     assert isinstance(ptr, Tensor)
+    ptr = ptr.contiguous()
     rows, device = rows_of.shape[0], rows_of.device
     if ptr.dtype == torch.int32 and rows >= 2**31:
         raise ValueError(f"{name} must be int64 for {rows} rows, got int32")
@@ -342,7 +343,7 @@ def _boundaries(name: str, ptr: object, rows_of: Tensor) -> Tensor:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{name} is on the CPU: it cannot be copied into a captured graph")
         ptr = ptr.to(device, non_blocking=True)
-    return ptr.contiguous()
+    return ptr
 
 
 def _check_bias(bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr: Tensor) -> Tensor:

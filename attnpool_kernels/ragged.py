@@ -27,7 +27,7 @@ def check(ptr: Tensor | Ragged, rows: int, name: str = "ptr") -> None:
     check_kind(ptr, name)
     if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{name}: contents cannot be checked while a CUDA graph is captured")
-    _check_contents(ptr, rows, name)
+    _check_contents(ptr.contiguous(), rows, name)
 
 
 def check_kind(ptr: object, name: str = "ptr") -> None:
@@ -44,11 +44,11 @@ def check_kind(ptr: object, name: str = "ptr") -> None:
         raise ValueError(f"{name} must have at least 1 element ([0] is an empty batch), got 0")
 
 
-def _check_contents(ptr: Tensor, rows: int, name: str) -> int:
-    """Returns ptr[-1]. One pass in C++ where the library is loaded, else a few torch operators."""
+def _check_contents(ptr: Tensor, rows: int, name: str) -> None:
+    """One pass in C++ where the library is loaded and nothing is wrong, else torch operators."""
     native = getattr(torch.ops.attnpool_c, "check_ptr", None)
     if native is not None and ptr.device.type == "cpu" and native(ptr, rows) == 0:
-        return int(ptr[-1])
+        return
     first, last = int(ptr[0]), int(ptr[-1])
     if first != 0:
         raise ValueError(f"{name}[0] must be 0, got {first}")
@@ -61,7 +61,6 @@ def _check_contents(ptr: Tensor, rows: int, name: str) -> int:
         )
     if last > rows:
         raise ValueError(f"{name}[-1] must be at most the number of rows, {rows}, got {last}")
-    return last
 
 
 def _traced(tensor: Tensor) -> bool:
@@ -89,7 +88,8 @@ class Ragged:
         self.ptr = ptr.contiguous()
         self._last: int | None = None  # ptr[-1] once the contents have been checked
         if ptr.device.type == "cpu" and not _traced(ptr):
-            self._last = _check_contents(self.ptr, 2**63 - 1, "ptr")
+            _check_contents(self.ptr, 2**63 - 1, "ptr")
+            self._last = int(self.ptr[-1])
 
     @classmethod
     def from_ptr(cls, ptr: Tensor) -> Ragged:

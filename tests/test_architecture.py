@@ -17,7 +17,7 @@ ALLOWED = {
     "ops": {"backends"},
     "autograd": {"ops"},
     "functional": {"ragged", "dropout", "dispatch", "autograd"},
-    "testing": {"functional", "ragged", "dropout"},
+    "testing": {"functional", "ragged", "dropout", "ops"},
     "compat": {"functional", "ragged", "dispatch", "dropout"},
 }
 

@@ -103,9 +103,8 @@ def test_compiled_code_has_no_silent_second_derivative(kernel):
     fast = torch.compile(Pooling(kernel), fullgraph=True, dynamic=True, backend="aot_eager")
     x, ptr = next(iter(batches(1)))
     energy = fast(x.requires_grad_(), ptr).square().sum()
-    force = torch.autograd.grad(energy, x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="double backward"):
-        force.square().sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph|double backward"):
+        torch.autograd.grad(energy, x, create_graph=True)[0].square().sum().backward()
 
 
 def test_compiled_dropout_and_bias(kernel):
@@ -126,7 +125,8 @@ def test_compiled_dropout_and_bias(kernel):
 def test_export(kernel, strict):
     model = Pooling(kernel).eval()
     (x, ptr), (other, other_ptr) = list(batches(7))[5:]
-    rows, molecules = torch.export.Dim("rows", min=2), torch.export.Dim("molecules", min=2)
+    # torch's exporter treats sizes 0 and 1 apart: at least 2 molecules, so at least 3 boundaries.
+    rows, molecules = torch.export.Dim("rows", min=2), torch.export.Dim("molecules", min=3)
     program = torch.export.export(
         model, (x, ptr), dynamic_shapes=({0: rows}, {0: molecules}), strict=strict
     )
