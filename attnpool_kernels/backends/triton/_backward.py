@@ -5,6 +5,10 @@ delta' of (B2). The *key kernel* walks the queries of up to BLOCK_N key rows: dk
 whose queries fit one tile is done by the query kernel alone, which then has every query of each key
 block at hand; the key kernel skips it. With shared seeds a query program sums dq over CHUNK
 molecules, in order, and a last kernel sums the chunks, in order.
+
+Where a molecule's keys are one block, delta is rowsum(P∘dP) and P is divided by its own row sum:
+dS is then 0 to the last bit where it should be, and out is not read. Rows of more blocks take delta
+from out, and rows of large LSE, whose rounding is a factor of P, sum P once more for its norm.
 """
 
 import torch
@@ -14,19 +18,21 @@ import triton.language as tl
 from . import launch
 from .tiles import (
     UNSPECIALIZED,
+    add_bias,
     chunk_of,
     find_query_tile,
     find_tile,
     keep_mask,
-    load_pairs,
+    load_bias,
+    load_bias_of_keys,
     load_row_values,
     load_rows,
     molecule_pairs,
     molecule_rows,
     out_row,
-    pair_offsets,
+    products,
     query_rows,
-    scores,
+    renormalise,
     store_pairs,
     store_row_values,
     store_rows,
@@ -37,11 +43,11 @@ from .tiles import (
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _query_kernel(
     q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, sq, sk, sv, sb,
-    out, lse, dout, dlse, so, sl, sdo_b, sdo, sdl_b, sdl, dq, dk, dv, dbias, delta,
+    out, lse, dout, dlse, so, sl, sdo_b, sdo, sdl_b, sdl, dq, dk, dv, dbias, delta, norm,
     B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
     scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64, CHUNK: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = lse.dtype.element_ty
     head = (tl.program_id(0) % H).to(tl.int64)
@@ -52,49 +58,74 @@ def _query_kernel(
     r = tl.full((), keep_scale, ACC)
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
-    b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
+    zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = tl.zeros((BLOCK_M, BD), ACC)
     low, high = chunk_of(part, q_ptr, B, CHUNK)
     for molecule in range(low, high):
         o_row = out_row(q_ptr, molecule, q_row, n_q)
         k_row, keys = molecule_rows(k_ptr, molecule, B, n_k)
         pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
-        b_do = load_rows(dout + molecule * sdo_b, sdo, q_row, head, o_m, m_m, DV, BDV)
-        b_o = load_rows(out, so, o_row, head, o_m, m_m, DV, BDV)
+        one_block = keys <= BLOCK_N
         b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))
+        p_do = dout + molecule * sdo_b
+        m_o = o_m < tl.where(one_block, 0, rows)
+        b_o = load_rows(out, so, o_row, head, o_m, m_o, DV, BDV)
+        b_do = load_rows(p_do, sdo, q_row, head, o_m, m_o, DV, BDV)
         b_delta = tl.sum(b_o.to(ACC) * b_do.to(ACC), 1)
+        b_dlse = tl.zeros((BLOCK_M,), ACC)
         if dlse is not None:
-            b_delta -= load_row_values(dlse + molecule * sdl_b, sdl, q_row, head, o_m, m_m, 0.0)
-        b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
-        if rows > BLOCK_M:
-            store_row_values(delta, o_row, head, H, o_m, m_m, b_delta)
+            b_dlse = load_row_values(dlse + molecule * sdl_b, sdl, q_row, head, o_m, m_m, 0.0)
+            b_dlse = tl.where(b_lse == float("-inf"), 0.0, b_dlse)
+        b_norm = tl.full((BLOCK_M,), 1.0, ACC)
+        if renormalise(b_lse, q.dtype.element_ty) & (keys > BLOCK_N):
+            total = tl.zeros((BLOCK_M,), ACC)
+            for first_k in range(0, keys, BLOCK_N):
+                o_n = first_k + tl.arange(0, BLOCK_N)
+                m_n = o_n < keys
+                s, _ = products(
+                    q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head,
+                    zero, D, BD, SLICE, PRECISION)  # fmt: skip
+                b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+                s = add_bias(s, c, b_bias, m_n[None, :])
+                total += tl.sum(weights(s, b_lse[:, None]), 1)
+            b_norm = 1.0 / tl.where(total > 0, total, 1.0)
         for first_k in range(0, keys, BLOCK_N):
             o_n = first_k + tl.arange(0, BLOCK_N)
             m_n = o_n < keys
-            m_mn = m_m[:, None] & m_n[None, :]
-            offsets = pair_offsets(o_m[:, None], o_n[None, :], keys)
-            b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
-            b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
-            b_bias = None
-            if bias is not None:
-                b_bias = load_pairs(bias, sb, pair, pairs, head, offsets, m_mn, ACC)
-            p = weights(scores(b_q, b_k, c, b_bias, m_n[None, :], PRECISION), b_lse[:, None])
-            dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-            kept = p
+            s, _ = products(
+                q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head,
+                zero, D, BD, SLICE, PRECISION)  # fmt: skip
+            dp, _ = products(
+                p_do, sdo, None, None, q_row, o_m, m_m, v, sv, None, None, k_row, o_n, m_n, head,
+                zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
+            b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+            p = weights(add_bias(s, c, b_bias, m_n[None, :]), b_lse[:, None])
             if seed is not None:
                 m_keep = keep_mask(seed, threshold, molecule, head, o_m, first_k, BLOCK_N)
                 dp = tl.where(m_keep, dp * r, 0.0)
-                kept = tl.where(m_keep, p * r, 0.0)
-            ds = p * (dp - b_delta[:, None])
+            if one_block:  # the whole row is at hand: both statistics from what is used below
+                total = tl.sum(p, 1)
+                b_norm = 1.0 / tl.where(total > 0, total, 1.0)
+                b_delta = tl.sum(p * b_norm[:, None] * dp, 1)
+            p *= b_norm[:, None]
+            ds = p * (dp - (b_delta - b_dlse)[:, None])
             if dbias is not None:
-                store_pairs(dbias, pair, pairs, head, H, offsets, m_mn, ds)
-            ds = ds.to(b_k.dtype)
-            acc += tl.dot(ds, b_k, input_precision=PRECISION)
+                store_pairs(dbias, pair, pairs, head, H, o_m, m_m, o_n, keys, ds)
+            ds = ds.to(k.dtype.element_ty)
+            b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
+            acc = tl.dot(ds, b_k, acc, input_precision=PRECISION)
             if rows <= BLOCK_M:
-                b_dv = tl.dot(tl.trans(kept.to(b_do.dtype)), b_do, input_precision=PRECISION)
+                if seed is not None:
+                    p = tl.where(m_keep, p * r, 0.0)
+                b_do = load_rows(p_do, sdo, q_row, head, o_m, m_m, DV, BDV)
+                b_dv = tl.dot(tl.trans(p.to(b_do.dtype)), b_do, input_precision=PRECISION)
                 store_rows(dv, k_row, head, H, o_n, m_n, b_dv, DV, BDV)
+                b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
                 b_dk = tl.dot(tl.trans(ds), b_q, input_precision=PRECISION) * c
                 store_rows(dk, k_row, head, H, o_n, m_n, b_dk, D, BD)
+        if rows > BLOCK_M:
+            store_row_values(delta, o_row, head, H, o_m, m_m, b_delta - b_dlse)
+            store_row_values(norm, o_row, head, H, o_m, m_m, b_norm)
     if q_ptr is None:
         q_row = part * n_q
     store_rows(dq, q_row, head, H, o_m, m_m, acc * c, D, BD)
@@ -103,11 +134,12 @@ def _query_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _key_kernel(
     q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, sq, sk, sv, sb,
-    lse, dout, sl, sdo_b, sdo, dk, dv, delta,
+    lse, dout, sl, sdo_b, sdo, dk, dv, delta, norm,
     B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
     scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COMPLETE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    COMPLETE: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = lse.dtype.element_ty
     head = (tl.program_id(0) % H).to(tl.int64)
@@ -125,33 +157,34 @@ def _key_kernel(
     r = tl.full((), keep_scale, ACC)
     o_n = first + tl.arange(0, BLOCK_N)
     m_n = o_n < keys
-    b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
-    b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
+    p_do = dout + molecule * sdo_b
+    zero = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     b_dk = tl.zeros((BLOCK_N, BD), ACC)
     b_dv = tl.zeros((BLOCK_N, BDV), ACC)
     for first_q in range(0, rows, BLOCK_M):
         o_m = first_q + tl.arange(0, BLOCK_M)
         m_m = o_m < rows
-        b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
-        b_do = load_rows(dout + molecule * sdo_b, sdo, q_row, head, o_m, m_m, DV, BDV)
+        s, _ = products(
+            k, sk, None, None, k_row, o_n, m_n, q, sq, None, None, q_row, o_m, m_m, head,
+            zero, D, BD, SLICE, PRECISION)  # fmt: skip
+        dp, _ = products(
+            v, sv, None, None, k_row, o_n, m_n, p_do, sdo, None, None, q_row, o_m, m_m, head,
+            zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
         b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))
         b_delta = load_row_values(delta, sl, o_row, head, o_m, m_m, 0.0)
-        b_bias = None
-        if bias is not None:
-            offsets = pair_offsets(o_m[None, :], o_n[:, None], keys)
-            b_bias = load_pairs(
-                bias, sb, pair, pairs, head, offsets, m_n[:, None] & m_m[None, :], ACC
-            )
-        p = weights(scores(b_k, b_q, c, b_bias, m_m[None, :], PRECISION), b_lse[None, :])
-        dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_norm = load_row_values(norm, sl, o_row, head, o_m, m_m, 1.0)
+        b_bias = load_bias_of_keys(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+        p = weights(add_bias(s, c, b_bias, m_m[None, :]), b_lse[None, :]) * b_norm[None, :]
         kept = p
         if seed is not None:
             m_keep = tl.trans(keep_mask(seed, threshold, molecule, head, o_m, first, BLOCK_N))
             dp = tl.where(m_keep, dp * r, 0.0)
             kept = tl.where(m_keep, p * r, 0.0)
         ds = p * (dp - b_delta[None, :])
-        b_dv += tl.dot(kept.to(b_do.dtype), b_do, input_precision=PRECISION)
-        b_dk += tl.dot(ds.to(b_q.dtype), b_q, input_precision=PRECISION)
+        b_do = load_rows(p_do, sdo, q_row, head, o_m, m_m, DV, BDV)
+        b_dv = tl.dot(kept.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
+        b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     store_rows(dk, k_row, head, H, o_n, m_n, b_dk * c, D, BD)
     store_rows(dv, k_row, head, H, o_n, m_n, b_dv, DV, BDV)
 
@@ -182,9 +215,9 @@ def backward(
     sdo_b, sdo = launch.row_strides(dout, q_ptr)
     sdl_b, sdl = launch.row_strides(dlse, q_ptr)
     dk, dv, dbias = launch.new(k), launch.new(v), launch.new_pairs(q, bias, need_dbias)
-    delta = torch.empty_like(lse)
+    delta, norm = launch.new(lse), launch.new(lse)
     common |= dict(lse=lse, sl=lse.stride()[-2:], dout=dout, sdo_b=sdo_b, sdo=sdo)
-    common |= dict(dk=dk, dv=dv, delta=delta)
+    common |= dict(dk=dk, dv=dv, delta=delta, norm=norm)
     heads, molecules = q.shape[1], common["B"]
     tile, key_tile = launch.tile("backward_query", q, v), launch.tile("backward_key", q, v)
     chunk, parts = launch.chunks(q, q_ptr, molecules, tile["BLOCK_M"])

@@ -12,15 +12,15 @@ import triton.language as tl
 from . import launch
 from .tiles import (
     UNSPECIALIZED,
+    add_bias,
     find_query_tile,
     keep_mask,
-    load_pairs,
+    load_bias,
     load_rows,
     molecule_pairs,
     molecule_rows,
     out_row,
-    pair_offsets,
-    scores,
+    products,
     store_row_values,
     store_rows,
 )
@@ -32,7 +32,7 @@ def _forward_kernel(
     B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
     scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = lse.dtype.element_ty
     head = (tl.program_id(0) % H).to(tl.int64)
@@ -45,22 +45,19 @@ def _forward_kernel(
     c = tl.full((), scale, ACC)
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
-    b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
+    zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     largest = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     acc = tl.zeros((BLOCK_M, BDV), ACC)
     for first_k in range(0, keys, BLOCK_N):
         o_n = first_k + tl.arange(0, BLOCK_N)
         m_n = o_n < keys
-        b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
+        s, _ = products(
+            q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head,
+            zero, D, BD, SLICE, PRECISION)  # fmt: skip
         b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
-        b_bias = None
-        if bias is not None:
-            offsets = pair_offsets(o_m[:, None], o_n[None, :], keys)
-            b_bias = load_pairs(
-                bias, sb, pair, pairs, head, offsets, m_m[:, None] & m_n[None, :], ACC
-            )
-        s = scores(b_q, b_k, c, b_bias, m_n[None, :], PRECISION)
+        b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+        s = add_bias(s, c, b_bias, m_n[None, :])
         new_largest = tl.maximum(largest, tl.max(s, 1))
         # a row of -inf so far subtracts 0: its weights are exp(-inf) = 0 and never NaN
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -70,7 +67,8 @@ def _forward_kernel(
         if seed is not None:
             m_keep = keep_mask(seed, threshold, molecule, head, o_m, first_k, BLOCK_N)
             p = tl.where(m_keep, p, 0.0)
-        acc = acc * shrink[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        p = p.to(b_v.dtype)
+        acc = tl.dot(p, b_v, acc * shrink[:, None], input_precision=PRECISION)
         largest = new_largest
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

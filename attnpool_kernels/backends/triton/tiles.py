@@ -139,15 +139,23 @@ def molecule_pairs(pair_ptr, molecule, B, n_pairs):
 
 
 @triton.jit
-def load_rows(x, strides, row, head, o_row, m_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """[rows, PADDED] of x[row + o_row, head, :WIDTH]; 0 outside m_row and WIDTH."""
-    o_d = tl.arange(0, PADDED)
+def load_slice(
+    x, strides, row, head, o_row, m_row, first_d, WIDTH: tl.constexpr, TILE: tl.constexpr
+):
+    """[rows, TILE] of x[row + o_row, head, first_d:]; 0 outside m_row and beyond WIDTH."""
+    o_d = first_d + tl.arange(0, TILE)
     p_x = x + row * strides[0] + head * strides[1]
     p_x += o_row[:, None].to(tl.int64) * strides[0] + (o_d * strides[2])[None, :]
     m_x = m_row[:, None]
-    if WIDTH != PADDED:
+    if WIDTH % TILE != 0:
         m_x = m_x & (o_d < WIDTH)[None, :]
     return tl.load(p_x, mask=m_x, other=0.0)
+
+
+@triton.jit
+def load_rows(x, strides, row, head, o_row, m_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """[rows, PADDED] of x[row + o_row, head]; 0 outside m_row and beyond WIDTH."""
+    return load_slice(x, strides, row, head, o_row, m_row, 0, WIDTH, PADDED)
 
 
 @triton.jit
@@ -173,28 +181,80 @@ def store_row_values(x, row, head, H, o_row, m_row, value):
 
 
 @triton.jit
-def pair_offsets(o_q, o_k, n):
-    """Position of (query, key) pairs in a molecule of n keys; o_q and o_k broadcast."""
-    return o_q.to(tl.int64) * n + o_k
+def load_bias(x, strides, pair, pairs, head, o_m, m_m, o_n, keys, c):
+    """[queries, keys] of x[pair + query * keys + key, head] in the type of c; None without x."""
+    if x is None:
+        b_x = None
+    else:
+        o_mn = o_m[:, None].to(tl.int64) * keys + o_n[None, :]
+        m_mn = m_m[:, None] & (o_n < keys)[None, :] & (o_mn < pairs)
+        p_x = x + (pair + o_mn) * strides[0] + head * strides[1]
+        b_x = tl.load(p_x, mask=m_mn, other=0.0).to(c.dtype)
+    return b_x
 
 
 @triton.jit
-def load_pairs(x, strides, pair, pairs, head, offsets, m_pair, ACC: tl.constexpr):
-    """x[pair + offsets, head] of a bias-shaped x, 0 outside."""
-    p_x = x + (pair + offsets) * strides[0] + head * strides[1]
-    return tl.load(p_x, mask=m_pair & (offsets < pairs), other=0.0).to(ACC)
+def load_bias_of_keys(x, strides, pair, pairs, head, o_m, m_m, o_n, keys, c):
+    """load_bias, transposed: [keys, queries]."""
+    if x is None:
+        b_x = None
+    else:
+        o_nm = o_m[None, :].to(tl.int64) * keys + o_n[:, None]
+        m_nm = m_m[None, :] & (o_n < keys)[:, None] & (o_nm < pairs)
+        p_x = x + (pair + o_nm) * strides[0] + head * strides[1]
+        b_x = tl.load(p_x, mask=m_nm, other=0.0).to(c.dtype)
+    return b_x
 
 
 @triton.jit
-def store_pairs(x, pair, pairs, head, H, offsets, m_pair, value):
-    p_x = x + (pair + offsets) * H + head
-    tl.store(p_x, value.to(x.dtype.element_ty), mask=m_pair & (offsets < pairs))
+def store_pairs(x, pair, pairs, head, H, o_m, m_m, o_n, keys, value):
+    """x[pair + query * keys + key, head] = value for a contiguous x [*, H]."""
+    o_mn = o_m[:, None].to(tl.int64) * keys + o_n[None, :]
+    m_mn = m_m[:, None] & (o_n < keys)[None, :] & (o_mn < pairs)
+    tl.store(x + (pair + o_mn) * H + head, value.to(x.dtype.element_ty), mask=m_mn)
 
 
 @triton.jit
-def scores(a, b, c, b_bias, m_pair, PRECISION: tl.constexpr):
-    """(F1) c a b^T + bias; -inf where m_pair is off."""
-    s = tl.dot(a, tl.trans(b), input_precision=PRECISION) * c
+def products(
+    x, sx, x_dot, sx_dot, x_row, o_x, m_x, y, sy, y_dot, sy_dot, y_row, o_y, m_y, head, zero,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(x y^T, x_dot y^T + x y_dot^T) over rows x_row + o_x and y_row + o_y; None counts as zero.
+
+    zero is a [o_x, o_y] accumulator. The width is walked in slices, which are loaded where they are
+    used, so that wide or precise operands need not all stay in registers; a single slice is loaded
+    once, outside of the caller's loop, by the compiler.
+    """
+    xy = zero
+    dot = zero
+    if SLICE >= PADDED:
+        b_x = load_rows(x, sx, x_row, head, o_x, m_x, WIDTH, PADDED)
+        b_y = load_rows(y, sy, y_row, head, o_y, m_y, WIDTH, PADDED)
+        xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=PRECISION)
+        if x_dot is not None:
+            b_xd = load_rows(x_dot, sx_dot, x_row, head, o_x, m_x, WIDTH, PADDED)
+            dot = tl.dot(b_xd, tl.trans(b_y), dot, input_precision=PRECISION)
+        if y_dot is not None:
+            b_yd = load_rows(y_dot, sy_dot, y_row, head, o_y, m_y, WIDTH, PADDED)
+            dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=PRECISION)
+    else:
+        for d in range(0, WIDTH, SLICE):
+            b_x = load_slice(x, sx, x_row, head, o_x, m_x, d, WIDTH, SLICE)
+            b_y = load_slice(y, sy, y_row, head, o_y, m_y, d, WIDTH, SLICE)
+            xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=PRECISION)
+            if x_dot is not None:
+                b_xd = load_slice(x_dot, sx_dot, x_row, head, o_x, m_x, d, WIDTH, SLICE)
+                dot = tl.dot(b_xd, tl.trans(b_y), dot, input_precision=PRECISION)
+            if y_dot is not None:
+                b_yd = load_slice(y_dot, sy_dot, y_row, head, o_y, m_y, d, WIDTH, SLICE)
+                dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=PRECISION)
+    return xy, dot
+
+
+@triton.jit
+def add_bias(s, c, b_bias, m_pair):
+    """(F1) c s + bias; -inf where m_pair is off."""
+    s *= c
     if b_bias is not None:
         s += b_bias
     return tl.where(m_pair, s, float("-inf"))
@@ -207,17 +267,13 @@ def weights(s, b_lse):
 
 
 @triton.jit
-def tangents(a, a_dot, b, b_dot, c, b_e, PRECISION: tl.constexpr):
-    """(D1) T = c (a_dot b^T + a b_dot^T) + E; a cotangent that is None counts as zero."""
-    t = tl.zeros((a.shape[0], b.shape[0]), c.dtype)
-    if a_dot is not None:
-        t = tl.dot(a_dot, tl.trans(b), t, input_precision=PRECISION)
-    if b_dot is not None:
-        t = tl.dot(a, tl.trans(b_dot), t, input_precision=PRECISION)
-    t *= c
-    if b_e is not None:
-        t += b_e
-    return t
+def renormalise(b_lse, dtype: tl.constexpr):
+    """Whether the rounding of a row's LSE, a relative error of P, would show in this dtype."""
+    if (dtype == tl.float16) or (dtype == tl.bfloat16):
+        large = False
+    else:
+        large = tl.max(tl.where(b_lse == float("-inf"), 0.0, tl.abs(b_lse)), 0) > 8.0
+    return large
 
 
 @triton.jit
