@@ -67,7 +67,7 @@ struct BackwardTiles {
   ATTN_DEVICE void load_keys(const KernelParams& p, const Span& span, int64_t first, int64_t head,
                              int thread) const {
     const int live = rows_from(span.size, first, Plan::ROWS);
-    const int rows = round_up(live, larger(16, Plan::STEP));
+    const int rows = round_up(live, Plan::STEP);
     load_rows<T, D, Plan::GROUP_THREADS>(k, rows, p.k, p.vector_loads & VECTOR_K, 0,
                                          span.first + first, live, head, int(p.head_dim), thread);
     load_rows<T, D, Plan::GROUP_THREADS>(v, rows, p.v, p.vector_loads & VECTOR_V, 0,
@@ -92,6 +92,8 @@ ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
     clear(ds);
     multiply_rows<T, D, true>(weights, tiles.k + slot * S, tiles.q + at * S);
     multiply_rows<T, D, true>(ds, tiles.v + slot * S, tiles.dout + at * S);
+    const uint32_t kept =
+        pairs.template keep_bits<N, true>(first_query + at, first_key + slot);
     ATTN_UNROLL
     for (int n = 0; n < N; ++n)
       ATTN_UNROLL
@@ -105,7 +107,7 @@ ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
         }
         const A logit = pairs.logit(weights[n][e], i, j);
         const A p = exponential<T>(logit - lse) * tiles.norm[query];             // (F2)
-        const A r = pairs.keep(i, j);
+        const A r = pairs.keep(kept, n, e);
         ds[n][e] = score_gradient(p, r * ds[n][e], tiles.delta[query]);          // (B1) (B3)
         weights[n][e] = p * r;
       }
@@ -121,19 +123,17 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   using A = Acc<T>;
   constexpr int S = STRIDE<T, D>, ROWS = Plan::ROWS, N = Plan::N, M = Plan::UNITS / 8;
   ATTN_SHARED_MEMORY(memory);
-  const int group = threadIdx.x / Plan::GROUP_THREADS;
-  const int thread = threadIdx.x % Plan::GROUP_THREADS, slot = thread / 32 * 16;
-  const uint32_t work = blockIdx.x * Plan::GROUPS + group;
-  const uint32_t heads = static_cast<uint32_t>(p.heads);
-  const int64_t head = work % heads, tile_index = work / heads;
-  if (tile_index >= query_tile_count(p, ROWS)) return;
-  const Tile tile = find_query_tile(p, tile_index, ROWS);
+  const Place<Plan> place(p);
+  const int group = place.group, thread = place.thread, slot = place.slot;
+  const int64_t head = place.head;
+  if (place.tile >= query_tile_count(p, ROWS)) return;
+  const Tile tile = find_query_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
   const int64_t keys = tile.other.size;
   const bool whole = tile.real && tile.own.size <= ROWS && keys <= ROWS;
   if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
 
-  const BackwardTiles<T, D> tiles(memory + group * Plan::GROUP_BYTES);
+  const BackwardTiles<T, D> tiles(place.memory(memory));
   const bool resident = keys <= ROWS;
   if (keys > 0) {
     tiles.load_queries(p, tile, tile.own, tile.first, head, thread, false);
@@ -176,21 +176,17 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
             clear(dp);
             multiply_rows<T, D, false>(weights, tiles.q + slot * S, tiles.k + at * S);
             multiply_rows<T, D, false>(dp, tiles.dout + slot * S, tiles.v + at * S);
+            const uint32_t kept =
+                pairs.template keep_bits<N, false>(tile.first + slot, first + at);
             ATTN_UNROLL
             for (int n = 0; n < N; ++n)
               ATTN_UNROLL
-              for (int half = 0; half < 2; ++half) {
-                const int64_t i = tile.first + slot + g + 8 * half, j = key + 8 * n;
-                A r[2];
-                pairs.keep_two(i, j, r);
-                ATTN_UNROLL
-                for (int e = 0; e < 2; ++e) {
-                  A& weight = weights[n][2 * half + e];
-                  const bool exists = j + e < keys && lse[half] != -A(INFINITY);
-                  weight = exists ? exponential<T>(pairs.logit(weight, i, j + e) - lse[half])
-                                  : A(0);                                        // (F2)
-                  dp[n][2 * half + e] = exists ? r[e] * dp[n][2 * half + e] : A(0);  // (B1)
-                }
+              for (int e = 0; e < 4; ++e) {
+                const int64_t i = tile.first + slot + g + e / 2 * 8, j = key + 8 * n + e % 2;
+                const bool exists = j < keys && lse[e / 2] != -A(INFINITY);
+                A& x = weights[n][e];
+                x = exists ? exponential<T>(pairs.logit(x, i, j) - lse[e / 2]) : A(0);  // (F2)
+                dp[n][e] = exists ? pairs.keep(kept, n, e) * dp[n][e] : A(0);           // (B1)
               }
           }
           if (sweep == 0) {
@@ -269,19 +265,17 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   using A = Acc<T>;
   constexpr int ROWS = Plan::ROWS, M = Plan::UNITS / 8;
   ATTN_SHARED_MEMORY(memory);
-  const int group = threadIdx.x / Plan::GROUP_THREADS;
-  const int thread = threadIdx.x % Plan::GROUP_THREADS, slot = thread / 32 * 16;
-  const uint32_t work = blockIdx.x * Plan::GROUPS + group;
-  const uint32_t heads = static_cast<uint32_t>(p.heads);
-  const int64_t head = work % heads, tile_index = work / heads;
-  if (tile_index >= tile_count(key_axis(p), ROWS)) return;
-  const Tile tile = find_key_tile(p, tile_index, ROWS);
+  const Place<Plan> place(p);
+  const int group = place.group, thread = place.thread, slot = place.slot;
+  const int64_t head = place.head;
+  if (place.tile >= tile_count(key_axis(p), ROWS)) return;
+  const Tile tile = find_key_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
   const int64_t queries = tile.other.size;
   const bool whole = tile.real && tile.own.size <= ROWS && queries <= ROWS;
   if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
 
-  const BackwardTiles<T, D> tiles(memory + group * Plan::GROUP_BYTES);
+  const BackwardTiles<T, D> tiles(place.memory(memory));
   const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
   if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
   for (int begin = 0; begin < D; begin += Plan::UNITS) {

@@ -1,2 +1,375 @@
+// (D1)-(D12): the derivative of dq, dk, dv, dbias with cotangents A = ddq, B = ddk, C = ddv,
+// E = ddbias; an absent cotangent is zero and costs nothing.
+//
+// Grid, groups, one or two launches, shared seeds: as in backward.cu, with the tiles
+//   double_backward_queries_kernel  norm, delta, t, y; gq, gdout, gbias, gdlse, and gk, gv too of
+//                                   molecules with at most ROWS queries and keys
+//   double_backward_keys_kernel     gk, gv of the other molecules
+// Shared memory a group: seven tiles (q, dout, ddq; k, v, ddk, ddv) and five numbers a query. All
+// statistics of a row come from one sweep over its keys; nothing quadratic is stored.
+#include "../math.h"
+#include "instances.cuh"
 #include "launch.h"
-namespace attnpool { int launch_double_backward(const KernelParams&, void*) { return -1; } }
+#include "seeds.cuh"
+#include "tile.cuh"
+
+namespace attnpool {
+
+template <typename T, int D>
+struct DoubleBackwardPlan {
+  static constexpr int ROW_BYTES = D * int(sizeof(T));
+  static constexpr int ROWS = larger(16, smaller(64, (8 << 10) / ROW_BYTES));
+  static constexpr int N = 2, STEP = 8 * N;  // pairs at a time: 16 x STEP
+  static constexpr int UNITS = smaller(D, sizeof(T) == 8 ? 32 : 64);  // of a gradient at a time
+  static constexpr int GROUP_THREADS = ROWS * 2;
+  static constexpr int TILE = ROWS * STRIDE<T, D>;
+  static constexpr int GROUP_BYTES = 7 * TILE * int(sizeof(T)) + 5 * ROWS * int(sizeof(Acc<T>));
+  static constexpr int GROUPS = GROUP_BYTES <= (24 << 10) ? 2 : 1;
+  static constexpr int THREADS = GROUPS * GROUP_THREADS, BYTES = GROUPS * GROUP_BYTES;
+};
+
+// What all pairs of a query share. lse = -inf: no finite logit, or no row; every term is 0.
+template <typename A>
+struct Row {
+  A lse, norm, delta, t, y;  // delta is delta'
+};
+
+// Of one pair: in P, dP, T, G and R; out P R, dS, U R, Z.
+template <typename A>
+ATTN_DEVICE void second_order(A& weight, A& dp, A& tangent, A& g, A r, const Row<A>& row) {
+  const A z = score_second_gradient(weight, tangent, dp, row.delta, row.t, g, row.y);  // (D6)
+  dp = score_gradient(weight, dp, row.delta);                                          // (B3)
+  tangent = weight_cotangent(weight, tangent, row.t) * r;                              // (D5)
+  weight *= r;
+  g = z;
+}
+
+// The shared memory of one group.
+template <typename T, int D>
+struct DoubleBackwardTiles {
+  using Plan = DoubleBackwardPlan<T, D>;
+  using A = Acc<T>;
+  T *q, *dout, *a, *k, *v, *b, *c;
+  A *lse, *norm, *delta, *t, *y;
+
+  ATTN_DEVICE explicit DoubleBackwardTiles(unsigned char* memory)
+      : q(reinterpret_cast<T*>(memory)), dout(q + Plan::TILE), a(dout + Plan::TILE),
+        k(a + Plan::TILE), v(k + Plan::TILE), b(v + Plan::TILE), c(b + Plan::TILE),
+        lse(reinterpret_cast<A*>(c + Plan::TILE)), norm(lse + Plan::ROWS),
+        delta(norm + Plan::ROWS), t(delta + Plan::ROWS), y(t + Plan::ROWS) {}
+
+  ATTN_DEVICE static void load(T* tile, const KernelParams& p, const View& x, uint32_t flag,
+                               int64_t molecule, int64_t row, int live, int64_t head,
+                               int64_t units, int thread) {
+    if (x.data)
+      load_rows<T, D, Plan::GROUP_THREADS>(tile, round_up(live, Plan::STEP), x,
+                                           p.vector_loads & flag, molecule, row, live, head,
+                                           int(units), thread);
+  }
+
+  ATTN_DEVICE void load_queries(const KernelParams& p, const Tile& tile, const Span& span,
+                                int64_t first, int64_t head, int thread, bool statistics) const {
+    const int live = rows_from(span.size, first, Plan::ROWS);
+    const int64_t row = span.first + first;
+    load(q, p, p.q, VECTOR_Q, 0, row, live, head, p.head_dim, thread);
+    load(dout, p, p.dout, VECTOR_DOUT, tile.molecule, row, live, head, p.value_dim, thread);
+    load(a, p, p.ddq, VECTOR_DDQ, 0, row, live, head, p.head_dim, thread);
+    for (int i = thread; i < Plan::ROWS; i += Plan::GROUP_THREADS) {
+      lse[i] = i < live ? *address<const A>(p.lse, tile.molecule, row + i, head) : -A(INFINITY);
+      if (!statistics) continue;  // this group finds them itself
+      const A* found = statistics_of<T>(p, tile.molecule, row + i, head);
+      norm[i] = i < live ? found[0] : 0;
+      delta[i] = i < live ? found[1] : 0;
+      t[i] = i < live ? found[2] : 0;
+      y[i] = i < live ? found[3] : 0;
+    }
+  }
+
+  ATTN_DEVICE void load_keys(const KernelParams& p, const Span& span, int64_t first, int64_t head,
+                             int thread) const {
+    const int live = rows_from(span.size, first, Plan::ROWS);
+    const int64_t row = span.first + first;
+    load(k, p, p.k, VECTOR_K, 0, row, live, head, p.head_dim, thread);
+    load(v, p, p.v, VECTOR_V, 0, row, live, head, p.value_dim, thread);
+    load(b, p, p.ddk, VECTOR_DDK, 0, row, live, head, p.head_dim, thread);
+    load(c, p, p.ddv, VECTOR_DDV, 0, row, live, head, p.value_dim, thread);
+  }
+};
+
+// Products of 16 x STEP pairs: q . k, dout . v, ddq . k + q . ddk, dout . ddv. SWAPPED: rows are the
+// keys from `row` on and columns the queries from `column` on, else the other way round.
+template <typename T, int D, bool SWAPPED>
+struct Products {
+  using Plan = DoubleBackwardPlan<T, D>;
+  Acc<T> weight[Plan::N][4], dp[Plan::N][4], tangent[Plan::N][4], g[Plan::N][4];
+
+  ATTN_DEVICE void multiply(const KernelParams& p, const DoubleBackwardTiles<T, D>& x, int row,
+                            int column) {
+    const auto add = [&](Acc<T>(&sum)[Plan::N][4], const T* queries, const T* keys) {
+      const int r = row * STRIDE<T, D>, c = column * STRIDE<T, D>;
+      if (SWAPPED) multiply_rows<T, D, true>(sum, keys + r, queries + c);
+      else multiply_rows<T, D, false>(sum, queries + r, keys + c);
+    };
+    clear(weight);
+    clear(dp);
+    clear(tangent);
+    clear(g);
+    add(weight, x.q, x.k);
+    add(dp, x.dout, x.v);
+    if (p.ddq.data) add(tangent, x.a, x.k);
+    if (p.ddk.data) add(tangent, x.q, x.b);
+    if (p.ddv.data) add(g, x.dout, x.c);
+  }
+
+  // From products to exp(S - lse), dP, T, G of element (n, e), the pair (i, j).
+  ATTN_DEVICE void complete(const Pairs<T>& pairs, int n, int e, bool exists, int64_t i, int64_t j,
+                            Acc<T> lse, Acc<T> r) {
+    using A = Acc<T>;
+    if (!exists || lse == -A(INFINITY)) {
+      weight[n][e] = dp[n][e] = tangent[n][e] = g[n][e] = 0;
+      return;
+    }
+    weight[n][e] = exponential<T>(pairs.logit(weight[n][e], i, j) - lse);              // (F2)
+    dp[n][e] *= r;                                                                     // (B1)
+    tangent[n][e] = tangent[n][e] * pairs.scale + pairs.pair_value(pairs.p.ddbias, i, j);  // (D1)
+    g[n][e] *= r;                                                                      // (D3)
+  }
+};
+
+// gk and gv of the 16 keys from `slot` on, over the queries of the group's tile.
+template <typename T, int D, int M>
+ATTN_DEVICE void add_key_gradients(Acc<T> (&gk)[M][4], Acc<T> (&gv)[M][4], const KernelParams& p,
+                                   const DoubleBackwardTiles<T, D>& tiles, const Pairs<T>& pairs,
+                                   int slot, int queries, int64_t first_query, int64_t first_key,
+                                   int begin) {
+  using Plan = DoubleBackwardPlan<T, D>;
+  constexpr int S = STRIDE<T, D>;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  for (int at = 0; at < queries; at += Plan::STEP) {
+    Products<T, D, true> x;
+    x.multiply(p, tiles, slot, at);
+    const uint32_t kept =
+        pairs.template keep_bits<Plan::N, true>(first_query + at, first_key + slot);
+    ATTN_UNROLL
+    for (int n = 0; n < Plan::N; ++n)
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int query = at + n * 8 + 2 * t + e % 2;
+        const Row<Acc<T>> row = {tiles.lse[query], tiles.norm[query], tiles.delta[query],
+                                 tiles.t[query], tiles.y[query]};
+        const Acc<T> r = pairs.keep(kept, n, e);
+        x.complete(pairs, n, e, query < queries, first_query + query,
+                   first_key + slot + g + e / 2 * 8, row.lse, r);
+        x.weight[n][e] *= row.norm;
+        second_order(x.weight[n][e], x.dp[n][e], x.tangent[n][e], x.g[n][e], r, row);
+        if (row.lse == -Acc<T>(INFINITY)) x.dp[n][e] = x.tangent[n][e] = x.g[n][e] = 0;
+      }
+    if (p.ddq.data) multiply_weights<T, D>(gk, x.dp, tiles.a + at * S + begin);        // (D8)
+    multiply_weights<T, D>(gk, x.g, tiles.q + at * S + begin);
+    multiply_weights<T, D>(gv, x.tangent, tiles.dout + at * S + begin);                // (D9)
+  }
+}
+
+template <typename T, int D>
+ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
+    double_backward_queries_kernel(ATTN_GRID_CONSTANT KernelParams p) {
+  using Plan = DoubleBackwardPlan<T, D>;
+  using A = Acc<T>;
+  constexpr int S = STRIDE<T, D>, ROWS = Plan::ROWS, M = Plan::UNITS / 8;
+  ATTN_SHARED_MEMORY(memory);
+  const Place<Plan> place(p);
+  const int group = place.group, thread = place.thread, slot = place.slot;
+  const int64_t head = place.head;
+  if (place.tile >= query_tile_count(p, ROWS)) return;
+  const Tile tile = find_query_tile(p, place.tile, ROWS);
+  const int live = rows_from(tile.own.size, tile.first, ROWS);
+  const int64_t keys = tile.other.size;
+  const bool whole = tile.real && tile.own.size <= ROWS && keys <= ROWS;
+  if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
+
+  const DoubleBackwardTiles<T, D> tiles(place.memory(memory));
+  const bool resident = keys <= ROWS;
+  if (keys > 0) {
+    tiles.load_queries(p, tile, tile.own, tile.first, head, thread, false);
+    if (resident) tiles.load_keys(p, tile.other, 0, head, thread);
+    copy_commit();
+    copy_wait<0>();
+    group_barrier(1 + group, Plan::GROUP_THREADS);
+  }
+
+  const Pairs<T> pairs(p, tile.molecule, head, keys);
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int64_t first_query = tile.own.first + tile.first;
+  Row<A> row[2];  // of rows slot + g and slot + g + 8
+  A s1[2] = {0, 0}, w[2] = {0, 0};
+  ATTN_UNROLL
+  for (int half = 0; half < 2; ++half)
+    row[half] = {keys > 0 ? tiles.lse[slot + g + 8 * half] : -A(INFINITY), 0, 0, 0, 0};
+  // Sweep 0 over the keys finds the statistics, sweep 1 adds to the gradients.
+  for (int begin = 0; begin < D; begin += Plan::UNITS) {
+    A gq[M][4], gdout[M][4];
+    clear(gq);
+    clear(gdout);
+    for (int sweep = begin == 0 ? 0 : 1; sweep < 2; ++sweep) {
+      for (int64_t first = 0; first < keys; first += ROWS) {
+        if (!resident) {
+          group_barrier(1 + group, Plan::GROUP_THREADS);
+          tiles.load_keys(p, tile.other, first, head, thread);
+          copy_commit();
+          copy_wait<0>();
+          group_barrier(1 + group, Plan::GROUP_THREADS);
+        }
+        if (slot >= live) continue;
+        const int rows = rows_from(keys, first, ROWS);
+        for (int at = 0; at < rows; at += Plan::STEP) {
+          Products<T, D, false> x;
+          x.multiply(p, tiles, slot, at);
+          const uint32_t kept =
+              pairs.template keep_bits<Plan::N, false>(tile.first + slot, first + at);
+          ATTN_UNROLL
+          for (int n = 0; n < Plan::N; ++n)
+            ATTN_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              const int query = slot + g + e / 2 * 8;
+              const int64_t i = tile.first + query, j = first + at + n * 8 + 2 * t + e % 2;
+              Row<A>& own = row[e / 2];
+              const A r = pairs.keep(kept, n, e);
+              x.complete(pairs, n, e, query < live && j < keys, i, j, own.lse, r);
+              const A weight = x.weight[n][e], dp = x.dp[n][e];
+              if (sweep == 0) {
+                own.norm += weight;
+                own.delta += weight * dp;                                              // (B2)
+                own.t += weight * x.tangent[n][e];                                     // (D2)
+                s1[e / 2] += weight * x.tangent[n][e] * dp;
+                w[e / 2] += weight * x.g[n][e];                                        // (D3)
+                continue;
+              }
+              x.weight[n][e] *= own.norm;
+              second_order(x.weight[n][e], x.dp[n][e], x.tangent[n][e], x.g[n][e], r, own);
+              if (own.lse == -A(INFINITY)) x.dp[n][e] = x.tangent[n][e] = x.g[n][e] = 0;
+              if (begin == 0 && query < live && j < keys)
+                pairs.store_pair(p.gbias, i, j, x.g[n][e]);                            // (D10)
+            }
+          if (sweep == 0) continue;
+          if (p.ddk.data) multiply_weights<T, D>(gq, x.dp, tiles.b + at * S + begin);  // (D7)
+          multiply_weights<T, D>(gq, x.g, tiles.k + at * S + begin);
+          multiply_weights<T, D>(gdout, x.tangent, tiles.v + at * S + begin);          // (D11)
+          if (p.ddv.data) multiply_weights<T, D>(gdout, x.weight, tiles.c + at * S + begin);
+        }
+      }
+      if (sweep == 1) break;
+      ATTN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        Row<A>& own = row[half];
+        own.norm = quad_sum(own.norm);
+        own.norm = own.norm == 0 ? A(0) : A(1) / own.norm;
+        const A delta = quad_sum(own.delta) * own.norm;
+        own.t = quad_sum(own.t) * own.norm;
+        s1[half] = quad_sum(s1[half]) * own.norm;
+        w[half] = quad_sum(w[half]) * own.norm;
+        const int query = slot + g + 8 * half;
+        if (query >= live) continue;
+        own.delta = delta;
+        if (p.dlse.data)
+          own.delta -= *address<const A>(p.dlse, tile.molecule, first_query + query, head);
+        own.y = row_offset(s1[half], delta, own.delta, own.t, w[half]);                // (D4)
+        if (t != 0) continue;
+        *address<A>(p.gdlse, tile.molecule, first_query + query, head) = own.t;        // (D12)
+        if (whole && keys > 0) {
+          tiles.norm[query] = own.norm;
+          tiles.delta[query] = own.delta;
+          tiles.t[query] = own.t;
+          tiles.y[query] = own.y;
+        } else if (!whole) {
+          A* found = statistics_of<T>(p, tile.molecule, first_query + query, head);
+          found[0] = own.norm;
+          found[1] = own.delta;
+          found[2] = own.t;
+          found[3] = own.y;
+        }
+      }
+    }
+    if (slot >= live) continue;
+    const bool dead[2] = {row[0].lse == -A(INFINITY), row[1].lse == -A(INFINITY)};
+    store_query_gradient<T>(p, p.gq, tile.molecule, first_query + slot, live - slot, head, begin,
+                            gq, dead[0] ? A(0) : pairs.scale, dead[1] ? A(0) : pairs.scale);
+    store_rows<T>(p.gdout, tile.molecule, first_query + slot, live - slot, head, begin,
+                  int(p.value_dim), gdout, dead[0] ? A(0) : A(1), dead[1] ? A(0) : A(1));
+  }
+  if (!whole || keys == 0) return;
+
+  group_barrier(1 + group, Plan::GROUP_THREADS);  // the statistics of the other warps
+  if (slot >= keys) return;
+  for (int begin = 0; begin < D; begin += Plan::UNITS) {
+    A gk[M][4], gv[M][4];
+    clear(gk);
+    clear(gv);
+    add_key_gradients(gk, gv, p, tiles, pairs, slot, live, 0, 0, begin);
+    const int64_t first_key = tile.other.first + slot;
+    const int count = static_cast<int>(keys) - slot;
+    store_rows<T>(p.gk, 0, first_key, count, head, begin, int(p.head_dim), gk, pairs.scale,
+                  pairs.scale);
+    store_rows<T>(p.gv, 0, first_key, count, head, begin, int(p.value_dim), gv, A(1), A(1));
+  }
+}
+
+template <typename T, int D>
+ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
+    double_backward_keys_kernel(ATTN_GRID_CONSTANT KernelParams p) {
+  using Plan = DoubleBackwardPlan<T, D>;
+  using A = Acc<T>;
+  constexpr int ROWS = Plan::ROWS, M = Plan::UNITS / 8;
+  ATTN_SHARED_MEMORY(memory);
+  const Place<Plan> place(p);
+  const int group = place.group, thread = place.thread, slot = place.slot;
+  const int64_t head = place.head;
+  if (place.tile >= tile_count(key_axis(p), ROWS)) return;
+  const Tile tile = find_key_tile(p, place.tile, ROWS);
+  const int live = rows_from(tile.own.size, tile.first, ROWS);
+  const int64_t queries = tile.other.size;
+  const bool whole = tile.real && tile.own.size <= ROWS && queries <= ROWS;
+  if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
+
+  const DoubleBackwardTiles<T, D> tiles(place.memory(memory));
+  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
+  if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
+  for (int begin = 0; begin < D; begin += Plan::UNITS) {
+    A gk[M][4], gv[M][4];
+    clear(gk);
+    clear(gv);
+    for (int64_t first = 0; first < queries; first += ROWS) {
+      group_barrier(1 + group, Plan::GROUP_THREADS);
+      tiles.load_queries(p, tile, tile.other, first, head, thread, true);
+      copy_commit();
+      copy_wait<0>();
+      group_barrier(1 + group, Plan::GROUP_THREADS);
+      if (slot < live)
+        add_key_gradients(gk, gv, p, tiles, pairs, slot, rows_from(queries, first, ROWS), first,
+                          tile.first, begin);
+    }
+    if (slot >= live) continue;
+    const int64_t first_key = tile.own.first + tile.first + slot;
+    store_rows<T>(p.gk, 0, first_key, live - slot, head, begin, int(p.head_dim), gk, pairs.scale,
+                  pairs.scale);
+    store_rows<T>(p.gv, 0, first_key, live - slot, head, begin, int(p.value_dim), gv, A(1), A(1));
+  }
+}
+
+template <typename T, int D>
+struct RunDoubleBackward {
+  static int run(const KernelParams& p, void* stream) {
+    using Plan = DoubleBackwardPlan<T, D>;
+    const int64_t query_tiles = query_tile_count(p, Plan::ROWS) * p.heads;
+    const int64_t key_tiles = tile_count(key_axis(p), Plan::ROWS) * p.heads;
+    int status = launch<double_backward_queries_kernel<T, D>, Plan>(query_tiles, p, stream);
+    if (!status) status = launch<double_backward_keys_kernel<T, D>, Plan>(key_tiles, p, stream);
+    if (!status && p.shared_seeds) status = sum_over_molecules<T>(p, stream);
+    return status;
+  }
+};
+
+int launch_double_backward(const KernelParams& p, void* stream) {
+  return for_instance<RunDoubleBackward>(p, stream);
+}
+
+}  // namespace attnpool

@@ -29,17 +29,15 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
   using A = Acc<T>;
   constexpr int S = STRIDE<T, D>, KEYS = Plan::KEYS, N = KEYS / 8, M = D / 8;
   ATTN_SHARED_MEMORY(memory);
-  const int group = threadIdx.x / Plan::GROUP_THREADS;
-  const int thread = threadIdx.x % Plan::GROUP_THREADS, slot = thread / 32 * 16;
-  const uint32_t work = blockIdx.x * Plan::GROUPS + group;
-  const uint32_t heads = static_cast<uint32_t>(p.heads);
-  const int64_t head = work % heads, tile_index = work / heads;
-  if (tile_index >= query_tile_count(p, Plan::ROWS)) return;
-  const Tile tile = find_query_tile(p, tile_index, Plan::ROWS);
+  const Place<Plan> place(p);
+  const int group = place.group, thread = place.thread, slot = place.slot;
+  const int64_t head = place.head;
+  if (place.tile >= query_tile_count(p, Plan::ROWS)) return;
+  const Tile tile = find_query_tile(p, place.tile, Plan::ROWS);
   const int live = rows_from(tile.own.size, tile.first, Plan::ROWS);
   if (live == 0) return;  // a surplus tile; the same for the whole group
 
-  T* b_q = reinterpret_cast<T*>(memory + group * Plan::GROUP_BYTES);
+  T* b_q = reinterpret_cast<T*>(place.memory(memory));
   T* b_k = b_q + Plan::ROWS * S;
   T* b_v = b_k + 2 * KEYS * S;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
@@ -105,15 +103,11 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
           s[n][e] = weight;
         }
       if (p.seed) {
+        const uint32_t kept = pairs.template keep_bits<N, false>(tile.first + slot, first);
         ATTN_UNROLL
         for (int n = 0; n < N; ++n)
           ATTN_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            A r[2];
-            pairs.keep_two(tile.first + slot + g + 8 * half, first + n * 8 + 2 * t, r);
-            s[n][2 * half] *= r[0];
-            s[n][2 * half + 1] *= r[1];
-          }
+          for (int e = 0; e < 4; ++e) s[n][e] *= pairs.keep(kept, n, e);
       }
       ATTN_UNROLL
       for (int m = 0; m < M; ++m)

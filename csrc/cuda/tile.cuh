@@ -22,7 +22,27 @@ ATTN_DEVICE int rows_from(int64_t rows, int64_t first, int most) {
   return left <= 0 ? 0 : left < most ? static_cast<int>(left) : most;
 }
 
-// ---- which molecule ------------------------------------------------------------------------
+// ---- who and where ------------------------------------------------------------------------
+
+// A group of warps in the grid: GROUPS groups a block, heads of one tile after each other. A warp
+// owns the 16 rows from `slot` on.
+template <typename Plan>
+struct Place {
+  int group, thread, slot;
+  int64_t tile, head;
+
+  ATTN_DEVICE explicit Place(const KernelParams& p)
+      : group(threadIdx.x / Plan::GROUP_THREADS), thread(threadIdx.x % Plan::GROUP_THREADS),
+        slot(thread / 32 * 16) {
+    const uint32_t work = blockIdx.x * Plan::GROUPS + group;
+    const uint32_t heads = static_cast<uint32_t>(p.heads);
+    tile = work / heads;
+    head = work % heads;
+  }
+  ATTN_DEVICE unsigned char* memory(unsigned char* of_block) const {
+    return of_block + group * Plan::GROUP_BYTES;
+  }
+};
 
 // The molecule of a tile: the last i with first_tile(i) <= tile. One warp, 33 ranges a step.
 ATTN_DEVICE int64_t molecule_of_tile(const Axis& axis, int64_t tile, int tile_rows) {
@@ -150,7 +170,7 @@ ATTN_DEVICE void multiply_rows(Acc<T> (&c)[N][4], const T* a, const T* b) {
     const T* a_row = a + lane / 4 * S + lane % 4 * 2;
     const T* b_row = b + lane / 4 * S + lane % 4 * 2;
     const auto pair = [](const T* x) { return Split(x[0], x[1]); };
-    ATTN_UNROLL
+    ATTN_ROLLED  // six products a step are enough in flight, and the parts take registers
     for (int d = 0; d < D; d += 16) {
       const Split x[4] = {pair(a_row + d), pair(a_row + 8 * S + d), pair(a_row + d + 8),
                           pair(a_row + 8 * S + d + 8)};
@@ -262,22 +282,42 @@ struct Pairs {
     return product * scale + pair_value(p.bias, i, j);
   }
 
-  // R of (i, j): 1 without dropout.
-  ATTN_DEVICE Acc<T> keep(int64_t i, int64_t j) const {
-    if (!p.seed) return 1;
-    const PhiloxWords words = keep_words(key, molecule, head, i, j);
-    const uint32_t low = j & 1 ? words.word[1] : words.word[0];
-    const uint32_t high = j & 1 ? words.word[3] : words.word[2];
-    return (j & 2 ? high : low) >= p.drop_threshold ? keep_scale : 0;
+  // Which pairs of a 16 x 8 N accumulator are kept, one bit an element (bit 4 n + e). i and j: the
+  // query and the key of its first element; SWAPPED: its rows are keys, else queries.
+  template <int N, bool SWAPPED>
+  ATTN_DEVICE uint32_t keep_bits(int64_t i, int64_t j) const {
+    if (!p.seed) return ~0u;
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    uint32_t bits = 0;
+    ATTN_ROLLED
+    for (int n = 0; n < 2 * N; ++n) {  // columns 8 (n / 2) + 2 t and + 1 of row g + 8 (n % 2)
+      const int row = g + n % 2 * 8, column = n / 2 * 8 + 2 * t;
+      uint32_t kept = 0;
+      if (SWAPPED) {
+        ATTN_UNROLL
+        for (int e = 0; e < 2; ++e)
+          kept |= (keep_two(i + column + e, j + row) >> ((j + row) & 1) & 1) << e;
+      } else {
+        kept = keep_two(i + row, j + column);
+      }
+      bits |= kept << 2 * n;
+    }
+    return bits;
   }
 
-  // R of (i, j) and (i, j + 1) for an even j, which share their random words.
-  ATTN_DEVICE void keep_two(int64_t i, int64_t j, Acc<T> (&r)[2]) const {
-    r[0] = r[1] = 1;
-    if (!p.seed) return;
+  // (B1) R for a bit of keep_bits
+  ATTN_DEVICE Acc<T> keep(uint32_t bits, int n, int e) const {
+    return bits >> (4 * n + e) & 1 ? keep_scale : 0;
+  }
+
+ private:
+  // Two bits, for the even and the odd one of key j and its neighbour, which share their words.
+  ATTN_DEVICE uint32_t keep_two(int64_t i, int64_t j) const {
     const PhiloxWords words = keep_words(key, molecule, head, i, j);
-    r[0] = (j & 2 ? words.word[2] : words.word[0]) >= p.drop_threshold ? keep_scale : 0;
-    r[1] = (j & 2 ? words.word[3] : words.word[1]) >= p.drop_threshold ? keep_scale : 0;
+    const uint32_t even = j & 2 ? words.word[2] : words.word[0];
+    const uint32_t odd = j & 2 ? words.word[3] : words.word[1];
+    return static_cast<uint32_t>(even >= p.drop_threshold) |
+           static_cast<uint32_t>(odd >= p.drop_threshold) << 1;
   }
 };
 

@@ -20,6 +20,7 @@
 #define ATTN_DEVICE __device__ __forceinline__
 #define ATTN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #define ATTN_UNROLL _Pragma("unroll")
+#define ATTN_ROLLED _Pragma("unroll 1")
 
 namespace attnpool {
 
