@@ -40,7 +40,7 @@ def able(device: str, dtype: torch.dtype, kind: str | None = None) -> list[str]:
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
     problem = Problem(device, dtype, 16, 16, capability)
     found = [name for name in backends() if not backends.load(name).why_not(problem)]
-    return [name for name in found if kind is None or backends.load(name).KIND == kind]
+    return [name for name in found if kind is None or kind == backends.load(name).KIND]
 
 
 def matrix(options) -> str:
@@ -70,7 +70,7 @@ def check(case, dtype, name, exact, device) -> None:
     exactly = testing.dense(batch, torch.float64, batch.inputs())[0]
     same = testing.dense(batch, dtype, batch.inputs())[0]
     found = public(batch, name)
-    lines = testing.violations({"out": found}, {"out": exactly}, {"out": same}, dtype)
+    lines = testing.violations({"out": found}, {"out": exactly}, [{"out": same}], dtype)
     if lines:
         raise AssertionError("; ".join(lines))
 

@@ -103,7 +103,7 @@ def test_compiled_code_has_no_silent_second_derivative(kernel):
     fast = torch.compile(Pooling(kernel), fullgraph=True, dynamic=True, backend="aot_eager")
     x, ptr = next(iter(batches(1)))
     energy = fast(x.requires_grad_(), ptr).square().sum()
-    with pytest.raises(RuntimeError, match="create_graph|double backward"):
+    with pytest.raises(RuntimeError, match=r"create_graph|double backward"):
         torch.autograd.grad(energy, x, create_graph=True)[0].square().sum().backward()
 
 
