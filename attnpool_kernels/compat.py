@@ -110,7 +110,7 @@ def _check_boundaries(name: str, ptr: Tensor, rows_of: object) -> None:
     """As ``set_attention`` checks them, under the names of this function."""
     ragged.check_kind(ptr, name)
     readable = ptr.device.type == "cpu" and not ragged._traced(ptr)
-    if readable and isinstance(rows_of, Tensor) and rows_of.dim():
+    if readable and isinstance(rows_of, Tensor) and rows_of.dim() == 3:
         ragged.check(ptr, rows_of.shape[0], name)
 
 

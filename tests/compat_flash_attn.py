@@ -1,0 +1,192 @@
+"""Runs flash-attn's own tests of packed sequences against ``compat``, on the CPU.
+
+    python tests/compat_flash_attn.py CHECKOUT [--longest N] [--widths 32,64] [--every K] [-x …]
+
+CHECKOUT is a clone of https://github.com/Dao-AILab/flash-attention, 2.8 or so; needs einops. Their
+tests/test_flash_attn.py runs unchanged: a stand-in package ``flash_attn`` gives it our function,
+and device "cuda" means the CPU. Selected are the tests that call the function on packed sequences,
+with the parameters that we serve: no causal or local mask, no ALiBi, no softcap. Their helpers
+``pad_input`` and ``unpad_input`` come from the checkout. One of their helpers is replaced:
+``normalize_flash_attn_S`` rescales what their kernel stores; our S_dmask is normalised already.
+
+--longest, --widths keep the sequences and head widths up to N, of a list; --every K keeps each Kth
+test of what is left; other options go to pytest. The summary counts what was left out, and why.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import pytest
+from torch.overrides import TorchFunctionMode
+
+from attnpool_kernels.compat import flash_attn_varlen_func
+
+TESTS = (
+    "test_flash_attn_varlen_output",
+    "test_flash_attn_varlen_qkvpacked",
+    "test_flash_attn_varlen_deterministic",
+    "test_flash_attn_bwd_varlen_overflow",
+)
+OFF = {"causal": False, "local": False, "alibi": False, "softcap": 0.0}
+NOT_OURS = (
+    "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func",
+    "flash_attn_with_kvcache",
+)  # fmt: skip
+
+
+class CudaIsCpu(TorchFunctionMode):
+    """device="cuda" in a call of torch means the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        args = tuple("cpu" if isinstance(x, str) and x.startswith("cuda") else x for x in args)
+        return function(*args, **kwargs)
+
+
+def kvpacked(q, kv, *arguments, **options):
+    return flash_attn_varlen_func(q, *kv.unbind(1), *arguments, **options)
+
+
+def qkvpacked(qkv, cu_seqlens, max_seqlen, *arguments, **options):
+    boundaries = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    return flash_attn_varlen_func(*qkv.unbind(1), *boundaries, *arguments, **options)
+
+
+def not_ours(*_, **__):
+    raise NotImplementedError("not a function of packed sequences")
+
+
+def stand_in(checkout: Path) -> dict[str, ModuleType]:
+    """The package ``flash_attn`` as far as their test file imports it."""
+    package = ModuleType("flash_attn")
+    package.__path__ = []
+    package.flash_attn_varlen_func = flash_attn_varlen_func
+    package.flash_attn_varlen_kvpacked_func = kvpacked
+    package.flash_attn_varlen_qkvpacked_func = qkvpacked
+    for name in NOT_OURS:
+        setattr(package, name, not_ours)
+    interface = ModuleType("flash_attn.flash_attn_interface")
+    interface._get_block_size_n, interface.USE_TRITON_ROCM = not_ours, False
+    layers, rotary = ModuleType("flash_attn.layers"), ModuleType("flash_attn.layers.rotary")
+    layers.__path__, rotary.apply_rotary_emb = [], not_ours
+    spec = importlib.util.spec_from_file_location(
+        "flash_attn.bert_padding", checkout / "flash_attn" / "bert_padding.py"
+    )
+    padding = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(padding)
+    return {x.__name__: x for x in (package, interface, layers, rotary, padding)}
+
+
+class Selection:
+    """Narrows the parameters before pytest multiplies them: the whole file has 10^6 tests."""
+
+    def __init__(self, longest, widths, every):
+        self.longest, self.widths, self.every = longest, widths, every
+        self.left_out, self.outcomes = Counter(), Counter()
+
+    def pytest_pycollect_makeitem(self, collector, name, obj):
+        return None if name in TESTS else []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_generate_tests(self, metafunc):
+        marks = metafunc.definition.own_markers
+        for i, mark in enumerate(marks):
+            if mark.name == "parametrize":
+                names, values = mark.args
+                kept = [value for value in values if self.keeps(names, value)]
+                marks[i] = pytest.mark.parametrize(names, kept).mark
+
+    def keeps(self, names, value):
+        why = None
+        if names in OFF and value != OFF[names]:
+            why = f"{names}: refused by name"
+        elif names.startswith("seqlen"):
+            lengths = value if isinstance(value, tuple) else (value,)
+            why = f"longer than {self.longest}" if max(lengths) > self.longest else None
+        elif names == "d" and self.widths:
+            why = "other widths" if value not in self.widths else None
+        self.left_out[why] += why is not None
+        return why is None
+
+    def pytest_collection_modifyitems(self, config, items):
+        self.collected = len(items)
+        kept = items[:: self.every]
+        config.hook.pytest_deselected(items=[x for x in items if x not in set(kept)])
+        items[:] = kept
+        if items:
+            items[0].module.normalize_flash_attn_S = lambda weights, *_, **__: weights
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        with CudaIsCpu():
+            return (yield)
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.skipped:
+            self.outcomes[report.outcome] += 1
+
+    def pytest_terminal_summary(self, terminalreporter):
+        write = terminalreporter.write_line
+        write(f"collected {self.collected} tests of {', '.join(TESTS)}")
+        outcomes = ", ".join(f"{n} {outcome}" for outcome, n in self.outcomes.items())
+        write(f"run, one in {self.every}: {outcomes}")
+        for why, values in self.left_out.items():
+            if why is not None:
+                write(f"left out before multiplication: {values} parameter values ({why})")
+
+
+def run(
+    checkout: Path, longest: int = 2048, widths: tuple[int, ...] = (), every: int = 1,
+    options: tuple[str, ...] = (),
+) -> tuple[int, Counter]:  # fmt: skip
+    """pytest's exit status, and the number of tests by outcome."""
+    file = checkout / "tests" / "test_flash_attn.py"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    properties = SimpleNamespace(total_memory=memory)
+    selection = Selection(longest, widths, every)
+    with (
+        mock.patch.dict(sys.modules, stand_in(checkout)),
+        mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)),
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
+    ):
+        status = pytest.main(
+            [str(file), "-c", os.devnull, "--rootdir", str(file.parent), "-p", "no:cacheprovider",
+             "-q", *options],
+            plugins=[selection],
+        )  # fmt: skip
+    return int(status), selection.outcomes
+
+
+def why_not(checkout: Path) -> str:
+    """Why their tests cannot run here; "" if they can."""
+    for file in ("tests/test_flash_attn.py", "flash_attn/bert_padding.py"):
+        if not (checkout / file).is_file():
+            return f"no checkout of flash-attention: {checkout / file} is missing"
+    return "" if importlib.util.find_spec("einops") else "einops is not installed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--longest", type=int, default=2048)
+    parser.add_argument("--widths", type=lambda x: tuple(map(int, x.split(","))), default=())
+    parser.add_argument("--every", type=int, default=1)
+    arguments, options = parser.parse_known_args()
+    if reason := why_not(arguments.checkout):
+        parser.error(reason)
+    chosen = arguments.longest, arguments.widths, arguments.every
+    return run(arguments.checkout, *chosen, tuple(options))[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
