@@ -6,11 +6,11 @@
 //                            queries and keys the same group does its dk and dv as well, from the
 //                            rows already in shared memory: q, k, v, dout are read once.
 //   backward_keys_kernel     tiles of keys of the other molecules: dk and dv.
-// Shared memory a group: four tiles (q, dout, k, v), lse, 1 / rowsum(exp(S - lse)) and delta' of the
-// queries. The rowsum is 1 but for the rounding of lse, which for large logits would be the largest
-// error of all. delta is rowsum(P o dP) in the accumulator's type, so `out` is not read. No atomics;
-// with shared seeds dq is written per molecule and summed afterwards (seeds.cuh). Any size is
-// correct; beyond ROWS the rows of the other axis are read again by each tile, without overlap.
+// Shared memory a group: four tiles (q, dout, k, v), lse, delta' and norm of the queries. norm is
+// 1 / rowsum(exp(S - lse)), which is 1 but for the rounding of lse; with large logits that would be
+// the largest error of all. delta is rowsum(P o dP) in the accumulator's type, so `out` is not
+// read. No atomics; with shared seeds dq is written per molecule and summed afterwards (seeds.cuh).
+// Any size is correct; beyond ROWS each tile reads the rows of the other axis again.
 #include "../math.h"
 #include "instances.cuh"
 #include "launch.h"
@@ -153,7 +153,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     lse[1] = tiles.lse[slot + g + 8];
   }
   A weights[N][4], dp[N][4];
-  // Sweep 0 over the keys finds norm and delta, sweep 1 adds to dq. One step of keys stays in registers.
+  // Over the keys, sweep 0 finds norm and delta, sweep 1 adds to dq. A single step stays in registers.
   const bool once = keys <= Plan::STEP;
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A dq[M][4];

@@ -5,8 +5,8 @@
 //   double_backward_queries_kernel  norm, delta, t, y; gq, gdout, gbias, gdlse, and gk, gv too of
 //                                   molecules with at most ROWS queries and keys
 //   double_backward_keys_kernel     gk, gv of the other molecules
-// Shared memory a group: seven tiles (q, dout, ddq; k, v, ddk, ddv) and five numbers a query. All
-// statistics of a row come from one sweep over its keys; nothing quadratic is stored.
+// Shared memory a group: seven tiles (q, dout, ddq; k, v, ddk, ddv) and five numbers a query.
+// Nothing quadratic is stored.
 #include "../math.h"
 #include "instances.cuh"
 #include "launch.h"
@@ -37,7 +37,7 @@ struct Row {
 // Of one pair: in P, dP, T, G and R; out P R, dS, U R, Z.
 template <typename A>
 ATTN_DEVICE void second_order(A& weight, A& dp, A& tangent, A& g, A r, const Row<A>& row) {
-  const A z = score_second_gradient(weight, tangent, dp, row.delta, row.t, g, row.y);  // (D6)
+  const A z = centred_second_gradient(weight, tangent - row.t, dp, row.delta, g, row.y);  // (D6)
   dp = score_gradient(weight, dp, row.delta);                                          // (B3)
   tangent = weight_cotangent(weight, tangent, row.t) * r;                              // (D5)
   weight *= r;
@@ -96,8 +96,8 @@ struct DoubleBackwardTiles {
   }
 };
 
-// Products of 16 x STEP pairs: q . k, dout . v, ddq . k + q . ddk, dout . ddv. SWAPPED: rows are the
-// keys from `row` on and columns the queries from `column` on, else the other way round.
+// Products of 16 x STEP pairs: q . k, dout . v, ddq . k + q . ddk, dout . ddv. SWAPPED: rows are
+// the keys from `row` on and columns the queries from `column` on, else the other way round.
 template <typename T, int D, bool SWAPPED>
 struct Products {
   using Plan = DoubleBackwardPlan<T, D>;
@@ -201,16 +201,17 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int64_t first_query = tile.own.first + tile.first;
   Row<A> row[2];  // of rows slot + g and slot + g + 8
-  A s1[2] = {0, 0}, w[2] = {0, 0};
+  A delta[2] = {0, 0}, w[2] = {0, 0};
   ATTN_UNROLL
   for (int half = 0; half < 2; ++half)
     row[half] = {keys > 0 ? tiles.lse[slot + g + 8 * half] : -A(INFINITY), 0, 0, 0, 0};
-  // Sweep 0 over the keys finds the statistics, sweep 1 adds to the gradients.
+  // Over the keys, sweep 0 sums norm, delta, t and w, sweep 1 the rest of y from centred terms,
+  // which do not cancel (math.h), and sweep 2 adds to the gradients.
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A gq[M][4], gdout[M][4];
     clear(gq);
     clear(gdout);
-    for (int sweep = begin == 0 ? 0 : 1; sweep < 2; ++sweep) {
+    for (int sweep = begin == 0 ? 0 : 2; sweep < 3; ++sweep) {
       for (int64_t first = 0; first < keys; first += ROWS) {
         if (!resident) {
           group_barrier(1 + group, Plan::GROUP_THREADS);
@@ -238,10 +239,13 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
               const A weight = x.weight[n][e], dp = x.dp[n][e];
               if (sweep == 0) {
                 own.norm += weight;
-                own.delta += weight * dp;                                              // (B2)
+                delta[e / 2] += weight * dp;                                           // (B2)
                 own.t += weight * x.tangent[n][e];                                     // (D2)
-                s1[e / 2] += weight * x.tangent[n][e] * dp;
                 w[e / 2] += weight * x.g[n][e];                                        // (D3)
+                continue;
+              }
+              if (sweep == 1) {
+                own.y += weight * (x.tangent[n][e] - own.t) * (dp - delta[e / 2]);     // (D2)
                 continue;
               }
               x.weight[n][e] *= own.norm;
@@ -250,29 +254,31 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
               if (begin == 0 && query < live && j < keys)
                 pairs.store_pair(p.gbias, i, j, x.g[n][e]);                            // (D10)
             }
-          if (sweep == 0) continue;
+          if (sweep < 2) continue;
           if (p.ddk.data) multiply_weights<T, D>(gq, x.dp, tiles.b + at * S + begin);  // (D7)
           multiply_weights<T, D>(gq, x.g, tiles.k + at * S + begin);
           multiply_weights<T, D>(gdout, x.tangent, tiles.v + at * S + begin);          // (D11)
           if (p.ddv.data) multiply_weights<T, D>(gdout, x.weight, tiles.c + at * S + begin);
         }
       }
-      if (sweep == 1) break;
+      if (sweep == 2) break;
       ATTN_UNROLL
       for (int half = 0; half < 2; ++half) {
         Row<A>& own = row[half];
-        own.norm = quad_sum(own.norm);
-        own.norm = own.norm == 0 ? A(0) : A(1) / own.norm;
-        const A delta = quad_sum(own.delta) * own.norm;
-        own.t = quad_sum(own.t) * own.norm;
-        s1[half] = quad_sum(s1[half]) * own.norm;
-        w[half] = quad_sum(w[half]) * own.norm;
+        if (sweep == 0) {
+          own.norm = quad_sum(own.norm);
+          own.norm = own.norm == 0 ? A(0) : A(1) / own.norm;
+          delta[half] = quad_sum(delta[half]) * own.norm;
+          own.t = quad_sum(own.t) * own.norm;
+          w[half] = quad_sum(w[half]) * own.norm;
+          continue;
+        }
+        own.y = quad_sum(own.y) * own.norm + w[half];                                  // (D4)
+        own.delta = delta[half];
         const int query = slot + g + 8 * half;
         if (query >= live) continue;
-        own.delta = delta;
         if (p.dlse.data)
           own.delta -= *address<const A>(p.dlse, tile.molecule, first_query + query, head);
-        own.y = row_offset(s1[half], delta, own.delta, own.t, w[half]);                // (D4)
         if (t != 0) continue;
         *address<A>(p.gdlse, tile.molecule, first_query + query, head) = own.t;        // (D12)
         if (whole && keys > 0) {

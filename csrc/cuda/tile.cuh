@@ -170,7 +170,7 @@ ATTN_DEVICE void multiply_rows(Acc<T> (&c)[N][4], const T* a, const T* b) {
     const T* a_row = a + lane / 4 * S + lane % 4 * 2;
     const T* b_row = b + lane / 4 * S + lane % 4 * 2;
     const auto pair = [](const T* x) { return Split(x[0], x[1]); };
-    ATTN_ROLLED  // six products a step are enough in flight, and the parts take registers
+    ATTN_ROLLED  // eight products a step are enough in flight, and the parts take registers
     for (int d = 0; d < D; d += 16) {
       const Split x[4] = {pair(a_row + d), pair(a_row + 8 * S + d), pair(a_row + d + 8),
                           pair(a_row + 8 * S + d + 8)};
