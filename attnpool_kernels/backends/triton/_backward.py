@@ -203,7 +203,9 @@ def sum_parts(partial: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Gradient of shared seeds q from its partial sums, added in order."""
     total, block = launch.new(q), 256
     grid = (triton.cdiv(total.numel(), block),)
-    _sum_parts_kernel[grid](partial, total, total.numel(), partial.shape[0], BLOCK=block)
+    _sum_parts_kernel[grid](
+        partial, total, total.numel(), partial.shape[0], BLOCK=block, enable_fp_fusion=True
+    )
     return total
 
 
