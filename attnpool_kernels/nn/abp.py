@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from ..ragged import Ragged
-from .attention import one_of, positive
+from .attention import check_rows, covered, one_of, positive
 from .blocks import SetTransformer, decoded, reduced
-from .pooling import check_last
 
 BATCH_MAX = "batch_max"
 VARIANTS = {"schnet": (32, "relu"), "dimenet++": (1, "silu"), "oe62": (32, "relu")}
@@ -115,8 +114,8 @@ class AttentionPooling(SetTransformer):
         """[B, C_out] from x [N, C] and the boundaries [B + 1]."""
         if self.phantom is None:
             return super().forward(x, ptr)
-        ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
-        check_last(ragged, x.shape[0])
+        check_rows("x", x, self.in_features)
+        x, ragged = covered(x, ptr)
         ragged = ragged.to(x.device)
         weights = self._missing(ragged).log()
         x, ragged = with_phantoms(x, ragged)

@@ -208,3 +208,18 @@ def check_rows(name: str, x: object, width: int | None) -> None:
         raise ValueError(f"{name} must have shape [N, {wanted}], got {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def covered(x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Ragged]:
+    """The rows that belong to a molecule, where the boundaries can be read without waiting.
+
+    Whatever the rows of no molecule hold, layers before the operator would carry it into the
+    gradients of their weights: 0 · NaN is NaN.
+    """
+    ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
+    last, rows = ragged._last, x.shape[0]  # last is None where it is not known
+    if last is None or last == rows:
+        return x, ragged
+    if last > rows:
+        raise ValueError(f"ptr[-1] must be at most the number of rows, {rows}, got {last}")
+    return x[:last], ragged

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, silu, softplus
 
 from ..ragged import Ragged
-from .attention import SetAttention, check_rows, one_of, positive
+from .attention import SetAttention, check_rows, covered, one_of, positive
 from .projection import add_relu_linear
 
 RESIDUALS = ("query", "input")
@@ -267,7 +267,7 @@ class SetTransformer(torch.nn.Module):
         **options,
     ) -> None:
         super().__init__()
-        positive("in_features", in_features)
+        self.in_features = positive("in_features", in_features)
         for name, count in (("encoder_blocks", encoder_blocks), ("decoder_blocks", decoder_blocks)):
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"{name} must be an int, got {type(count).__name__}")
@@ -299,7 +299,8 @@ class SetTransformer(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[B, C_out], [B, S·C_out] or [B, S, C_out] from x [N, C] and the boundaries [B + 1]."""
-        ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
+        check_rows("x", x, self.in_features)
+        x, ragged = covered(x, ptr)
         for block in self.encoders:
             x = block(x, ragged)
         return reduced(decoded(self.pma(x, ragged), self.decoders), self.head, self.reduce)
@@ -309,7 +310,7 @@ def decoded(x: Tensor, decoders: torch.nn.ModuleList) -> Tensor:
     """Blocks over the S rows of each molecule, x [B, S, D] → [B, S, D]."""
     shape, rows = x.shape, x.flatten(0, 1)
     for block in decoders:
-        rows = block.equal(rows, shape[1])
+        rows = block.equal(rows, shape[1])  # type: ignore[operator]
     return rows.view(-1, *shape[1:])
 
 

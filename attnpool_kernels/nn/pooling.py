@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ..ragged import Ragged
-from .attention import check_rows, one_of, positive
+from .attention import check_rows, covered, one_of, positive
 from .blocks import ACTIVATIONS, PMA, activate
 
 
 def segment_sum(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
     """[B, C] sums of the rows x [N, C] of each molecule; batch = ``ragged.batch(N)``."""
-    total = x.new_zeros(len(ragged) + 1, x.shape[1])  # the last row collects atoms of no molecule
+    total = x.new_zeros(ragged.ptr.shape[0], x.shape[1])  # B + 1: the last for rows of nobody
     return total.index_add(0, batch, x)[:-1]
 
 
@@ -31,10 +31,12 @@ def segment_max(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
 
 def segment_softmax(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
     """[N, C] softmax over the rows of each molecule, channel by channel."""
-    x = x.masked_fill((batch == len(ragged))[:, None], 0.0)  # whatever rows of no molecule hold
+    x = x.masked_fill(
+        (batch == ragged.ptr.shape[0] - 1)[:, None], 0.0
+    )  # whatever rows of no molecule hold
     top = _select(x.detach(), _first_largest(x.detach(), ragged, batch))
     e = (x - top.index_select(0, batch)).exp()
-    total = x.new_zeros(len(ragged) + 1, x.shape[1]).index_add(0, batch, e)
+    total = x.new_zeros(ragged.ptr.shape[0], x.shape[1]).index_add(0, batch, e)
     return e / total.index_select(0, batch)
 
 
@@ -43,7 +45,7 @@ def _first_largest(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
 
     [B + 1, C]: the last line is for the rows of no molecule.
     """
-    rows, shape = x.shape[0], (len(ragged) + 1, x.shape[1])
+    rows, shape = x.shape[0], (ragged.ptr.shape[0], x.shape[1])
     index = batch[:, None].expand_as(x)
     top = x.new_full(shape, -torch.inf).scatter_reduce_(0, index, x, "amax")
     row = torch.arange(rows, device=x.device)[:, None]
@@ -62,26 +64,19 @@ class _Pooling(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[B, C_out] from x [N, C] and the boundaries [B + 1]."""
-        return self.pool(x, *located(x, ptr, self.channels))
+        return self.pool(*located(x, ptr, self.channels))
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-def located(x: Tensor, ptr: Tensor | Ragged, width: int | None) -> tuple[Ragged, Tensor]:
-    """The molecules on the device of x, and the molecule of each row."""
+def located(x: Tensor, ptr: Tensor | Ragged, width: int | None) -> tuple[Tensor, Ragged, Tensor]:
+    """The rows, the molecules on their device, and the molecule of each row."""
     check_rows("x", x, width)
-    ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
-    check_last(ragged, x.shape[0])
+    x, ragged = covered(x, ptr)
     if ragged.ptr.device != x.device:
         ragged = ragged.to(x.device)
-    return ragged, ragged.batch(x.shape[0])
-
-
-def check_last(ragged: Ragged, rows: int) -> None:
-    last = ragged._last  # None where contents cannot be read
-    if last is not None and last > rows:
-        raise ValueError(f"ptr[-1] must be at most the number of rows, {rows}, got {last}")
+    return x, ragged, ragged.batch(x.shape[0])
 
 
 class SumPooling(_Pooling):
@@ -201,7 +196,7 @@ class WeightedAverage(_Pooling):
 
     def with_weights(self, x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Tensor]:
         """y [B, C_out] and the weights a [N] of the atoms."""
-        return self._pool(x, *located(x, ptr, self.channels))
+        return self._pool(*located(x, ptr, self.channels))
 
     def _pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> tuple[Tensor, Tensor]:
         weights = segment_softmax(self.gate(x), ragged, batch)
@@ -262,5 +257,6 @@ class SeedPooling(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[B, C_out] from x [N, C] and the boundaries [B + 1]."""
-        out = self.pma(x, ptr)
+        check_rows("x", x, self.pma.mab.attn.key_dim)
+        out = self.pma(*covered(x, ptr))
         return out.mean(1) if self.reduce == "mean" else out.flatten(1)

@@ -4,9 +4,9 @@ An aggregation here needs no padded batch: where torch_geometric's own pads ever
 largest one, these work on the rows as they are. Groups are given by ``ptr`` (which costs nothing)
 or by ``index``, whose contents are checked, and whose rows are sorted where they are not sorted.
 
-Importing this module adds the names ``RaggedSetTransformerAggregation`` and
-``AttentionPoolingAggregation`` to ``torch_geometric.nn.aggr``, so that its resolver and
-``MessagePassing(aggr="ragged_set_transformer", aggr_kwargs=...)`` find them; ``register`` says more.
+Importing this module adds ``RaggedSetTransformerAggregation`` and ``AttentionPoolingAggregation``
+to ``torch_geometric.nn.aggr``, so that ``aggregation_resolver("ragged_set_transformer", ...)`` and
+``MessagePassing(aggr="attention_pooling", aggr_kwargs=...)`` find them; see ``register``.
 """
 
 from __future__ import annotations
@@ -129,8 +129,9 @@ class PoolingAggregation(Aggregation):
 
     def reset_parameters(self) -> None:
         for module in (self.pool, self.head):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
     def forward(
         self,
@@ -192,10 +193,11 @@ def grouped(
             dim_size = 1 if dim_size is None else dim_size
         x, index, dim_size = _sorted(x, index, dim_size, known)
         ragged = Ragged.from_batch(index, dim_size)
-    if dim_size is not None and dim_size != len(ragged):
-        raise ValueError(f"dim_size must be the number of groups, {len(ragged)}, got {dim_size}")
+    groups = ragged.ptr.shape[0] - 1
+    if dim_size is not None and dim_size != groups:
+        raise ValueError(f"dim_size must be the number of groups, {groups}, got {dim_size}")
     if max_num_elements is not None and known and ragged.ptr.device.type == "cpu":
-        largest = int(ragged.counts().amax()) if len(ragged) else 0
+        largest = int(ragged.counts().amax()) if groups else 0
         if max_num_elements < largest:
             raise ValueError(
                 f"max_num_elements must be at least the largest group, {largest}, "
@@ -264,11 +266,13 @@ def pooled_schnet(
         if getattr(model, name) not in (None, False):
             raise ValueError(f"model must not have {name}: it acts on the outputs of single atoms")
     if head is None:
-        width = model.hidden_channels
+        width = int(model.hidden_channels)  # type: ignore[arg-type]
         head = Perceptron((width, width // 2, width // 2, 1), "shifted_softplus")
-        for layer in head:
-            torch.nn.init.xavier_uniform_(layer.weight)
-            torch.nn.init.constant_(layer.bias, 0.01)
+        for parameter in head.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.xavier_uniform_(parameter)
+            else:
+                torch.nn.init.constant_(parameter, 0.01)
     model.lin1 = model.act = model.lin2 = torch.nn.Identity()
     model.readout = PoolingAggregation(pool, head)
     return model
