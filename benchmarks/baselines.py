@@ -1,7 +1,7 @@
 """What people use today, in plain torch: the contenders that are not this package.
 
 Every function takes a ``Batch`` and returns ``call(q, k, v) -> out`` on packed rows. What a program
-computes once per batch (indices, masks, lists of sizes) is prepared outside the clock, for everyone;
+computes once per batch (indices, masks, lists of sizes) is prepared outside the clock, for all;
 padding and unpadding the rows happens in every call and is inside it.
 """
 
@@ -202,7 +202,10 @@ def nested(batch: Batch) -> Call:
 
     def jagged(x: Tensor, offsets: Tensor, low: int, high: int) -> Tensor:
         made = torch.nested.nested_tensor_from_jagged(
-            x.contiguous(), offsets, min_seqlen=low, max_seqlen=high  # refuses views of a fused qkv
+            x.contiguous(),
+            offsets,
+            min_seqlen=low,
+            max_seqlen=high,  # refuses views of a fused qkv
         )
         return made.transpose(1, 2)
 

@@ -97,7 +97,9 @@ class Workload:
         if self.seeds is not None:  # the seeds themselves are few: only out and its kin count
             q_rows //= 2
         row = self.heads * self.dim
-        return 2.0 * products * self.pairs * row, float((q_rows + k_rows) * row * self.dtype.itemsize)
+        return 2.0 * products * self.pairs * row, float(
+            (q_rows + k_rows) * row * self.dtype.itemsize
+        )
 
     def make(self, device: str, seed: int = 0) -> Batch:
         return Batch(self, device, seed)
@@ -237,9 +239,13 @@ def _goals() -> list[Workload]:
                     double = layout == "separate" and count == 128
                     found.append(
                         _molecules(
-                            kind, count, heads=heads, dim=dim, layout=layout,
+                            kind,
+                            count,
+                            heads=heads,
+                            dim=dim,
+                            layout=layout,
                             passes=PASSES if double else PASSES[:2],
-                        )  # fmt: skip
+                        )
                     )
     long = [replace(w, family="long") for w in _scaling((512, 2048), passes=PASSES[:2])]
     huge = replace(_scaling((16384,))[0], family="long", rivals=False)

@@ -39,7 +39,7 @@ def probe(work: Workload, what: str, name: str, threads: int, cap: int, limit_s:
     # Freed blocks go back to the system at once, so that the mark counts what was in use.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.memory"])
+    context.set_forkserver_preload(["benchmarks.preload"])
     here, there = context.Pipe(duplex=False)
     child = context.Process(
         target=_child, args=(there, work, what, name, threads, cap), daemon=True
@@ -115,7 +115,7 @@ def _measured(work: Workload, what: str, name: str, cap: int) -> Probe:
 
 
 def _limit(cap: int) -> None:
-    """Lets an allocation fail beyond ``cap`` more bytes, instead of the machine swapping or dying."""
+    """Lets an allocation fail beyond ``cap`` more bytes, before the machine swaps or dies."""
     used = _status("VmData:") or 0
     resource.setrlimit(resource.RLIMIT_DATA, (used + cap, used + cap))
 

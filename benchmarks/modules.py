@@ -147,7 +147,7 @@ def padded(batch: Batch, fused: bool) -> Callable[..., Tensor]:
 
 
 def pyg(batch: Batch) -> Callable[..., Tensor]:
-    """torch_geometric's own module, given the batch vector's boundaries and the longest molecule."""
+    """torch_geometric's own module, given the batch vector and the longest molecule."""
     from torch_geometric.nn import SetTransformerAggregation
 
     work = batch.workload

@@ -1,7 +1,7 @@
 """The operator on real molecules: energies, forces and force training, ours against the naive way.
 
 Atoms get features from their element and from the distances to the others; queries, keys and values
-are linear in them, a pair bias falls off with distance, and a seed pools each molecule to an energy.
+are linear in them, a pair bias falls off with distance, a seed pools each molecule to an energy.
 Forces are its gradient with respect to positions; the gradient of a loss on forces needs the second
 derivative. Everything is computed three times: with this package, with padded matmul and softmax,
 and with the latter in float64, and must agree.

@@ -13,8 +13,8 @@ STYLE = {
     "attnpool:triton": ("#6a3d9a", "o"), "attnpool:sdpa": ("#8c8c8c", "s"),
     "attnpool:reference": ("#bcbcbc", "D"), "attnpool:varlen": ("#1b9e77", "P"),
     "attnpool:flash_attn": ("#66a61e", "P"), "attnpool:xformers": ("#a6761d", "P"),
-    "attnpool:flex": ("#7570b3", "P"), "naive": ("#d62728", "v"), "memory_efficient": ("#ff9f1c", "^"),
-    "flash": ("#1f77b4", "s"), "efficient": ("#17a2b8", "s"), "per_molecule": ("#2ca02c", "<"),
+    "attnpool:flex": ("#7570b3", "P"), "naive": ("#d62728", "v"),
+    "memory_efficient": ("#ff9f1c", "^"), "flash": ("#1f77b4", "s"), "efficient": ("#17a2b8", "s"), "per_molecule": ("#2ca02c", "<"),
     "nested": ("#e377c2", ">"), "einsum": ("#8c564b", "x"),
 }  # fmt: skip
 LABELS = {
@@ -144,8 +144,8 @@ def _end(time_axis, memory_axis, group: list[Row], last: Row, colour: str) -> No
                 xytext=(4, 4), textcoords="offset points",
             )  # fmt: skip
         time_axis.annotate(
-            "×" if row.status == "timeout" else "out of memory", (last.x, last.p50_ms), color=colour,
-            fontsize=7, xytext=(4, 4), textcoords="offset points",
+            words[row.status], (last.x, last.p50_ms), color=colour, fontsize=7,
+            xytext=(4, 4), textcoords="offset points",
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The contenders by name: what can run where, how to call it, and which kernel of which version.
 
-Every backend of ``attnpool_kernels.backends()`` is here as ``attnpool:<name>``; one that cannot serve
-gives a row with its reasons. Optional packages are imported only when a contender that needs them
+Every backend of ``attnpool_kernels.backends()`` is here as ``attnpool:<name>``; one that cannot
+serve gives a row with its reasons. Optional packages are imported only when a contender that needs them
 is asked.
 """
 
@@ -31,7 +31,7 @@ Reasons = Callable[[Workload, str, str], list[str]]
 
 @dataclass(frozen=True)
 class Contender:
-    """why_not(workload, pass, device) lists every reason; kernel(workload, device) names what runs."""
+    """why_not(workload, pass, device) lists every reason; kernel(workload, device): what runs."""
 
     name: str
     title: str

@@ -50,22 +50,45 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", default="quick", metavar="NAME", help=suites + " (default: quick)")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     p.add_argument("--contenders", metavar="A,B", help="only these; --list shows the names")
-    p.add_argument("--output", type=Path, metavar="PATH",
-                   help="CSV file, or folder for <suite>.csv (default: benchmarks/out/<device>)")
-    p.add_argument("--resume", action="store_true",
-                   help="keep the rows of the output file and measure only what is missing")
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="CSV file, or folder for <suite>.csv (default: benchmarks/out/<device>)",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows of the output file and measure only what is missing",
+    )
     p.add_argument("--base", metavar="REF", help="also time our backends as of this git ref")
     p.add_argument("--tiny", action="store_true", help="toy sizes: does everything work here?")
     p.add_argument("--list", action="store_true", help="list contenders and reasons, and stop")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    p.add_argument("--minutes", type=float, metavar="M",
-                   help="skip points that would start later than this (quick: 4.5)")
-    p.add_argument("--budget", type=float, metavar="S",
-                   help="timed seconds per contender, workload and pass (default: 0.3; quick 0.12)")
-    p.add_argument("--call", type=float, metavar="S",
-                   help="longest single call before it is a timeout (default: 10; quick 4)")
-    p.add_argument("--memory", type=float, metavar="GB",
-                   help="memory over the inputs before it is out of memory (default: 85%% of free)")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="skip points that would start later than this (quick: 4.5)",
+    )
+    p.add_argument(
+        "--budget",
+        type=float,
+        metavar="S",
+        help="timed seconds per contender, workload and pass (default: 0.3; quick 0.12)",
+    )
+    p.add_argument(
+        "--call",
+        type=float,
+        metavar="S",
+        help="longest single call before it is a timeout (default: 10; quick 4)",
+    )
+    p.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="memory over the inputs before it is out of memory (default: 85%% of free)",
+    )
     p.add_argument("--qm7b", type=Path, metavar="PATH", help="qm7b.npz for the real molecules")
     p.add_argument("--no-figures", action="store_true", help="no PNG and SVG beside the CSV")
     p.add_argument("--no-molecules", action="store_true", help="skip the real molecules at the end")

@@ -78,7 +78,9 @@ class Sheet:
     """An open results file that rows are appended to."""
 
     def __init__(self, path: Path, resume: bool = False) -> None:
-        self.path, self.rows, self.runs = path, [], []
+        self.path = path
+        self.rows: list[Row] = []
+        self.runs: list[dict] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.exists():
@@ -97,13 +99,13 @@ class Sheet:
 
     def add(self, row: Row) -> None:
         row.run = self.run
-        self.rows.append(row)
+        self.rows = [old for old in self.rows if old.key != row.key] + [row]
         values = [getattr(row, name) for name in COLUMNS]
         self._append(_line([f"{x:.6g}" if isinstance(x, float) else x for x in values]))
 
     def done(self) -> set[tuple[str, str, str, str]]:
-        """Measurements that need not be repeated."""
-        return {row.key for row in self.rows}
+        """Measurements that need not be repeated: all but those that were skipped."""
+        return {row.key for row in self.rows if row.status != "skipped"}
 
     def _append(self, text: str) -> None:
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -133,8 +135,12 @@ def _line(values) -> str:
 
 
 def read(path: Path) -> tuple[list[Row], list[dict]]:
-    """Rows and provenance of a file. Raises BenchmarkError naming the first damaged line."""
-    rows, runs, header = [], [], None
+    """Rows and provenance of a file; a later row replaces an earlier one of the same measurement.
+
+    Raises BenchmarkError naming the first damaged line.
+    """
+    rows: dict[tuple, Row] = {}
+    runs, header = [], None
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -169,10 +175,11 @@ def read(path: Path) -> tuple[list[Row], list[dict]]:
             row = Row(**{name: _parse(name, x) for name, x in zip(header, values)})
         except ValueError as error:
             raise damaged(number, str(error)) from None
-        rows.append(row)
+        rows.pop(row.key, None)
+        rows[row.key] = row
     if header is None:
         raise BenchmarkError(f"{path} holds no results: it has no header line")
-    return rows, runs
+    return list(rows.values()), runs
 
 
 def _parse(name: str, text: str):
@@ -202,7 +209,9 @@ def provenance(device: str, options: dict) -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: x for name, x in versions.items() if x},

@@ -1,8 +1,8 @@
 """The sweep: every contender on every workload and pass becomes one row, whatever happens to it.
 
-Order of events for a row: reasons against it, a probe in a child process (peak memory; out of memory
-and timeouts end the child only), the gate against float64, then interleaved timing. A contender that
-ran out of memory or time is not tried on larger workloads of the same family.
+Order of events for a row: reasons against it, a probe in a child process (peak memory; running out
+of memory or time ends the child only), the gate against float64, then interleaved timing. A
+contender that ran out of memory or time is not tried on larger workloads of the same family.
 """
 
 from __future__ import annotations

@@ -31,9 +31,7 @@ def exponents(rows: list[Row]) -> tuple[float | None, float | None]:
     """Of time and of memory against x, over the largest sizes (from 512 on) of one contender."""
     good = [row for row in rows if row.ok and row.x is not None and row.x >= 512]
     time = exponent((row.x, row.p50_ms) for row in good)
-    memory = exponent(
-        (row.x, row.peak_bytes) for row in good if (row.peak_bytes or 0) > FLOOR
-    )
+    memory = exponent((row.x, row.peak_bytes) for row in good if (row.peak_bytes or 0) > FLOOR)
     return time, memory
 
 
@@ -86,7 +84,9 @@ def scaling(rows: list[Row], family: str = "scaling") -> str:
         chosen, "what", "dtype", "heads", "dim"
     ).items():
         xs = sorted({row.x for row in group if row.x is not None})
-        shown = xs if len(xs) <= 9 else [x for i, x in enumerate(xs) if i % 2 == len(xs) % 2 or x == 8]
+        shown = (
+            xs if len(xs) <= 9 else [x for i, x in enumerate(xs) if i % 2 == len(xs) % 2 or x == 8]
+        )
         head = ["milliseconds | bytes over the inputs", *map(str, shown), "time ~", "memory ~"]
         lines = [head]
         for (name,), own in grouped(group, "contender").items():
@@ -131,7 +131,9 @@ def batches(rows: list[Row], families: tuple[str, ...]) -> str:
         for name in names:
             row = at.get(name)
             ok = row is not None and row.ok
-            cells.append(f"{row.p50_ms / reference.p50_ms:.2f}x" if ok else row.status if row else "")
+            cells.append(
+                f"{row.p50_ms / reference.p50_ms:.2f}x" if ok else row.status if row else ""
+            )
         lines.append([
             key, what.replace("double_backward", "double"),
             milliseconds(mine.p50_ms) if mine else "-",

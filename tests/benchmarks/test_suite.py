@@ -1,0 +1,351 @@
+"""The benchmark suite itself, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import (
+    baselines,
+    cases,
+    gate,
+    goals,
+    measure,
+    memory,
+    providers,
+    report,
+    run,
+    sheet,
+    tables,
+)
+from benchmarks.cases import PASSES, Workload
+from benchmarks.sweep import Limits, Sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+RAGGED = Workload("ragged", "molecules", (5, 1, 9, 3), heads=2, dim=8)
+KINDS = {
+    "ragged": RAGGED,
+    "fused": replace(RAGGED, layout="fused"),
+    "equal": replace(RAGGED, sizes=(6, 6)),
+    "one seed": replace(RAGGED, seeds=1),
+    "four seeds": replace(RAGGED, seeds=4),
+    "double": replace(RAGGED, dtype=torch.float64),
+    "module": replace(RAGGED, seeds=2, module=True),
+}
+RATES = measure.Rates({torch.float32: 1e11}, 1e10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stop_server():
+    yield
+    memory.stop()
+
+
+def test_histograms_are_the_published_counts():
+    for name, molecules, atoms in (("QM7b", 7211, 111_180), ("QM8", 21_786, 350_545)):
+        histogram = cases.HISTOGRAMS[name]
+        assert sum(histogram.values()) == molecules
+        assert sum(n * count for n, count in histogram.items()) == atoms
+
+
+@pytest.mark.parametrize("kind", cases.DISTRIBUTIONS)
+def test_sizes_are_drawn_alike_everywhere(kind):
+    sizes = cases.draw(kind, 2000)
+    assert sizes == cases.draw(kind, 2000) != cases.draw(kind, 2000, seed=1)
+    mean = sum(sizes) / len(sizes)
+    wanted = {"QM7b": 15.4, "QM8": 16.1, "QM9-like": 18.0, "QMugs-like": 60.0}[kind]
+    assert abs(mean - wanted) < 0.07 * wanted  # the cut at 4 atoms moves 55 ± 35 up a little
+
+
+def test_every_suite_has_distinct_workloads():
+    for name in cases.SUITES:
+        for tiny in (False, True):
+            keys = [work.key for work in cases.suite(name, tiny=tiny)]
+            assert len(keys) == len(set(keys)) > 0
+
+
+def test_work_of_a_known_batch():
+    work = Workload("x", "molecules", (3, 5), heads=2, dim=4)
+    assert work.work("forward") == (4 * 2 * 4 * (9 + 25), 4 * 8 * 8 * 4)  # 4·H·D·Σn², 4·e·H·D·Σn
+    assert work.work("backward")[0] == 14 * 2 * 4 * (9 + 25)
+    pool = replace(work, seeds=1)
+    assert pool.work("forward")[1] == (2 * 8 + 2) * 8 * 4  # k and v once, one row out a molecule
+
+
+@pytest.mark.parametrize("what", PASSES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_contender_passes_the_gate(kind, what):
+    work = KINDS[kind]
+    batch = work.make("cpu")
+    batch.prepare(what)
+    judge = gate.Gate(batch, what)
+    ran = 0
+    for contender in providers.for_workload(work):
+        if contender.name in providers.SLOW_TO_START or contender.why_not(work, what, "cpu"):
+            continue
+        error, wrong = judge.error(batch.run(contender.prepare(batch), what))
+        assert not wrong, f"{contender.name}: {wrong}"
+        assert error < 1e-5
+        assert contender.kernel(work, "cpu")
+        ran += 1
+    assert ran >= 2
+
+
+def _spoiled(spoil):
+    def call(q, k, v):
+        return spoil(gate.attention64(RAGGED, q, k, v))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("what", "spoil", "named"),
+    [
+        ("forward", lambda out: out * 1.0001, "out"),
+        ("forward", lambda out: out[:-1], "shape"),
+        ("forward", lambda out: out * torch.nan, "out"),
+        ("backward", lambda out: out.detach() + (out - out.detach()) * 1.001, "d0"),
+        (
+            "double_backward",
+            lambda out: out + (out - out.detach()) ** 2,  # value and first derivative are right
+            "g0",
+        ),
+    ],
+)
+def test_gate_refuses(what, spoil, named):
+    batch = RAGGED.make("cpu")
+    batch.prepare(what)
+    _, wrong = gate.Gate(batch, what).error(batch.run(_spoiled(spoil), what))
+    assert wrong.startswith((named, "out: " + named))
+
+
+def test_sampled_gate_sees_the_last_row(monkeypatch):
+    monkeypatch.setattr(gate, "FULL", 0)
+    for what in PASSES[:2]:
+        batch = RAGGED.make("cpu")
+        batch.prepare(what)
+        call = baselines.naive(batch)
+        judge = gate.Gate(batch, what)
+        found = batch.run(call, what)
+        assert judge.error(found)[1] == ""
+        name = "out" if what == "forward" else "d0"
+        found[name] = found[name].clone()
+        found[name][-1] *= 1.01
+        assert judge.error(found)[1].startswith(name)
+
+
+def test_peak_memory_of_the_naive_way_is_its_matrix():
+    work = Workload("n=1024", "scaling", (1024,), heads=4, dim=8, x=1024)
+    found = memory.probe(work, "forward", "naive", 2, 2**32, 30.0)
+    matrix = 4 * 1024 * 1024 * 4
+    assert found.status == "ok", found.reason
+    assert 1.9 * matrix < found.peak_bytes < 3.3 * matrix
+
+
+def _sweep(tmp_path, limits, names, works):
+    table = sheet.Sheet(tmp_path / "x.csv")
+    table.start({"device": "test"})
+    sweep = Sweep("quick", "cpu", RATES, table, limits, names)
+    sweep.run(works)
+    return {(row.x, row.contender): row for row in table.rows}
+
+
+def test_refusal_oom_and_what_follows_are_rows(tmp_path):
+    works = [
+        Workload(f"n={n}", "scaling", (n,), heads=4, dim=8, x=n, passes=("double_backward",))
+        for n in (16, 1500, 1600)
+    ]
+    limits = Limits(budget_s=0.001, cap_bytes=60_000_000, fewest=2)
+    rows = _sweep(tmp_path, limits, ["naive", "flash"], works)
+    assert rows[16, "naive"].status == "ok" and rows[16, "naive"].samples >= 2
+    assert rows[16, "flash"].status == "refused" and "second" in rows[16, "flash"].reason
+    assert rows[1500, "naive"].status == "oom", rows[1500, "naive"].reason
+    assert rows[1600, "naive"].status == "skipped"
+    assert rows[1600, "naive"].reason == "oom at 1500 atoms"
+
+
+def test_timeout_is_a_row(tmp_path):
+    work = Workload("n=64", "scaling", (64,), heads=1, dim=8, x=64, passes=("forward",))
+    limits = Limits(budget_s=0.001, call_s=1e-6)
+    rows = _sweep(tmp_path, limits, ["naive"], [work])
+    assert rows[64, "naive"].status == "timeout"
+
+
+def test_wrong_contender_is_not_timed(tmp_path, monkeypatch):
+    good = providers.CONTENDERS["naive"]
+    bad = replace(good, prepare=lambda batch: lambda q, k, v: v)
+    monkeypatch.setitem(providers.CONTENDERS, "naive", bad)
+    work = replace(RAGGED, passes=("forward",))
+    row = _sweep(tmp_path, Limits(budget_s=0.001), ["naive"], [work])[None, "naive"]
+    assert row.status == "wrong" and row.p50_ms is None and "relative error" in row.reason
+
+
+def _rows():
+    def row(name, n, ms, peak, ours=0):
+        return sheet.Row(
+            "molecules", "scaling", f"n={n}", n, 1, n, n, 8, 32, None, "float32", "separate",
+            "forward", name, "kernel, 1.0", ours, "ok", p20_ms=ms, p50_ms=ms, p80_ms=ms, samples=5,
+            peak_bytes=peak, limit_ms=ms / 2, ratio=2.0,
+        )  # fmt: skip
+
+    sizes = (512, 1024, 2048, 4096)
+    naive = [row("naive", n, n * n / 2**13, 8 * n * n * 4) for n in sizes]
+    return naive + [row("attnpool:cpu", n, n * n / 2**16, n * 8192, ours=1) for n in sizes]
+
+
+def test_exponents():
+    rows = _rows()
+    time, peak = tables.exponents(rows[:4])
+    assert time == pytest.approx(2) and peak == pytest.approx(2)
+    time, peak = tables.exponents(rows[4:])
+    assert time == pytest.approx(2) and peak == pytest.approx(1)
+    assert "n^2.00" in tables.everything(rows)
+
+
+def test_speed_up_is_over_the_fastest_other():
+    rows = [replace(r, family="molecules") for r in _rows()]
+    slower = [replace(r, contender="einsum", p50_ms=r.p50_ms * 3) for r in rows[:4]]
+    found = {name: measured for name, _, measured, _ in goals.judge(rows + slower)}
+    assert found["forward, 4 batches of molecules: geometric mean speed-up"] == "8.00"
+
+
+def _written(path):
+    table = sheet.Sheet(path)
+    table.start({"device": "test", "threads": 2})
+    for row in _rows():
+        table.add(row)
+    return table
+
+
+def test_csv_round_trip_and_resume(tmp_path):
+    path = tmp_path / "deep" / "x.csv"
+    before = _written(path)
+    rows, runs = sheet.read(path)
+    assert rows == before.rows and runs[0]["device"] == "test"
+    with open(path, "a") as file:
+        file.write("half a li")  # the process was killed here
+    again = sheet.Sheet(path, resume=True)
+    again.start({"device": "test"})
+    assert again.done() == before.done()
+    again.add(replace(_rows()[0], p50_ms=1.0))
+    rows, runs = sheet.read(path)
+    assert len(rows) == len(before.rows) and len(runs) == 2
+    assert [r.p50_ms for r in rows if r.key == _rows()[0].key] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("p50_ms", "p51_ms", "unknown column 'p51_ms'"),
+        ("p20_ms,", "", "missing column 'p20_ms'"),
+        (",ok,", ",fine,", "status 'fine'"),
+        (",separate,", ",", "fields, expected"),
+        (",4096,1,", ",4096,one,", "'one' is not a number"),
+        ('{"run"', '{"run', "not JSON"),
+        ("suite,", "\0\0", "unknown column"),
+    ],
+)
+def test_damaged_csv(tmp_path, capsys, old, new, message):
+    path = tmp_path / "quick.csv"
+    _written(path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    damaged = path.read_bytes()
+    assert run.main(["--resume", "--output", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "line " in error and "Traceback" not in error
+    assert path.read_bytes() == damaged
+    assert report.main([str(path), "--output", str(tmp_path / "x.html")]) == 2
+
+
+def test_full_disk_keeps_earlier_rows(tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; from benchmarks import sheet\n"
+        "from tests.benchmarks.test_suite import _rows, _written\n"
+        "path = Path(sys.argv[1]); table = _written(path); size = path.stat().st_size\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, size + 40))\n"
+        "try: table.add(_rows()[0])\n"
+        "except sheet.BenchmarkError as error: print(error)\n"
+        "assert path.stat().st_size == size\n"
+    )
+    path = tmp_path / "x.csv"
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "cannot write to" in found.stdout and "kept" in found.stdout
+    assert len(sheet.read(path)[0]) == len(_rows())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "slow"], "unknown suite 'slow'; there are quick"),
+        (["--contenders", "naive,fast"], "unknown contender 'fast'; there are attnpool:"),
+        (["--contenders", ","], "names none"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--qm7b", "nowhere.npz"], "no such file"),
+        (["--minutes", "0"], "must be positive"),
+        (["--tiny", "--base", "no-such-ref"], "no commit, branch or tag"),
+        (["--tiny", "--output", "/dev/null/x"], "cannot write results"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys, tmp_path):
+    if "--output" not in arguments:
+        arguments = [*arguments, "--output", str(tmp_path)]
+    assert run.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("error:") == 1 and "Traceback" not in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(capsys, tmp_path):
+    assert run.main(["--device", "cuda", "--output", str(tmp_path)]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_help_and_list(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--help"])
+    assert stopped.value.code == 0
+    assert "--suite" in capsys.readouterr().out
+    assert run.main(["--list"]) == 0
+    assert "attnpool:reference" in capsys.readouterr().out
+
+
+def test_whole_run_resume_and_report(tmp_path, capsys):
+    arguments = ["--tiny", "--contenders", "attnpool:cpu,attnpool:reference,naive,flash"]
+    arguments += ["--output", str(tmp_path), "--budget", "0.001"]
+    assert run.main([*arguments, "--qm7b", str(_little_qm7b(tmp_path))]) == 0
+    shown = capsys.readouterr().out
+    path = tmp_path / "quick-tiny.csv"
+    rows, runs = sheet.read(path)
+    assert {row.family for row in rows} == {"molecules", "seeds", "scaling"}
+    assert {row.what for row in rows} == set(PASSES)
+    assert all(row.ok for row in rows if row.contender == "naive")
+    assert runs[0]["versions"]["torch"] and runs[0]["rates"]["copy_gbs"] > 0
+    assert "naive and attnpool agree" in shown and "real molecules (QM7b)" in shown
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "quick-tiny-scaling.png").stat().st_size > 10_000
+    assert run.main([*arguments, "--resume", "--no-molecules", "--no-figures"]) == 0
+    assert len(sheet.read(path)[0]) == len(rows)
+    page = tmp_path / "report.html"
+    assert report.main([str(path), "--output", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("<img") >= 3 and 'src="http' not in text and "torch" in text
+
+
+def _little_qm7b(folder):
+    """Two molecules in the format of the real file, in bohr."""
+    import numpy as np
+
+    path = folder / "qm7b.npz"
+    pos = np.random.default_rng(0).normal(size=(7, 3)) * 3
+    np.savez(path, z=np.array([6, 1, 1, 8, 1, 7, 17], np.int16), pos=pos, ptr=np.array([0, 4, 7]))
+    return path
