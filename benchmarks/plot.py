@@ -14,14 +14,17 @@ STYLE = {
     "attnpool:reference": ("#bcbcbc", "D"), "attnpool:varlen": ("#1b9e77", "P"),
     "attnpool:flash_attn": ("#66a61e", "P"), "attnpool:xformers": ("#a6761d", "P"),
     "attnpool:flex": ("#7570b3", "P"), "naive": ("#d62728", "v"),
-    "memory_efficient": ("#ff9f1c", "^"), "flash": ("#1f77b4", "s"), "efficient": ("#17a2b8", "s"), "per_molecule": ("#2ca02c", "<"),
-    "nested": ("#e377c2", ">"), "einsum": ("#8c564b", "x"),
+    "memory_efficient": ("#ff9f1c", "^"), "flash": ("#1f77b4", "s"),
+    "efficient": ("#17a2b8", "s"), "per_molecule": ("#2ca02c", "<"),
+    "nested": ("#e377c2", ">"), "einsum": ("#8c564b", "x"), "module": ("#111111", "o"),
+    "module_naive": ("#d62728", "v"), "module_mha": ("#1f77b4", "s"), "pyg": ("#ff9f1c", "^"),
 }  # fmt: skip
 LABELS = {
     "naive": "naive, padded", "memory_efficient": "chunked (Rabe & Staats)",
     "flash": "flash (torch SDPA)", "efficient": "memory-efficient (torch SDPA)",
     "per_molecule": "torch SDPA per molecule", "nested": "NestedTensor SDPA",
-    "einsum": "padded einsum (as DGL)",
+    "einsum": "padded einsum (as DGL)", "module": "attnpool", "module_naive": "naive, padded",
+    "module_mha": "torch multi-head attention, padded", "pyg": "PyG SetTransformerAggregation",
 }  # fmt: skip
 PASS = {"forward": "forward", "backward": "+ backward", "double_backward": "+ second derivative"}
 FLOOR = 3e5  # bytes: the resolution of the memory measurement
@@ -191,6 +194,6 @@ def _batches(rows: list[Row], title: str, what: str):
     axis.set_title(f"{what}\n{title}", fontsize=10)
     axis.legend(
         seen.values(), seen.keys(), loc="upper center", frameon=False, ncol=4,
-        bbox_to_anchor=(0.35, -0.9 / (1 + 0.27 * len(groups)) - 0.02),
+        bbox_to_anchor=(0.35, -0.5 / (0.3 + 0.27 * len(groups))),
     )  # fmt: skip
     return figure

@@ -1,8 +1,8 @@
 """The contenders by name: what can run where, how to call it, and which kernel of which version.
 
 Every backend of ``attnpool_kernels.backends()`` is here as ``attnpool:<name>``; one that cannot
-serve gives a row with its reasons. Optional packages are imported only when a contender that needs them
-is asked.
+serve gives a row with its reasons. Optional packages are imported only when a contender that needs
+them is asked.
 """
 
 from __future__ import annotations

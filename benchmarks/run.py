@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the rows of the output file and measure only what is missing",
     )
-    p.add_argument("--base", metavar="REF", help="also time our backends as of this git ref")
+    p.add_argument(
+        "--base",
+        metavar="REF",
+        help="also time our kernels as of this git ref (built in a worktree)",
+    )
     p.add_argument("--tiny", action="store_true", help="toy sizes: does everything work here?")
     p.add_argument("--list", action="store_true", help="list contenders and reasons, and stop")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")

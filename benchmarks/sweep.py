@@ -104,7 +104,7 @@ class Sweep:
                 first, samplers[contender.name] = made
                 timings[contender.name] = Timing([first] if first > 1.0 else [])
         if self.base is not None:
-            for contender in [c for c in pending if c.ours and c.name in samplers]:
+            for contender in [c for c in pending if c.name in samplers and self._has_base(c)]:
                 row = self._row(work, what, contender)
                 row.contender, row.ours = BASE + contender.name, 0
                 row.kernel = f"{contender.name} at {self.base.ref}"
@@ -183,6 +183,11 @@ class Sweep:
             found = batch.run(contender.prepare(batch), what)
             self.trusted[key] = Gate(batch, what).error(found)[1]
         return self.trusted[key]
+
+    def _has_base(self, contender: Contender) -> bool:
+        """Our kernels; the other backends only where they were asked for by name."""
+        named = self.contenders is not None and contender.name.startswith("attnpool:")
+        return contender.ours or named
 
     def _starts_slowly(self, contender: Contender) -> bool:
         quick = self.suite == "quick" and self.device == "cpu" and self.contenders is None
