@@ -21,6 +21,9 @@ def _poisoned_empties():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    # Tiny tensors on a busy machine: torch's threads would wait for each other at every operator.
+    # What must not depend on the number of threads sets it itself.
+    torch.set_num_threads(1)
 
 
 def native_backends():

@@ -14,9 +14,12 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-# Native kernels first: they are exact to second order. The automatic choice ends at reference,
-# which serves everything; what stands behind it is used by name only.
-PRIORITY = ("cpu", "flash_attn", "varlen", "xformers", "sdpa", "reference", "flex")
+# Native kernels first: they are exact to second order. cpu before the two for CUDA, so that Triton's
+# interpreter serves CPU tensors by name only; triton before cuda until a GPU has timed both. The
+# automatic choice ends at reference, which serves everything; what is behind it is used by name.
+PRIORITY = (
+    "cpu", "triton", "cuda", "flash_attn", "varlen", "xformers", "sdpa", "reference", "flex",
+)  # fmt: skip
 
 _loaded: dict[str, ModuleType] = {}
 

@@ -7,7 +7,7 @@ Triton is imported by the submodules only, and those only by a call. In Triton's
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.metadata
 import importlib.util
 import os
 
@@ -44,7 +44,7 @@ def why_not(problem) -> list[str]:
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    version = importlib.import_module("triton").__version__
+    version = importlib.metadata.version("triton")  # importing it would take half a second
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
         return f"needs triton >= {'.'.join(map(str, _OLDEST))}, got {version}"
     return None
