@@ -83,7 +83,7 @@ def _query_kernel(
                 o_n = first_k + tl.arange(0, BLOCK_N)
                 m_n = o_n < keys
                 s, _ = products(
-                    q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head,
+                    q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head, H,
                     zero, D, BD, SLICE, PRECISION)  # fmt: skip
                 b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
                 s = add_bias(s, c, b_bias, m_n[None, :])
@@ -93,10 +93,10 @@ def _query_kernel(
             o_n = first_k + tl.arange(0, BLOCK_N)
             m_n = o_n < keys
             s, _ = products(
-                q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head,
+                q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head, H,
                 zero, D, BD, SLICE, PRECISION)  # fmt: skip
             dp, _ = products(
-                p_do, sdo, None, None, q_row, o_m, m_m, v, sv, None, None, k_row, o_n, m_n, head,
+                p_do, sdo, None, None, q_row, o_m, m_m, v, sv, None, None, k_row, o_n, m_n, head, H,
                 zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
             b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
             p = weights(add_bias(s, c, b_bias, m_n[None, :]), b_lse[:, None])
@@ -165,10 +165,10 @@ def _key_kernel(
         o_m = first_q + tl.arange(0, BLOCK_M)
         m_m = o_m < rows
         s, _ = products(
-            k, sk, None, None, k_row, o_n, m_n, q, sq, None, None, q_row, o_m, m_m, head,
+            k, sk, None, None, k_row, o_n, m_n, q, sq, None, None, q_row, o_m, m_m, head, H,
             zero, D, BD, SLICE, PRECISION)  # fmt: skip
         dp, _ = products(
-            v, sv, None, None, k_row, o_n, m_n, p_do, sdo, None, None, q_row, o_m, m_m, head,
+            v, sv, None, None, k_row, o_n, m_n, p_do, sdo, None, None, q_row, o_m, m_m, head, H,
             zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
         b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))
         b_delta = load_row_values(delta, sl, o_row, head, o_m, m_m, 0.0)

@@ -71,8 +71,8 @@ def _merge_statistics(total, delta, t, y, p, dp, b_t, g):
 @triton.jit
 def _block_of_keys(
     q, k, v, dout, bias, ddq, ddk, ddv, ddbias, sq, sk, sv, sdo, sb, sddq, sddk, sddv, sddb, seed,
-    threshold, b_lse, b_norm, c, r, molecule, head, q_row, k_row, keys, pair, pairs, o_m, m_m,
-    first_k, zero,
+    threshold, b_lse, b_norm, c, r, molecule, head, H, q_row, k_row, keys, pair, pairs, o_m,
+    m_m, first_k, zero,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -80,10 +80,10 @@ def _block_of_keys(
     o_n = first_k + tl.arange(0, BLOCK_N)
     m_n = o_n < keys
     s, t = products(
-        q, sq, ddq, sddq, q_row, o_m, m_m, k, sk, ddk, sddk, k_row, o_n, m_n, head,
+        q, sq, ddq, sddq, q_row, o_m, m_m, k, sk, ddk, sddk, k_row, o_n, m_n, head, H,
         zero, D, BD, SLICE, PRECISION)  # fmt: skip
     dp, g = products(
-        dout, sdo, None, None, q_row, o_m, m_m, v, sv, ddv, sddv, k_row, o_n, m_n, head,
+        dout, sdo, None, None, q_row, o_m, m_m, v, sv, ddv, sddv, k_row, o_n, m_n, head, H,
         zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
     b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
     b_e = load_bias(ddbias, sddb, pair, pairs, head, o_m, m_m, o_n, keys, c)
@@ -131,7 +131,7 @@ def _query_kernel(
         for first_k in range(0, keys, BLOCK_N):
             p, kept, dp, t, g = _block_of_keys(
                 q, k, v, p_do, bias, ddq, ddk, ddv, ddbias, sq, sk, sv, sdo, sb, sddq, sddk, sddv,
-                sddb, seed, threshold, b_lse, b_norm, c, r, molecule, head, q_row, k_row, keys,
+                sddb, seed, threshold, b_lse, b_norm, c, r, molecule, head, H, q_row, k_row, keys,
                 pair, pairs, o_m, m_m, first_k, zero, D, DV, BD, BDV, BLOCK_N,
                 SLICE, PRECISION)  # fmt: skip
             total, b_delta, b_t, b_y = _merge_statistics(total, b_delta, b_t, b_y, p, dp, t, g)
@@ -150,7 +150,7 @@ def _query_kernel(
         for first_k in range(0, keys, BLOCK_N):
             p, kept, dp, t, g = _block_of_keys(
                 q, k, v, p_do, bias, ddq, ddk, ddv, ddbias, sq, sk, sv, sdo, sb, sddq, sddk, sddv,
-                sddb, seed, threshold, b_lse, b_norm, c, r, molecule, head, q_row, k_row, keys,
+                sddb, seed, threshold, b_lse, b_norm, c, r, molecule, head, H, q_row, k_row, keys,
                 pair, pairs, o_m, m_m, first_k, zero, D, DV, BD, BDV, BLOCK_N,
                 SLICE, PRECISION)  # fmt: skip
             ds = p * (dp - b_delta[:, None])
@@ -223,10 +223,10 @@ def _key_kernel(
         o_m = first_q + tl.arange(0, BLOCK_M)
         m_m = o_m < rows
         s, t = products(
-            k, sk, ddk, sddk, k_row, o_n, m_n, q, sq, ddq, sddq, q_row, o_m, m_m, head,
+            k, sk, ddk, sddk, k_row, o_n, m_n, q, sq, ddq, sddq, q_row, o_m, m_m, head, H,
             zero, D, BD, SLICE, PRECISION)  # fmt: skip
         dp, g = products(
-            v, sv, ddv, sddv, k_row, o_n, m_n, p_do, sdo, None, None, q_row, o_m, m_m, head,
+            v, sv, ddv, sddv, k_row, o_n, m_n, p_do, sdo, None, None, q_row, o_m, m_m, head, H,
             zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
         b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))[None, :]
         b_delta = load_row_values(delta, sl, o_row, head, o_m, m_m, 0.0)[None, :]

@@ -216,7 +216,7 @@ def store_pairs(x, pair, pairs, head, H, o_m, m_m, o_n, keys, value):
 
 @triton.jit
 def products(
-    x, sx, x_dot, sx_dot, x_row, o_x, m_x, y, sy, y_dot, sy_dot, y_row, o_y, m_y, head, zero,
+    x, sx, x_dot, sx_dot, x_row, o_x, m_x, y, sy, y_dot, sy_dot, y_row, o_y, m_y, head, H, zero,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(x y^T, x_dot y^T + x y_dot^T) over rows x_row + o_x and y_row + o_y; None counts as zero.
@@ -238,7 +238,8 @@ def products(
             b_yd = load_rows(y_dot, sy_dot, y_row, head, o_y, m_y, WIDTH, PADDED)
             dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=PRECISION)
     else:
-        for d in range(0, WIDTH, SLICE):
+        # a bound unknown to the compiler, which would unroll the loop and load every slice first
+        for d in range(0, tl.where(H > 0, WIDTH, 0), SLICE):
             b_x = load_slice(x, sx, x_row, head, o_x, m_x, d, WIDTH, SLICE)
             b_y = load_slice(y, sy, y_row, head, o_y, m_y, d, WIDTH, SLICE)
             xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=PRECISION)
