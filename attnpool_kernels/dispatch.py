@@ -8,7 +8,7 @@ replaced.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 
 import torch
@@ -105,7 +105,9 @@ def check_name(name: object) -> None:
 
 def table(problem: Problem) -> str:
     """One line a backend: chosen (*), able (+), or all reasons why not (-)."""
-    lines, chosen = [str(problem)], False
+    facts = [f"{f.name}={getattr(problem, f.name)}" for f in fields(problem)[2:]]
+    facts = [fact for fact in facts if not fact.endswith(("=None", "=False", "=0"))]
+    lines, chosen = [f"{problem.dtype} on {problem.device}, {', '.join(facts)}"], False
     width = max(map(len, backends.PRIORITY))
     for name in backends.PRIORITY:
         reasons = backends.load(name).why_not(problem)

@@ -383,8 +383,8 @@ def judge(
     found = run(batch)
     exact = differentiate(lambda x: dense(batch, torch.float64, x), batch, torch.float64)
     same = [
-        differentiate(lambda x, first=first: dense(batch, dtype, x, first), batch, dtype)
-        for first in (False, True)
+        differentiate(lambda x: dense(batch, dtype, x), batch, dtype),
+        differentiate(lambda x: dense(batch, dtype, x, scale_first=True), batch, dtype),
     ]
     lines = violations(found, exact, same, dtype, slack)
     if lines:

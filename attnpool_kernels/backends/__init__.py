@@ -14,9 +14,9 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-# Native kernels first: they are exact to second order. cpu before the two for CUDA, so that Triton's
-# interpreter serves CPU tensors by name only; triton before cuda until a GPU has timed both. The
-# automatic choice ends at reference, which serves everything; what is behind it is used by name.
+# Native kernels first: they are exact to second order. cpu stands before the two for CUDA, so that
+# Triton's interpreter serves CPU tensors by name only; triton before cuda until a GPU has timed
+# both. The automatic choice ends at reference, which serves everything; flex is used by name only.
 PRIORITY = (
     "cpu", "triton", "cuda", "flash_attn", "varlen", "xformers", "sdpa", "reference", "flex",
 )  # fmt: skip
