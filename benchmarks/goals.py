@@ -67,7 +67,8 @@ def render(rows: list[Row]) -> str:
     """Goal, measured, and whether it is reached; one line each."""
     lines = [["goal", "wanted", "measured", ""]]
     for name, wanted, measured, reached in judge(rows):
-        lines.append([name, wanted, measured, "ok" if reached else "NOT REACHED"])
+        word = "" if wanted == "-" else "ok" if reached else "NOT REACHED"
+        lines.append([name, wanted, measured, word])
     return "performance goals\n" + tables.render(lines)
 
 

@@ -12,6 +12,7 @@ torch_geometric.nn.SetTransformerAggregation (dimensions and names).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -146,13 +147,13 @@ def padded(batch: Batch, fused: bool) -> Callable[..., Tensor]:
     return call
 
 
-def pyg(batch: Batch) -> Callable[..., Tensor]:
-    """torch_geometric's own module, given the batch vector and the longest molecule."""
-    from torch_geometric.nn import SetTransformerAggregation
+def pyg(batch: Batch, source: str) -> Callable[..., Tensor]:
+    """PyG's module from ``source``, given the batch vector and the longest molecule."""
+    made = importlib.import_module(source).SetTransformerAggregation
 
     work = batch.workload
     width, seeds = work.heads * work.dim, work.seeds or 1
-    module = SetTransformerAggregation(width, seeds, heads=work.heads).to(batch.device, work.dtype)
+    module = made(width, seeds, heads=work.heads).to(batch.device, work.dtype)
     index = attnpool_kernels.Ragged.from_ptr(batch.ptr).batch()
     size, longest = len(work.sizes), max(work.sizes)
 
@@ -167,24 +168,34 @@ def pyg(batch: Batch) -> Callable[..., Tensor]:
 def _contenders():
     from .providers import Contender, _fits, installed, version
 
-    def pyg_why_not(work: Workload, what: str, device: str) -> list[str]:
-        if not installed("torch_geometric"):
-            return ["torch_geometric is not installed"]
-        return _fits(1)(work, what, device)
+    own, torch_version = attnpool_kernels.__version__, torch.__version__
+    libraries = f"torch_geometric {version('torch_geometric')} on torch {torch_version}"
 
-    def automatic(work: Workload, device: str) -> str:
-        return f"attnpool_kernels {attnpool_kernels.__version__}, automatic choice of backend"
+    def pyg_why_not(order: int) -> Callable[[Workload, str, str], list[str]]:
+        def why_not(work: Workload, what: str, device: str) -> list[str]:
+            if not installed("torch_geometric"):
+                return ["torch_geometric is not installed"]
+            return _fits(order)(work, what, device)
 
+        return why_not
+
+    def named(text: str) -> Callable[[Workload, str], str]:
+        return lambda work, device: text
+
+    automatic = f"attnpool_kernels {own}, automatic choice of backend"
     return (
-        Contender("module", "module on attnpool", ours, _fits(), automatic, True, True),
+        Contender("module", "module on attnpool", ours, _fits(), named(automatic), True, True),
+        Contender("module_pyg", "drop-in for PyG's module, attnpool_kernels.zoo.pyg",
+                  lambda batch: pyg(batch, "attnpool_kernels.zoo.pyg"), pyg_why_not(2),
+                  named(f"{automatic}; {libraries}"), True, True),
         Contender("module_naive", "module, padded naive", lambda batch: padded(batch, False),
-                  _fits(), lambda w, d: f"torch {torch.__version__}: einsum, softmax", False, True),
+                  _fits(), named(f"torch {torch_version}: einsum, softmax"), False, True),
         Contender("module_mha", "module, torch MHA padded", lambda batch: padded(batch, True),
-                  _fits(1), lambda w, d: f"torch {torch.__version__}: "
-                  "multi_head_attention_forward", False, True),
-        Contender("pyg", "PyG SetTransformerAggregation", pyg, pyg_why_not,
-                  lambda w, d: f"torch_geometric {version('torch_geometric')} on torch "
-                  f"{torch.__version__}", False, True),
+                  _fits(1), named(f"torch {torch_version}: multi_head_attention_forward"),
+                  False, True),
+        Contender("pyg", "PyG SetTransformerAggregation",
+                  lambda batch: pyg(batch, "torch_geometric.nn"), pyg_why_not(1),
+                  named(libraries), False, True),
     )  # fmt: skip
 
 

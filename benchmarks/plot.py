@@ -17,13 +17,15 @@ STYLE = {
     "memory_efficient": ("#ff9f1c", "^"), "flash": ("#1f77b4", "s"),
     "efficient": ("#17a2b8", "s"), "per_molecule": ("#2ca02c", "<"),
     "nested": ("#e377c2", ">"), "einsum": ("#8c564b", "x"), "module": ("#111111", "o"),
+    "module_pyg": ("#6a3d9a", "o"),
     "module_naive": ("#d62728", "v"), "module_mha": ("#1f77b4", "s"), "pyg": ("#ff9f1c", "^"),
 }  # fmt: skip
 LABELS = {
     "naive": "naive, padded", "memory_efficient": "chunked (Rabe & Staats)",
     "flash": "flash (torch SDPA)", "efficient": "memory-efficient (torch SDPA)",
     "per_molecule": "torch SDPA per molecule", "nested": "NestedTensor SDPA",
-    "einsum": "padded einsum (as DGL)", "module": "attnpool", "module_naive": "naive, padded",
+    "einsum": "padded einsum (as DGL)", "module": "attnpool",
+    "module_pyg": "attnpool, drop-in for PyG", "module_naive": "naive, padded",
     "module_mha": "torch multi-head attention, padded", "pyg": "PyG SetTransformerAggregation",
 }  # fmt: skip
 PASS = {"forward": "forward", "backward": "+ backward", "double_backward": "+ second derivative"}

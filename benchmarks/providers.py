@@ -184,12 +184,23 @@ def _table() -> dict[str, Contender]:
 CONTENDERS: dict[str, Contender] = _table()
 
 
+@cache
+def _native() -> bool:
+    """Whether a kernel of ours runs here; without one, plain torch stands for this package."""
+    work = Workload("any", "any", (1,))
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    ours = [contender for contender in CONTENDERS.values() if contender.ours]
+    return any(not c.why_not(work, "forward", device) for c in ours for device in devices)
+
+
 def for_workload(work: Workload, names: list[str] | None = None) -> list[Contender]:
     """The contenders of a workload (operator or module), in the order of the registry."""
+    without = work.without if names is None and _native() else ()
     return [
         contender
         for contender in CONTENDERS.values()
         if contender.module == work.module
         and (names is None or contender.name in names)
         and (work.rivals or contender.ours)
+        and contender.name not in without
     ]

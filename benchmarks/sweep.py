@@ -22,7 +22,7 @@ from .cases import Batch, Workload
 from .gate import Gate, shortened
 from .measure import Rates, Timing, interleave, once, peak_cuda, sampler
 from .providers import Contender
-from .sheet import Row, Sheet
+from .sheet import BenchmarkError, Row, Sheet
 
 BASE = "base:"
 
@@ -164,6 +164,12 @@ class Sweep:
             run = sampler(lambda: batch.run(call, what), device, first)
         except Exception as error:
             row.status, row.reason = memory.classify(error)
+            if device == "cuda" and "CUDA error" in row.reason:
+                self.sheet.add(row)
+                raise BenchmarkError(
+                    f"{contender.name} broke the CUDA context: {row.reason}. The rows so far are "
+                    "kept; go on with --resume"
+                ) from error
             if row.status == "oom":
                 self._block(row, batch.workload.x)
                 if device == "cuda":

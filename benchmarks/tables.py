@@ -12,7 +12,7 @@ WORDS = {
     "backward": "forward + backward",
     "double_backward": "forward + backward + second derivative",
 }
-FLOOR = 4e6  # bytes under which a peak is too close to the resolution to fit an exponent
+FLOOR = 1e6  # bytes under which a peak is too close to the resolution to fit an exponent
 RESOLUTION = 5e5  # bytes that resident memory may be off
 
 

@@ -320,7 +320,7 @@ def test_help_and_list(capsys):
 
 
 def test_whole_run_resume_and_report(tmp_path, capsys):
-    arguments = ["--tiny", "--contenders", "attnpool:cpu,attnpool:reference,naive,flash"]
+    arguments = ["--tiny", "--contenders", "attnpool:cpu,attnpool:reference,naive"]
     arguments += ["--output", str(tmp_path), "--budget", "0.001"]
     assert run.main([*arguments, "--qm7b", str(_little_qm7b(tmp_path))]) == 0
     shown = capsys.readouterr().out
