@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 STYLE = """
 :root { color-scheme: light; --ink: #1c2128; --soft: #59636e; --line: #d8dee4; --ours: #eef6ee; }
 body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff;
-       max-width: 1120px; margin: 0 auto; padding: 1.5rem 1.2rem 4rem; }
+       max-width: 1240px; margin: 0 auto; padding: 1.5rem 1.2rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; border-top: 2px solid var(--ink);
      padding-top: .8rem; }
@@ -32,10 +32,10 @@ a { color: #0b57a4; }
 .soft { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; margin: .3rem 0 1rem; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+th, td { padding: .2rem .45rem; border-bottom: 1px solid var(--line); text-align: right;
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
+thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: normal; }
 tr.ours td { background: var(--ours); font-weight: 600; }
 td.off { color: var(--soft); font-weight: 400; }
 td.yes { color: #116329; } td.no { color: #b35900; font-weight: 600; }
@@ -149,7 +149,7 @@ def _scaling(rows: list[Row], family: str) -> list[str]:
                 continue
             powers = [f"n^{p:.2f}" if p is not None else "-" for p in tables.exponents(own)]
             cells = "".join(_result(at.get(x)) for x in xs)
-            lines.append(f"<tr{_ours(own)}>{_cells(name)}{cells}{_cells(*powers)}</tr>")
+            lines.append(f"<tr{_ours(own)}>{_cells(name, *powers)}{cells}</tr>")
         if lines:
             title = (
                 "one molecule" if family == "scaling" else f"{group[0].atoms} atoms, equal sizes"
@@ -157,7 +157,7 @@ def _scaling(rows: list[Row], family: str) -> list[str]:
             parts.append(
                 f"<h3>{title}, {tables.WORDS[what]}, {heads} x {dim} {dtype}</h3>"
                 "<p class=soft>milliseconds | peak memory in bytes, by atoms per molecule</p>"
-                + _table(["contender", *map(str, xs), "time ~", "memory ~"], lines)
+                + _table(["contender", "time ~", "memory ~", *map(str, xs)], lines)
             )
     return parts
 

@@ -52,7 +52,8 @@ class Sweep:
 
     def run(self, workloads: Iterable[Workload]) -> None:
         points = [(work, what) for work in workloads for what in work.passes]
-        progress = Progress([self._cost(*point) for point in points])
+        costs = [self._cost(*point) for point in points]
+        progress = Progress(costs, self.limits.minutes * 60)
         begin, done = time.monotonic(), self.sheet.done()
         for row in self.sheet.rows:  # of an earlier run that is being resumed
             if row.status in ("oom", "timeout"):
@@ -236,8 +237,8 @@ def _fill(row: Row, timing: Timing) -> None:
 class Progress:
     """A bar with the remaining time, on a terminal; a line now and then where there is none."""
 
-    def __init__(self, costs: list[float]) -> None:
-        self.costs, self.place = costs, 0
+    def __init__(self, costs: list[float], most: float = math.inf) -> None:
+        self.costs, self.place, self.most = costs, 0, most
         self.total = sum(costs) or 1.0
         self.begin = self.said = time.monotonic()
         self.live = sys.stderr.isatty()
@@ -248,7 +249,9 @@ class Progress:
             return
         self.said = now
         share = sum(self.costs[: self.place]) / self.total
-        left = (now - self.begin) * (1 - share) / share if share > 0.02 else None
+        spent = now - self.begin
+        left = min(spent * (1 - share) / share, self.most - spent) if share > 0.02 else None
+        left = None if left is None else max(0.0, left)
         clock = "--:--" if left is None else f"{int(left // 60)}:{int(left % 60):02d}"
         bar = "#" * round(24 * share)
         line = f"[{bar:<24}] {100 * share:3.0f}%  {clock} left  {text}"
