@@ -16,6 +16,7 @@ one build serves torch >= 2.10 and Python >= 3.10.
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 MODE = os.environ.get("ATTNPOOL_BUILD", "auto")
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # Sources of csrc/cpu that are compiled once per vector width; the rest of csrc/cpu once.
 WIDTH_SOURCES = ("product", "forward", "backward", "double_backward", "kernels")
@@ -50,6 +52,7 @@ class Library:
     name: str
     objects: dict[str, list[str]] = field(default_factory=dict)  # object name: compiler and flags
     link: list[str] = field(default_factory=list)
+    stub: str = ""  # a library of torch that is needed when it runs but may be absent here
 
 
 def compiler():
@@ -98,9 +101,58 @@ def cpu_library():
     return library, ""
 
 
+def nvcc():
+    """The CUDA compiler: CUDA_HOME, the path, or the pip packages nvidia-cuda-nvcc and so on."""
+    homes = [os.environ[x] for x in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(x)]
+    if homes:
+        candidates = [Path(homes[0]) / "bin" / "nvcc"]
+    else:
+        found = shutil.which("nvcc")
+        candidates = [Path(found)] if found else []
+        for folder in sys.path:
+            candidates += sorted(Path(folder, "nvidia").glob("*/bin/nvcc"), reverse=True)
+    return next((x for x in candidates if x.exists()), None)
+
+
 def cuda_library():
     """The CUDA library, or None and the reason."""
-    return None, "it is not part of this build yet"
+    library, reason = cpu_library()
+    if library is None:
+        return None, reason
+    compiler_path = nvcc()
+    if compiler_path is None:
+        return None, "no nvcc was found (set CUDA_HOME, or install nvidia-cuda-nvcc 13)"
+    said = subprocess.run([compiler_path, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "x.o"],
+                          capture_output=True, text=True).stderr  # fmt: skip
+    home = re.search(r"^#\$ TOP=(.*)$", said, re.M)
+    version = subprocess.run([compiler_path, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if not home or not release or tuple(map(int, release.groups())) < (12, 8):
+        return None, f"{compiler_path} is not CUDA 12.8 or later: {version.strip()[-80:]}"
+    home = Path(home[1]).resolve()
+    includes = [x for x in (home / "include", home / "targets/x86_64-linux/include") if x.exists()]
+    archs = os.environ.get("ATTNPOOL_CUDA_ARCHS", "80 86 89 90 100 120").split()
+    codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # for later chips
+    library.name = "attnpool_kernels._C_cuda"
+    plain = library.objects["library"][:-1]
+    library.objects = {
+        "library_cuda": [
+            *plain, "-DUSE_CUDA", *[f"-isystem{x}" for x in includes], "csrc/library_cuda.cpp",
+        ]
+    }  # fmt: skip
+    for source in ("forward", "backward", "double_backward"):
+        library.objects[source] = [
+            str(compiler_path), "-c", "-O3", "-std=c++17", *codes, f"--threads={CPUS}",
+            "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all",
+            *shlex.split(os.environ.get("NVCCFLAGS", "")), f"csrc/cuda/{source}.cu",
+        ]  # fmt: skip
+    folders = [x for x in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / x).exists()]
+    library.link += [
+        *[f"-L{home / x}" for x in folders], "-lcudart_static", "-ldl", "-lrt", "-lpthread",
+    ]  # fmt: skip
+    library.stub = "torch_cuda"
+    return library, ""
 
 
 def libraries():
@@ -150,13 +202,18 @@ class BuildLibraries(build_ext):
                 note.write_text(shlex.join(command))
             return str(target)
 
-        with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(self.parallel or CPUS) as pool:
             objects = list(pool.map(compiled, library.objects.items()))
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         new = target.with_suffix(".new")  # a running program may have the old file mapped
         at = library.link.index("-shared") + 1
         link = [*library.link[:at], *objects, *library.link[at:], "-o", str(new)]
+        if library.stub:  # an empty library of that name leaves its name in ours
+            stub = folder / f"lib{library.stub}.so"
+            stub_command = [*compiler(), "-shared", "-x", "c", os.devnull, "-o", str(stub)]
+            subprocess.run([*stub_command, f"-Wl,-soname,{stub.name}"], check=True, cwd=HERE)
+            link += [f"-L{folder}", "-Wl,--no-as-needed", f"-l{library.stub}"]
         subprocess.run(link, check=True, cwd=HERE)
         new.replace(target)
 

@@ -24,7 +24,7 @@ struct BackwardPlan {
   static constexpr int ROW_BYTES = D * int(sizeof(T));
   static constexpr int ROWS = larger(16, smaller(64, (16 << 10) / ROW_BYTES));
   static constexpr int N = sizeof(T) == 2 && D <= 64 ? 4 : 2, STEP = 8 * N;  // 16 x STEP pairs
-  static constexpr int UNITS = sizeof(T) == 8 ? smaller(D, 64) : D;  // of a gradient at a time
+  static constexpr int UNITS = sizeof(T) == 2 || D < 128 ? D : 32;  // of a gradient at a time
   static constexpr int GROUP_THREADS = ROWS * 2;
   static constexpr int TILE = ROWS * STRIDE<T, D>;
   static constexpr int GROUP_BYTES = 4 * TILE * int(sizeof(T)) + 3 * ROWS * int(sizeof(Acc<T>));
@@ -80,7 +80,7 @@ struct BackwardTiles {
 template <typename T, int D, int M>
 ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
                                    const BackwardTiles<T, D>& tiles, const Pairs<T>& pairs,
-                                   int slot, int queries, int64_t first_query, int64_t first_key,
+                                   int slot, int queries, int first_query, int first_key,
                                    int begin) {
   using Plan = BackwardPlan<T, D>;
   using A = Acc<T>;
@@ -99,7 +99,7 @@ ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
       ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int query = at + n * 8 + 2 * t + e % 2;
-        const int64_t i = first_query + query, j = first_key + slot + g + e / 2 * 8;
+        const int i = first_query + query, j = first_key + slot + g + e / 2 * 8;
         const A lse = tiles.lse[query];
         if (lse == -A(INFINITY)) {
           weights[n][e] = ds[n][e] = 0;
@@ -129,7 +129,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   if (place.tile >= query_tile_count(p, ROWS)) return;
   const Tile tile = find_query_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
-  const int64_t keys = tile.other.size;
+  const int keys = static_cast<int>(tile.other.size), tile_query = static_cast<int>(tile.first);
   const bool whole = tile.real && tile.own.size <= ROWS && keys <= ROWS;
   if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
 
@@ -153,13 +153,13 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     lse[1] = tiles.lse[slot + g + 8];
   }
   A weights[N][4], dp[N][4];
-  // Over the keys, sweep 0 finds norm and delta, sweep 1 adds to dq. A single step stays in registers.
+  // Over the keys, sweep 0 finds norm and delta, sweep 1 adds to dq. A single step is kept.
   const bool once = keys <= Plan::STEP;
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A dq[M][4];
     clear(dq);
     for (int sweep = begin == 0 ? 0 : 1; sweep < 2; ++sweep) {
-      for (int64_t first = 0; first < keys; first += ROWS) {
+      for (int first = 0; first < keys; first += ROWS) {
         if (!resident) {
           group_barrier(1 + group, Plan::GROUP_THREADS);
           tiles.load_keys(p, tile.other, first, head, thread);
@@ -170,19 +170,19 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
         if (slot >= live) continue;
         const int rows = rows_from(keys, first, ROWS);
         for (int at = 0; at < rows; at += Plan::STEP) {
-          const int64_t key = first + at + 2 * t;
+          const int key = first + at + 2 * t;
           if (sweep == 0 || !once) {
             clear(weights);
             clear(dp);
             multiply_rows<T, D, false>(weights, tiles.q + slot * S, tiles.k + at * S);
             multiply_rows<T, D, false>(dp, tiles.dout + slot * S, tiles.v + at * S);
             const uint32_t kept =
-                pairs.template keep_bits<N, false>(tile.first + slot, first + at);
+                pairs.template keep_bits<N, false>(tile_query + slot, first + at);
             ATTN_UNROLL
             for (int n = 0; n < N; ++n)
               ATTN_UNROLL
               for (int e = 0; e < 4; ++e) {
-                const int64_t i = tile.first + slot + g + e / 2 * 8, j = key + 8 * n + e % 2;
+                const int i = tile_query + slot + g + e / 2 * 8, j = key + 8 * n + e % 2;
                 const bool exists = j < keys && lse[e / 2] != -A(INFINITY);
                 A& x = weights[n][e];
                 x = exists ? exponential<T>(pairs.logit(x, i, j) - lse[e / 2]) : A(0);  // (F2)
@@ -205,12 +205,12 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
             ATTN_UNROLL
             for (int e = 0; e < 4; ++e) {
               const int row = slot + g + e / 2 * 8;
-              const int64_t j = key + 8 * n + e % 2;
+              const int j = key + 8 * n + e % 2;
               const bool dead = lse[e / 2] == -A(INFINITY) || j >= keys;
               const A weight = weights[n][e] * norm[e / 2];
               ds[n][e] = dead ? A(0) : score_gradient(weight, dp[n][e], delta[e / 2]);
               if (begin == 0 && row < live && j < keys)
-                pairs.store_pair(p.dbias, tile.first + row, j, ds[n][e]);        // (B3) (B7)
+                pairs.store_pair(p.dbias, tile_query + row, j, ds[n][e]);        // (B3) (B7)
             }
           multiply_weights<T, D>(dq, ds, tiles.k + at * S + begin);              // (B5)
         }
@@ -251,7 +251,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     clear(dv);
     add_key_gradients(dk, dv, tiles, pairs, slot, live, 0, 0, begin);
     const int64_t first_key = tile.other.first + slot;
-    const int count = static_cast<int>(keys) - slot;
+    const int count = keys - slot;
     store_rows<T>(p.dk, 0, first_key, count, head, begin, int(p.head_dim), dk, pairs.scale,
                   pairs.scale);
     store_rows<T>(p.dv, 0, first_key, count, head, begin, int(p.value_dim), dv, A(1), A(1));
@@ -271,18 +271,19 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   if (place.tile >= tile_count(key_axis(p), ROWS)) return;
   const Tile tile = find_key_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
-  const int64_t queries = tile.other.size;
+  const int queries = static_cast<int>(tile.other.size), tile_key = static_cast<int>(tile.first);
+  clear_pairs_of_nobody(p, p.dbias, tile, head, thread, Plan::GROUP_THREADS);
   const bool whole = tile.real && tile.own.size <= ROWS && queries <= ROWS;
   if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
 
   const BackwardTiles<T, D> tiles(place.memory(memory));
-  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
+  const Pairs<T> pairs(p, tile.molecule, head, static_cast<int>(tile.own.size));
   if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A dk[M][4], dv[M][4];
     clear(dk);
     clear(dv);
-    for (int64_t first = 0; first < queries; first += ROWS) {
+    for (int first = 0; first < queries; first += ROWS) {
       group_barrier(1 + group, Plan::GROUP_THREADS);
       tiles.load_queries(p, tile, tile.other, first, head, thread, true);
       copy_commit();
@@ -290,7 +291,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
       group_barrier(1 + group, Plan::GROUP_THREADS);
       if (slot < live)
         add_key_gradients(dk, dv, tiles, pairs, slot, rows_from(queries, first, ROWS), first,
-                          tile.first, begin);
+                          tile_key, begin);
     }
     if (slot >= live) continue;
     const int64_t first_key = tile.own.first + tile.first + slot;

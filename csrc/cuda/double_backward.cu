@@ -19,8 +19,8 @@ template <typename T, int D>
 struct DoubleBackwardPlan {
   static constexpr int ROW_BYTES = D * int(sizeof(T));
   static constexpr int ROWS = larger(16, smaller(64, (8 << 10) / ROW_BYTES));
-  static constexpr int N = 2, STEP = 8 * N;  // pairs at a time: 16 x STEP
-  static constexpr int UNITS = smaller(D, sizeof(T) == 8 ? 32 : 64);  // of a gradient at a time
+  static constexpr int N = sizeof(T) == 8 ? 1 : 2, STEP = 8 * N;  // pairs at a time: 16 x STEP
+  static constexpr int UNITS = smaller(D, 128 / int(sizeof(T)));  // of a gradient at a time
   static constexpr int GROUP_THREADS = ROWS * 2;
   static constexpr int TILE = ROWS * STRIDE<T, D>;
   static constexpr int GROUP_BYTES = 7 * TILE * int(sizeof(T)) + 5 * ROWS * int(sizeof(Acc<T>));
@@ -62,7 +62,7 @@ struct DoubleBackwardTiles {
                                int64_t molecule, int64_t row, int live, int64_t head,
                                int64_t units, int thread) {
     if (x.data)
-      load_rows<T, D, Plan::GROUP_THREADS>(tile, round_up(live, Plan::STEP), x,
+      load_rows<T, D, Plan::GROUP_THREADS>(tile, round_up(live, 16), x,
                                            p.vector_loads & flag, molecule, row, live, head,
                                            int(units), thread);
   }
@@ -122,7 +122,7 @@ struct Products {
   }
 
   // From products to exp(S - lse), dP, T, G of element (n, e), the pair (i, j).
-  ATTN_DEVICE void complete(const Pairs<T>& pairs, int n, int e, bool exists, int64_t i, int64_t j,
+  ATTN_DEVICE void complete(const Pairs<T>& pairs, int n, int e, bool exists, int i, int j,
                             Acc<T> lse, Acc<T> r) {
     using A = Acc<T>;
     if (!exists || lse == -A(INFINITY)) {
@@ -140,7 +140,7 @@ struct Products {
 template <typename T, int D, int M>
 ATTN_DEVICE void add_key_gradients(Acc<T> (&gk)[M][4], Acc<T> (&gv)[M][4], const KernelParams& p,
                                    const DoubleBackwardTiles<T, D>& tiles, const Pairs<T>& pairs,
-                                   int slot, int queries, int64_t first_query, int64_t first_key,
+                                   int slot, int queries, int first_query, int first_key,
                                    int begin) {
   using Plan = DoubleBackwardPlan<T, D>;
   constexpr int S = STRIDE<T, D>;
@@ -183,7 +183,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   if (place.tile >= query_tile_count(p, ROWS)) return;
   const Tile tile = find_query_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
-  const int64_t keys = tile.other.size;
+  const int keys = static_cast<int>(tile.other.size), tile_query = static_cast<int>(tile.first);
   const bool whole = tile.real && tile.own.size <= ROWS && keys <= ROWS;
   if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
 
@@ -201,18 +201,17 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int64_t first_query = tile.own.first + tile.first;
   Row<A> row[2];  // of rows slot + g and slot + g + 8
-  A delta[2] = {0, 0}, w[2] = {0, 0};
   ATTN_UNROLL
   for (int half = 0; half < 2; ++half)
     row[half] = {keys > 0 ? tiles.lse[slot + g + 8 * half] : -A(INFINITY), 0, 0, 0, 0};
-  // Over the keys, sweep 0 sums norm, delta, t and w, sweep 1 the rest of y from centred terms,
-  // which do not cancel (math.h), and sweep 2 adds to the gradients.
+  // Over the keys, sweep 0 sums norm, delta, t and w (in y), sweep 1 adds to y centred terms, which
+  // do not cancel (math.h), and sweep 2 adds to the gradients.
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A gq[M][4], gdout[M][4];
     clear(gq);
     clear(gdout);
     for (int sweep = begin == 0 ? 0 : 2; sweep < 3; ++sweep) {
-      for (int64_t first = 0; first < keys; first += ROWS) {
+      for (int first = 0; first < keys; first += ROWS) {
         if (!resident) {
           group_barrier(1 + group, Plan::GROUP_THREADS);
           tiles.load_keys(p, tile.other, first, head, thread);
@@ -226,26 +225,26 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
           Products<T, D, false> x;
           x.multiply(p, tiles, slot, at);
           const uint32_t kept =
-              pairs.template keep_bits<Plan::N, false>(tile.first + slot, first + at);
+              pairs.template keep_bits<Plan::N, false>(tile_query + slot, first + at);
           ATTN_UNROLL
           for (int n = 0; n < Plan::N; ++n)
             ATTN_UNROLL
             for (int e = 0; e < 4; ++e) {
               const int query = slot + g + e / 2 * 8;
-              const int64_t i = tile.first + query, j = first + at + n * 8 + 2 * t + e % 2;
+              const int i = tile_query + query, j = first + at + n * 8 + 2 * t + e % 2;
               Row<A>& own = row[e / 2];
               const A r = pairs.keep(kept, n, e);
               x.complete(pairs, n, e, query < live && j < keys, i, j, own.lse, r);
               const A weight = x.weight[n][e], dp = x.dp[n][e];
               if (sweep == 0) {
                 own.norm += weight;
-                delta[e / 2] += weight * dp;                                           // (B2)
+                own.delta += weight * dp;                                              // (B2)
                 own.t += weight * x.tangent[n][e];                                     // (D2)
-                w[e / 2] += weight * x.g[n][e];                                        // (D3)
+                own.y += weight * x.g[n][e];                                           // (D3)
                 continue;
               }
               if (sweep == 1) {
-                own.y += weight * (x.tangent[n][e] - own.t) * (dp - delta[e / 2]);     // (D2)
+                own.y += weight * (x.tangent[n][e] - own.t) * (dp - own.delta);        // (D2)
                 continue;
               }
               x.weight[n][e] *= own.norm;
@@ -268,13 +267,11 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
         if (sweep == 0) {
           own.norm = quad_sum(own.norm);
           own.norm = own.norm == 0 ? A(0) : A(1) / own.norm;
-          delta[half] = quad_sum(delta[half]) * own.norm;
+          own.delta = quad_sum(own.delta) * own.norm;
           own.t = quad_sum(own.t) * own.norm;
-          w[half] = quad_sum(w[half]) * own.norm;
           continue;
         }
-        own.y = quad_sum(own.y) * own.norm + w[half];                                  // (D4)
-        own.delta = delta[half];
+        own.y = quad_sum(own.y) * own.norm;                                            // (D4)
         const int query = slot + g + 8 * half;
         if (query >= live) continue;
         if (p.dlse.data)
@@ -312,7 +309,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
     clear(gv);
     add_key_gradients(gk, gv, p, tiles, pairs, slot, live, 0, 0, begin);
     const int64_t first_key = tile.other.first + slot;
-    const int count = static_cast<int>(keys) - slot;
+    const int count = keys - slot;
     store_rows<T>(p.gk, 0, first_key, count, head, begin, int(p.head_dim), gk, pairs.scale,
                   pairs.scale);
     store_rows<T>(p.gv, 0, first_key, count, head, begin, int(p.value_dim), gv, A(1), A(1));
@@ -332,18 +329,19 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   if (place.tile >= tile_count(key_axis(p), ROWS)) return;
   const Tile tile = find_key_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
-  const int64_t queries = tile.other.size;
+  const int queries = static_cast<int>(tile.other.size), tile_key = static_cast<int>(tile.first);
+  clear_pairs_of_nobody(p, p.gbias, tile, head, thread, Plan::GROUP_THREADS);
   const bool whole = tile.real && tile.own.size <= ROWS && queries <= ROWS;
   if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
 
   const DoubleBackwardTiles<T, D> tiles(place.memory(memory));
-  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
+  const Pairs<T> pairs(p, tile.molecule, head, static_cast<int>(tile.own.size));
   if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A gk[M][4], gv[M][4];
     clear(gk);
     clear(gv);
-    for (int64_t first = 0; first < queries; first += ROWS) {
+    for (int first = 0; first < queries; first += ROWS) {
       group_barrier(1 + group, Plan::GROUP_THREADS);
       tiles.load_queries(p, tile, tile.other, first, head, thread, true);
       copy_commit();
@@ -351,7 +349,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
       group_barrier(1 + group, Plan::GROUP_THREADS);
       if (slot < live)
         add_key_gradients(gk, gv, p, tiles, pairs, slot, rows_from(queries, first, ROWS), first,
-                          tile.first, begin);
+                          tile_key, begin);
     }
     if (slot >= live) continue;
     const int64_t first_key = tile.own.first + tile.first + slot;

@@ -41,8 +41,9 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
   T* b_k = b_q + Plan::ROWS * S;
   T* b_v = b_k + 2 * KEYS * S;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const int64_t keys = tile.other.size, first_query = tile.own.first + tile.first;
-  const auto load_keys = [&](int64_t first, int stage) {
+  const int keys = static_cast<int>(tile.other.size), tile_query = static_cast<int>(tile.first);
+  const int64_t first_query = tile.own.first + tile.first;
+  const auto load_keys = [&](int first, int stage) {
     const int rows = rows_from(keys, first, KEYS);
     load_rows<T, D, Plan::GROUP_THREADS>(b_k + stage * KEYS * S, KEYS, p.k,
                                          p.vector_loads & VECTOR_K, 0, tile.other.first + first,
@@ -63,7 +64,7 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
   A out[M][4], highest[2] = {A(-INFINITY), A(-INFINITY)}, sum[2] = {0, 0};
   clear(out);
   int stage = 0;
-  for (int64_t first = 0; first < keys; first += KEYS, stage ^= 1) {
+  for (int first = 0; first < keys; first += KEYS, stage ^= 1) {
     if (first + KEYS < keys) load_keys(first + KEYS, stage ^ 1);
     copy_commit();
     copy_wait<1>();
@@ -80,7 +81,7 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
         for (int e = 0; e < 4; ++e) {
           const int row = slot + g + e / 2 * 8, column = n * 8 + 2 * t + e % 2;
           const bool exists = row < live && column < rows;
-          s[n][e] = exists ? pairs.logit(s[n][e], tile.first + row, first + column)
+          s[n][e] = exists ? pairs.logit(s[n][e], tile_query + row, first + column)
                            : A(-INFINITY);                                           // (F1)
           peak[e / 2] = s[n][e] > peak[e / 2] ? s[n][e] : peak[e / 2];
         }
@@ -103,7 +104,7 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
           s[n][e] = weight;
         }
       if (p.seed) {
-        const uint32_t kept = pairs.template keep_bits<N, false>(tile.first + slot, first);
+        const uint32_t kept = pairs.template keep_bits<N, false>(tile_query + slot, first);
         ATTN_UNROLL
         for (int n = 0; n < N; ++n)
           ATTN_UNROLL

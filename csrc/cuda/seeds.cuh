@@ -1,13 +1,14 @@
 // d(seeds): the sum over all molecules of a partial result per molecule, in a fixed order that
-// depends on the number of molecules alone. CHUNK molecules at a time, then the chunks.
+// depends on the number of molecules alone. SUM_CHUNK molecules at a time, then the chunks.
 #pragma once
 
+#include "launch.h"
 #include "warp.cuh"
 
 namespace attnpool {
 
 struct SumPlan {
-  static constexpr int GROUPS = 1, THREADS = 256, BYTES = 0, CHUNK = 64;
+  static constexpr int GROUPS = 1, THREADS = 256, BYTES = 0;
 };
 
 // Grid: x only, (chunks x elements / THREADS) blocks; one thread a chunk and element.
@@ -26,12 +27,12 @@ ATTN_DEVICE void sum_rows(const A* from, Out* to, int64_t rows, int64_t chunk, i
 template <typename T>
 ATTN_KERNEL ATTN_BOUNDS(SumPlan::THREADS) sum_chunks_kernel(ATTN_GRID_CONSTANT KernelParams p) {
   sum_rows(static_cast<const Acc<T>*>(p.partial), static_cast<Acc<T>*>(p.partial_sums),
-           p.molecules, SumPlan::CHUNK, p.query_rows * p.heads * p.head_dim);
+           p.molecules, SUM_CHUNK, p.query_rows * p.heads * p.head_dim);
 }
 
 template <typename T>
 ATTN_KERNEL ATTN_BOUNDS(SumPlan::THREADS) sum_seeds_kernel(ATTN_GRID_CONSTANT KernelParams p) {
-  const int64_t chunks = (p.molecules + SumPlan::CHUNK - 1) / SumPlan::CHUNK;
+  const int64_t chunks = (p.molecules + SUM_CHUNK - 1) / SUM_CHUNK;
   T* to = static_cast<T*>(p.gq.data ? p.gq.data : p.dq.data);
   sum_rows(static_cast<const Acc<T>*>(p.partial_sums), to, chunks, chunks + 1,
            p.query_rows * p.heads * p.head_dim);
@@ -41,7 +42,7 @@ template <typename T>
 int sum_over_molecules(const KernelParams& p, void* stream) {
   const int64_t elements = p.query_rows * p.heads * p.head_dim;
   const int64_t blocks = (elements + SumPlan::THREADS - 1) / SumPlan::THREADS;
-  const int64_t chunks = (p.molecules + SumPlan::CHUNK - 1) / SumPlan::CHUNK;
+  const int64_t chunks = (p.molecules + SUM_CHUNK - 1) / SUM_CHUNK;
   const int status = launch<sum_chunks_kernel<T>, SumPlan>(chunks * blocks, p, stream);
   return status ? status : launch<sum_seeds_kernel<T>, SumPlan>(blocks, p, stream);
 }

@@ -155,7 +155,7 @@ ATTN_DEVICE void multiply_rows(Acc<T> (&c)[N][4], const T* a, const T* b) {
     static_assert(N % 2 == 0);
     const T* a_row = a + lane % 16 * S + lane / 16 * 8;
     const T* b_row = b + (lane % 8 + lane / 16 * 8) * S + lane / 8 % 2 * 8;
-    ATTN_UNROLL
+    ATTN_UNROLL_TWO
     for (int d = 0; d < D; d += 16) {
       uint32_t x[4], y[4];
       load_matrices(x, a_row + d);
@@ -183,7 +183,7 @@ ATTN_DEVICE void multiply_rows(Acc<T> (&c)[N][4], const T* a, const T* b) {
   } else {
     const T* a_row = a + lane / 4 * S + lane % 4;
     const T* b_row = b + lane / 4 * S + lane % 4;
-    ATTN_UNROLL
+    ATTN_ROLLED
     for (int d = 0; d < D; d += 8) {
       const T x[4] = {a_row[d], a_row[8 * S + d], a_row[d + 4], a_row[8 * S + d + 4]};
       ATTN_UNROLL
@@ -244,16 +244,18 @@ ATTN_DEVICE void multiply_weights(Acc<T> (&c)[M][4], const Acc<T> (&p)[N][4], co
 
 // ---- terms of one pair ----------------------------------------------------------------------
 
-// The pairs of one molecule in one head; i and j count its queries and keys.
+// The pairs of one molecule in one head; i and j count its queries and keys, which fit 32 bits
+// (MAX_ROWS).
 template <typename T>
 struct Pairs {
   const KernelParams& p;
-  int64_t molecule, head, keys;
+  int64_t molecule, head;
+  int keys;
   Span rows;  // of bias
   PhiloxKey key;
   Acc<T> scale, keep_scale;
 
-  ATTN_DEVICE Pairs(const KernelParams& params, int64_t molecule_, int64_t head_, int64_t keys_)
+  ATTN_DEVICE Pairs(const KernelParams& params, int64_t molecule_, int64_t head_, int keys_)
       : p(params), molecule(molecule_), head(head_), keys(keys_), rows{0, 0}, key{0, 0},
         scale(static_cast<Acc<T>>(params.scale)),
         keep_scale(static_cast<Acc<T>>(params.keep_scale)) {
@@ -263,29 +265,29 @@ struct Pairs {
   }
 
   // Element (i, j) of bias or a tensor like it; 0 where there is none.
-  ATTN_DEVICE Acc<T> pair_value(const View& x, int64_t i, int64_t j) const {
-    const int64_t row = i * keys + j;
+  ATTN_DEVICE Acc<T> pair_value(const View& x, int i, int j) const {
+    const int64_t row = int64_t(i) * keys + j;
     if (!x.data || row >= rows.size) return 0;
     if (p.bias_dtype == p.dtype) return to_acc(*address<const T>(x, 0, rows.first + row, head));
     return *address<const float>(x, 0, rows.first + row, head);
   }
 
-  ATTN_DEVICE void store_pair(const View& x, int64_t i, int64_t j, Acc<T> value) const {
-    const int64_t row = i * keys + j;
+  ATTN_DEVICE void store_pair(const View& x, int i, int j, Acc<T> value) const {
+    const int64_t row = int64_t(i) * keys + j;
     if (!x.data || row >= rows.size) return;
     if (p.bias_dtype == p.dtype) from_acc(value, *address<T>(x, 0, rows.first + row, head));
     else *address<float>(x, 0, rows.first + row, head) = static_cast<float>(value);
   }
 
   // (F1) from the product q . k
-  ATTN_DEVICE Acc<T> logit(Acc<T> product, int64_t i, int64_t j) const {
+  ATTN_DEVICE Acc<T> logit(Acc<T> product, int i, int j) const {
     return product * scale + pair_value(p.bias, i, j);
   }
 
   // Which pairs of a 16 x 8 N accumulator are kept, one bit an element (bit 4 n + e). i and j: the
   // query and the key of its first element; SWAPPED: its rows are keys, else queries.
   template <int N, bool SWAPPED>
-  ATTN_DEVICE uint32_t keep_bits(int64_t i, int64_t j) const {
+  ATTN_DEVICE uint32_t keep_bits(int i, int j) const {
     if (!p.seed) return ~0u;
     const int g = lane_index() / 4, t = lane_index() % 4;
     uint32_t bits = 0;
@@ -312,7 +314,7 @@ struct Pairs {
 
  private:
   // Two bits, for the even and the odd one of key j and its neighbour, which share their words.
-  ATTN_DEVICE uint32_t keep_two(int64_t i, int64_t j) const {
+  ATTN_DEVICE uint32_t keep_two(int i, int j) const {
     const PhiloxWords words = keep_words(key, molecule, head, i, j);
     const uint32_t even = j & 2 ? words.word[2] : words.word[0];
     const uint32_t odd = j & 2 ? words.word[3] : words.word[1];
@@ -320,6 +322,19 @@ struct Pairs {
            static_cast<uint32_t>(odd >= p.drop_threshold) << 1;
   }
 };
+
+// Zeros for the rows of dbias behind the last molecule's, by the first tile of the virtual molecule
+// behind the last one.
+ATTN_DEVICE void clear_pairs_of_nobody(const KernelParams& p, const View& dbias, const Tile& tile,
+                                       int64_t head, int thread, int threads) {
+  if (!dbias.data || tile.molecule != p.molecules || tile.first != 0) return;
+  const int64_t first = span_between(p.pair_ptr[p.molecules], p.pairs, p.pairs).first;
+  for (int64_t row = first + thread; row < p.pairs; row += threads) {
+    if (p.bias_dtype == Dtype::float64) *address<double>(dbias, 0, row, head) = 0;
+    else if (p.bias_dtype == Dtype::float32) *address<float>(dbias, 0, row, head) = 0;
+    else *address<uint16_t>(dbias, 0, row, head) = 0;
+  }
+}
 
 // Where the statistics of a query row lie (KernelParams), four numbers a row and head.
 template <typename T>

@@ -15,11 +15,12 @@
 #include <cuda_runtime.h>
 
 #define ATTN_KERNEL __global__ void
-#define ATTN_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
+#define ATTN_BOUNDS(...) __launch_bounds__(__VA_ARGS__, 1)
 #define ATTN_GRID_CONSTANT const __grid_constant__
 #define ATTN_DEVICE __device__ __forceinline__
 #define ATTN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #define ATTN_UNROLL _Pragma("unroll")
+#define ATTN_UNROLL_TWO _Pragma("unroll 2")
 #define ATTN_ROLLED _Pragma("unroll 1")
 
 namespace attnpool {
@@ -193,10 +194,10 @@ struct Split {
 };
 
 // c (16 x 8) += a (16 x 16) b (16 x 8) with float32 accuracy: eight of the nine products of parts,
-// the smallest first; the ninth is 2^-34 of a product. 1 * x is exact. Three TF32 products, the usual
-// way, take 3/4 of the time but lose the last bit of both operands. Tensor cores truncate their
-// sums, so the large product stands alone and joins by additions that round to nearest (after Ootomo
-// and Yokota, 2022).
+// the smallest first; the ninth is 2^-34 of a product. 1 * x is exact. Three TF32 products, the
+// usual way, take 3/4 of the time but lose the last bit of both operands. Tensor cores truncate
+// their sums, so the large product stands alone and joins by additions that round to nearest (after
+// Ootomo and Yokota, 2022).
 // SWAPPED: the roles of a and b are exchanged, the bits of the result are not.
 template <bool SWAPPED>
 ATTN_DEVICE void mma_16(float (&c)[4], const Split (&a)[4], const Split (&b)[2]) {

@@ -164,7 +164,9 @@ class Kernels:
         plain = {
             name: (0 if x is None else x.data_ptr())
             if name in pointers
-            else _view(x, name, by_molecule) if x is None or isinstance(x, Tensor) else x
+            else _view(x, name, by_molecule)
+            if x is None or isinstance(x, Tensor)
+            else x
             for name, x in (call | scratch).items()
         }
         status = self.module.run(name, plain, self.schedule)

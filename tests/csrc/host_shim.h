@@ -19,6 +19,7 @@
 #define ATTN_DEVICE inline
 #define ATTN_SHARED_MEMORY(name) unsigned char* name = (unsigned char*)fibers::shared_base
 #define ATTN_UNROLL
+#define ATTN_UNROLL_TWO
 #define ATTN_ROLLED
 
 #define threadIdx (fibers::current->index)

@@ -1,0 +1,79 @@
+"""The CUDA kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+In a process of its own, because the sanitizer must be loaded first: all passes on tile edges, with
+bias, dropout and seeds, on strided inputs, and on garbage boundaries, under two schedules.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_host
+import pytest
+import torch
+
+from attnpool_kernels import testing
+
+pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
+
+CASES = [
+    testing.Case("edges", (1, 16, 17, 0, 33), heads=2, dim=8, bias="pair", lse=True, nobody=3),
+    testing.Case("large", (70,), q_counts=(66,), heads=1, dim=5, value_dim=7, dropout=0.3),
+    testing.Case("seeds", (9, 0, 66), seeds=3, heads=2, dim=16, bias="float32", layout="fused"),
+    testing.Case("wide", (17,), heads=1, dim=72, layout="transposed"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def main() -> None:
+    from test_cuda import garbage
+
+    module = cuda_host.build(sanitize=True)
+    for schedule in (0, 2):
+        kernels = cuda_host.Kernels(module, schedule)
+        for case in CASES:
+            for dtype in DTYPES:
+                batch = case.make(dtype)
+                result = testing.run_kernels(batch, kernels)
+                assert not any(x.isnan().any() for x in result.values()), case.name
+    for batch in garbage():
+        testing.run_kernels(batch, cuda_host.Kernels(module))
+    if "overrun" in sys.argv:  # the test of the test: k ends 3 rows too early
+        batch = CASES[0].make(torch.float32)
+        rows = batch.k.shape[0]
+        batch.k = batch.k[: rows - 3].clone().as_strided(batch.k.shape, batch.k.stride())
+        testing.run_kernels(batch, cuda_host.Kernels(module))
+    print("clean")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    library = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    environment = os.environ | {
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, cuda_host.ROOT))),
+    }
+    return subprocess.run(
+        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+def test_no_access_outside_and_no_undefined_behaviour():
+    cuda_host.build(sanitize=True)
+    done = run()
+    assert done.stdout.strip().endswith("clean"), done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_an_overrun_is_seen():
+    done = run("overrun")
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+if __name__ == "__main__":
+    main()
