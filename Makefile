@@ -7,6 +7,7 @@ PIP    ?=
 BUILD  ?= auto
 QM7B   ?= $(wildcard ../shared/data/qm7b.npz)
 ARGS   ?=
+DEVICE ?= cuda
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP)
@@ -28,6 +29,8 @@ $(VENV)/.torch: | $(BIN)/python
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	ATTNPOOL_BUILD=$(BUILD) $(INSTALL) --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c "import torch; from attnpool_kernels.backends import cpu; \
+	  print('attnpool_kernels:', cpu.load() or torch.ops.attnpool_c.build_info())"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.package
@@ -39,7 +42,7 @@ $(VENV)/.test: $(VENV)/.bench
 	@touch $@
 
 $(VENV)/.lint: | $(BIN)/python
-	$(INSTALL) ruff mypy
+	$(INSTALL) ruff==0.17.6 mypy==2.4.1
 	@touch $@
 
 ## make bench      the scaling benchmark on this machine: table, CSV and figure under benchmarks/out
@@ -57,6 +60,14 @@ test: $(VENV)/.test
 ## make test-fast  the part that takes a minute
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest tests --ignore=tests/backends --ignore=tests/csrc --ignore=tests/benchmarks $(ARGS)
+
+## make test-gpu   what only a CUDA device can prove, about 3 minutes; DEVICE=cpu proves the script
+test-gpu: $(VENV)/.test
+	$(BIN)/python tests/gpu_check.py --device $(DEVICE) --out gpu_check.json $(ARGS)
+
+## make bench-gpu  the benchmark on a CUDA device, 6 minutes
+bench-gpu: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run --device $(DEVICE) --minutes 6 $(ARGS)
 
 ## make lint       ruff and mypy
 lint: $(VENV)/.lint $(VENV)/.torch
