@@ -133,13 +133,47 @@ class SetAttention(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The same for seeds [S, query_dim] that all molecules share: q [S, D] and [B·S, D].
 
-        The seeds are projected once, not once a molecule.
+        The seeds are projected once, not once a molecule. With few of them W_k goes into the seeds
+        and W_v behind the sum, so that nothing is projected atom by atom.
         """
         check_rows("y", y, self.key_dim)
+        if bias is None and self._absorbs(seeds.shape[0], y.dtype):
+            return self._absorbed(seeds, y, ptr)
         q, k, v = self._split(*self._projected(seeds, y))
         out = seed_pool(q, k, v, ptr, bias=bias, **self._options())
         assert isinstance(out, Tensor)
         return q.flatten(1), out.view(-1, self.dim)
+
+    def _absorbs(self, seeds: int, dtype: torch.dtype) -> bool:
+        # The products with the seeds grow by the number of heads and are slower than a projection,
+        # by less than the 8 here; kernels have widths up to 256; halves keep the usual rounding.
+        few = 8 * seeds * self.heads <= self.dim and self.key_dim <= 256
+        return few and dtype.itemsize >= 4 and not (self.training and self.dropout > 0)
+
+    def _absorbed(self, seeds: Tensor, y: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Tensor]:
+        """q·(W_k y + b_k) = (W_kᵀ q)·y + const and Σ p (W_v y + b_v) = W_v Σ p y + b_v.
+
+        Every head of every seed is a seed of its own over the rows y themselves.
+        """
+        if self.query_dim == self.key_dim:
+            w_q, w_k, w_v = self.in_proj_weight.chunk(3)
+        else:
+            w_q, (w_k, w_v) = self.q_proj_weight, self.kv_proj_weight.chunk(2)
+        b_q, _, b_v = self.in_proj_bias.chunk(3)
+        heads = (self.heads, -1)
+        q = linear(seeds, w_q, b_q)
+        over_y = torch.einsum("shd,hdc->shc", q.unflatten(1, heads), w_k.unflatten(0, heads))
+        options = self._options()
+        if options["scale"] is None:
+            options["scale"] = (self.dim // self.heads) ** -0.5
+        rows = y.unsqueeze(1)
+        sums = seed_pool(over_y.flatten(0, 1).unsqueeze(1), rows, rows, ptr, **options)
+        assert isinstance(sums, Tensor)  # [B, S·H, 1, C]
+        sums = sums.view(-1, self.heads, y.shape[1])
+        out = torch.einsum("nhc,hdc->nhd", sums, w_v.unflatten(0, heads)).flatten(1)
+        atoms = (ptr.ptr if isinstance(ptr, Ragged) else ptr).diff().to(out.device)
+        some = (atoms > 0).to(out.dtype).repeat_interleave(seeds.shape[0])
+        return q, out + some[:, None] * b_v  # without atoms the attention is 0, not b_v
 
     def attend_alone(self, x: Tensor, need_queries: bool) -> tuple[Tensor | None, Tensor]:
         """The same for molecules of exactly one row, whose softmax is 1: the result is v.

@@ -93,6 +93,20 @@ def test_blocks_follow_their_definitions():
     assert_same(block(x, ragged), wanted, [x, *block.parameters()])
 
 
+@pytest.mark.parametrize("in_dim", [32, 5])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_few_seeds_absorb_their_projections(setting, in_dim):
+    block = scrambled(PMA(32, 2, 2, in_dim=in_dim, **SETTINGS[setting]))
+    assert block.mab.attn._absorbs(2, torch.float64) and not block.mab.attn._absorbs(3, torch.half)
+    x, ragged = batch(in_dim)
+    wanted = torch.stack([padded.pma(block, part) for part in molecules(x)])
+    assert_same(block(x, ragged), wanted, [x, *block.parameters()], tol=1e-11)
+    out = block(x, Ragged.from_counts([0, 4, 1, 7, 0, 2]))  # no atoms: no bias of the values
+    block.mab.attn._absorbs = lambda seeds, dtype: False
+    plain = block(x, Ragged.from_counts([0, 4, 1, 7, 0, 2]))
+    torch.testing.assert_close(out, plain, rtol=0, atol=1e-12)
+
+
 def _blocks(setting):
     return {name: value for name, value in setting.items() if name != "pre_linear"}
 
