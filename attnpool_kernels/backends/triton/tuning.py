@@ -1,11 +1,11 @@
 """The tile table: block sizes, precision and compiler options per (capability, dtype, D, pass).
 
-Chosen for molecules of 15 to 64 atoms: 32 x 32 tiles where registers allow (a molecule whose queries
-fit one tile needs one gradient kernel instead of two), `mma.sync` everywhere, so that what ships can
-be executed in CI (tests/ptx), and no spills. Nothing here was measured on a GPU yet: the entries are
-the first of a list of candidates that compiled without spills for sm_80 and sm_90, in the order
-32 x 32, then fewer keys, then fewer queries. tests/backends/aot.py compiles every entry for every
-architecture, tests/backends/triton_resources.json is what it found, PREDICTED.md what follows.
+Chosen for molecules of 15 to 64 atoms: 32 x 32 tiles where registers allow (a molecule whose
+queries fit one tile needs one gradient kernel instead of two), `mma.sync` everywhere, so that what
+ships can be executed in CI (tests/ptx), and no spills to speak of. Nothing here was measured on a
+GPU yet: an entry is the first of a list of candidates (32 x 32, then fewer keys, then fewer
+queries) that compiled well for sm_80 and sm_90. tests/backends/aot.py compiles every entry for
+every architecture, tests/backends/triton_resources.json is the result, PREDICTED.md what follows.
 """
 
 from __future__ import annotations

@@ -1,0 +1,122 @@
+"""The Triton backend as a citizen: reasons, lazy imports, launches; and the interpreted suite."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import attnpool_kernels.backends.triton as backend
+from attnpool_kernels.dispatch import Problem
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+has_triton = not any(
+    "triton" in reason for reason in backend.why_not(Problem("cuda", torch.float32, 8, 8))
+)
+needs_triton = pytest.mark.skipif(not has_triton, reason="triton is not installed, or too old")
+H100 = {"device": "cuda", "dtype": torch.float32, "head_dim": 32, "value_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"capability": (9, 0), "grad_order": 2, "deterministic": True, "bias": True}, None),
+        ({"dtype": torch.float64, "seeds": 4, "dropout": True}, None),
+        ({"device": "cpu"}, "device cpu: needs cuda"),
+        ({"capability": (7, 5)}, "sm_75: needs sm_80"),
+        ({"dtype": torch.float8_e4m3fn}, "needs float16"),
+        ({"head_dim": 257}, "head dim 257"),
+        ({"value_dim": 300}, "value dim 300"),
+        ({"grad_order": 3}, "second order"),
+    ],
+)
+@needs_triton
+def test_reasons(change, reason, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = backend.why_not(Problem(**(H100 | change)))
+    assert found == [] if reason is None else len(found) == 1 and reason in found[0]
+
+
+def test_every_reason_is_listed(monkeypatch):
+    monkeypatch.setattr(backend, "_why_no_triton", lambda: "triton is not installed")
+    problem = Problem("cpu", torch.int8, 0, 512, capability=(6, 1))
+    assert len(backend.why_not(problem)) == 6
+
+
+def test_a_version_that_is_too_old_is_a_reason(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: "3.5.1")
+    backend._why_no_triton.cache_clear()
+    try:
+        assert backend.why_not(Problem(**H100)) == ["needs triton >= 3.6, got 3.5.1"]
+    finally:
+        backend._why_no_triton.cache_clear()
+
+
+def test_triton_is_imported_by_a_call_only():
+    code = "import sys, attnpool_kernels.backends.triton; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@needs_triton
+def test_unknown_capability_falls_back_with_one_warning():
+    from attnpool_kernels.backends.triton import tuning
+
+    tuning._known.cache_clear()
+    with pytest.warns(UserWarning, match="no Triton tiles for sm_121, using those of sm_120"):
+        assert tuning.tile("forward", (12, 1), "bf16", 16) == tuning.tile(
+            "forward", (12, 0), "bf16", 16)  # fmt: skip
+
+
+def recorded(counts, heads=2, dim=16, **options):
+    """The launches of all passes for molecules of these sizes."""
+    import aot
+
+    from attnpool_kernels.testing import Case, run_kernels
+
+    found = []
+    batch = Case("recorded", tuple(counts), heads=heads, dim=dim, **options).make(torch.bfloat16)
+    with aot.as_device((9, 0), "bf16"), aot.on_launch(found.append):
+        run_kernels(batch, backend)
+    return found
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [{}, {"bias": "pair", "dropout": 0.2}, {"seeds": 4}])
+def test_lengths_never_compile_again(options):
+    """Same signature, constants and alignment for any number of rows and molecules."""
+    first = [launch.source().hash() for launch in recorded((5, 18), **options)]
+    for counts in ((1,), (16,) * 16, (0, 3, 0), (130, 1, 77)):
+        assert [launch.source().hash() for launch in recorded(counts, **options)] == first
+
+
+@needs_triton
+def test_grids_are_one_dimensional_and_small():
+    counts = (0, 1) * 35000
+    for launch in recorded(counts, heads=1):
+        rows, molecules = sum(counts), len(counts)
+        assert len(launch.grid) == 1
+        assert launch.grid[0] <= rows // 16 + molecules + 2
+
+
+@needs_triton
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_one_kernel_does_small_molecules(seeds):
+    """A recorded launch names the queries up to which the key kernel leaves a molecule alone."""
+    for launch in recorded((4,), seeds=seeds):
+        if launch.name.endswith("key_kernel"):
+            assert launch.arguments["COMPLETE"] == 32
+
+
+@needs_triton
+def test_interpreted_suite():
+    """test_triton_interpreted.py, in a process that interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", HERE / "test_triton_interpreted.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,0 +1,81 @@
+"""What Triton compiles, without a GPU: a sample of the tile table through the gate, and the PTX of
+all passes executed in the simulator against the float64 oracle."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs compiled kernels", allow_module_level=True)
+pytest.importorskip("triton")
+
+import aot
+import ptx
+from simulated import simulated
+
+import attnpool_kernels.backends.triton as backend
+from attnpool_kernels import testing
+from attnpool_kernels.testing import Case
+
+EVERYTHING = Case(
+    "everything", (5, 0, 17), heads=1, dim=16, bias="pair", dropout=0.25, lse=True, nobody=1
+)
+SEEDS = Case("seeds", (3, 18), seeds=2, heads=1, dim=12, value_dim=20)
+ODD = Case("odd width", (3, 34), heads=1, dim=5, value_dim=7)
+
+
+def test_gate_on_a_sample_of_the_table():
+    """Everything is compiled by `python tests/backends/aot.py check --all`."""
+    chosen = [v for i, v in enumerate(aot.variants()) if i % aot.SAMPLE == 7]
+    for variant in chosen:
+        record, found = aot.examine(variant)
+        assert not found, (variant.key, record)
+
+
+def test_snapshot_is_of_this_table():
+    snapshot = aot.read_snapshot()
+    if snapshot["hash"] is None:
+        pytest.skip("no snapshot for this version of Triton")
+    assert snapshot["hash"] == aot.source_hash(), "run `python tests/backends/aot.py update`"
+
+
+@pytest.mark.parametrize(
+    ("case", "row", "schedule"),
+    [
+        (EVERYTHING, "fp32", "block"),
+        (SEEDS, "bf16", "warp"),
+        (ODD, "fp16", "block"),
+    ],
+    ids=["fp32", "bf16", "fp16"],
+)
+def test_compiled_kernels_in_the_simulator(case, row, schedule):
+    kernels = set()
+
+    def run(batch):
+        with simulated(80, row, schedule, seed=3) as ran:
+            found = testing.run_kernels(batch, backend)
+        kernels.update(name.split(":")[0] for name in ran)
+        return found
+
+    testing.judge(case, aot.DTYPES[row], run)
+    assert len(kernels) == 5 + (case.seeds is not None)
+
+
+def test_compiled_kernels_stay_inside_whatever_ptr_holds():
+    batch = Case("garbage", (9, 4), heads=1, dim=16).make(torch.bfloat16)
+    batch.q_ptr = batch.k_ptr = torch.tensor([2**62, -(2**63), 7])
+    with simulated(90, "bf16"):
+        backend.forward(
+            batch.q, batch.k, batch.v, None, batch.q_ptr, batch.k_ptr, None, None, 1.0, 0.0
+        )
+
+
+def test_simulator_sees_a_missing_clamp(monkeypatch):
+    """The same kernel with the upper clamp planted wrong: memory outside is reached."""
+    parsed = ptx.Kernel
+    monkeypatch.setattr(ptx, "Kernel", lambda text: parsed(text.replace("min.s64", "max.s64")))
+    batch = Case("garbage", (9, 4), heads=1, dim=16).make(torch.bfloat16)
+    ptr = torch.tensor([0, 9, 2**40])
+    with simulated(80, "bf16"), pytest.raises(ptx.PtxError, match="out of bounds"):
+        backend.forward(batch.q, batch.k, batch.v, None, ptr, ptr, None, None, 1.0, 0.0)

@@ -1,0 +1,126 @@
+"""The simulator sees what it should: hand-written PTX with and without a mistake."""
+
+import pytest
+import torch
+
+import ptx
+
+HEAD = """
+.visible .entry demo(.param .u64 x, .param .u64 y, .param .u32 n)
+{
+ .reg .pred %p<4>; .reg .b32 %r<16>; .reg .b64 %rd<16>;
+ .shared .align 16 .b8 stage[256];
+ ld.param.b64 %rd1, [x]; ld.param.b64 %rd2, [y]; ld.param.b32 %r1, [n];
+ mov.u32 %r2, %tid.x; mul.wide.u32 %rd3, %r2, 4;
+ add.s64 %rd4, %rd1, %rd3; add.s64 %rd5, %rd2, %rd3;
+ setp.lt.u32 %p1, %r2, %r1;
+"""
+COPY = "@%p1 ld.global.b32 %r3, [%rd4]; @%p1 st.global.b32 [%rd5], %r3; ret; }"
+SWAP = """
+ shl.b32 %r4, %r2, 2; mov.u32 %r5, stage; add.s32 %r6, %r5, %r4;
+ ld.global.b32 %r3, [%rd4]; st.shared.b32 [%r6], %r3; BARRIER
+ xor.b32 %r7, %r6, 128; ld.shared.b32 %r8, [%r7]; st.global.b32 [%rd5], %r8; ret; }
+"""
+
+
+def run(body, n=64, threads=64, size=64, **options):
+    x, y = torch.arange(1.0, size + 1), torch.zeros(size)
+    kernel = ptx.Kernel(HEAD + body, "demo")
+    ptx.launch(kernel, (1,), threads, [x, y, n], [x, y], **options)
+    return x, y
+
+
+def test_copy():
+    x, y = run(COPY, n=50)
+    assert torch.equal(y[:50], x[:50]) and not y[50:].any()
+
+
+def test_access_outside_is_reported():
+    with pytest.raises(ptx.PtxError, match="out of bounds"):
+        run(COPY, n=64, size=60)
+
+
+def test_misaligned_access_is_reported():
+    with pytest.raises(ptx.PtxError, match="misaligned"):
+        run(COPY.replace("[%rd4]", "[%rd4+2]"))
+
+
+def test_barrier_makes_the_exchange_between_warps_right():
+    for seed in range(1, 4):
+        x, y = run(SWAP.replace("BARRIER", "bar.sync 0;"), schedule="warp", seed=seed)
+        assert torch.equal(y, x.roll(32))
+
+
+def test_missing_barrier_shows():
+    x, y = run(SWAP.replace("BARRIER", ""), schedule="warp", seed=1)
+    assert not torch.equal(y, x.roll(32)) and y.isnan().any()
+
+
+def test_barrier_that_some_threads_miss_is_reported():
+    divergent = "setp.lt.u32 %p2, %r2, 32; @%p2 bra DONE; bar.sync 0; ret; DONE: bar.sync 0; ret; }"
+    with pytest.raises(ptx.PtxError, match="wait at barriers"):
+        run(divergent)
+
+
+def test_missing_wait_of_an_asynchronous_copy_shows():
+    body = """
+     shl.b32 %r4, %r2, 2; mov.u32 %r5, stage; add.s32 %r6, %r5, %r4;
+     cp.async.ca.shared.global [%r6], [%rd4], 4; cp.async.commit_group; WAIT
+     ld.shared.b32 %r8, [%r6]; st.global.b32 [%rd5], %r8; ret; }
+    """
+    x, y = run(body.replace("WAIT", "cp.async.wait_group 0;"))
+    assert torch.equal(y, x)
+    assert run(body.replace("WAIT", ""))[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("st.global.b32 [%rd5], %r9; ret; }", "read before any write"),
+        ("@%p1 shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1; ret; }", "absent lanes"),
+        ("wgmma.fence.sync.aligned; ret; }", "not implemented"),
+    ],
+)
+def test_reports(body, message):
+    with pytest.raises(ptx.PtxError, match=message):
+        run(body, n=40)
+
+
+def test_invalid_grid_is_reported():
+    x = torch.zeros(64)
+    with pytest.raises(ptx.PtxError, match="invalid launch"):
+        ptx.launch(ptx.Kernel(HEAD + COPY), (1, 70000), 64, [x, x, 1], [x])
+
+
+def test_matrix_product():
+    """mma.sync m16n8k16 on fragments that ldmatrix has loaded."""
+    body = """
+.visible .entry product(.param .u64 a, .param .u64 b, .param .u64 c)
+{
+ .reg .b32 %r<32>; .reg .b64 %rd<8>;
+ .shared .align 16 .b8 stage[768];
+ ld.param.b64 %rd1, [a]; ld.param.b64 %rd2, [b]; ld.param.b64 %rd3, [c];
+ mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 4; mul.wide.u32 %rd4, %r2, 1;
+ add.s64 %rd5, %rd1, %rd4; ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd5];
+ mov.u32 %r7, stage; add.s32 %r8, %r7, %r2; st.shared.v4.b32 [%r8], {%r3, %r4, %r5, %r6};
+ and.b32 %r9, %r2, 255; cvt.u64.u32 %rd6, %r9; add.s64 %rd6, %rd2, %rd6;
+ ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd6]; add.s32 %r10, %r7, %r9;
+ st.shared.v4.b32 [%r10+512], {%r3, %r4, %r5, %r6}; bar.sync 0;
+ and.b32 %r11, %r1, 15; shl.b32 %r11, %r11, 5; and.b32 %r12, %r1, 16; add.s32 %r11, %r11, %r12;
+ add.s32 %r11, %r11, %r7;
+ ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r13, %r14, %r15, %r16}, [%r11];
+ and.b32 %r17, %r1, 7; shl.b32 %r17, %r17, 5; and.b32 %r18, %r1, 8; shl.b32 %r18, %r18, 1;
+ add.s32 %r17, %r17, %r18; add.s32 %r17, %r17, %r7;
+ ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r19, %r20}, [%r17+512];
+ mov.b32 %r21, 0;
+ mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r22, %r23, %r24, %r25},
+   {%r13, %r14, %r15, %r16}, {%r19, %r20}, {%r21, %r21, %r21, %r21};
+ shr.u32 %r26, %r1, 2; and.b32 %r27, %r1, 3; shl.b32 %r26, %r26, 5; shl.b32 %r27, %r27, 3;
+ add.s32 %r26, %r26, %r27; cvt.u64.u32 %rd7, %r26; add.s64 %rd7, %rd3, %rd7;
+ st.global.v2.b32 [%rd7], {%r22, %r23}; st.global.v2.b32 [%rd7+256], {%r24, %r25}; ret;
+}
+"""
+    torch.manual_seed(0)
+    a, b, c = torch.randn(16, 16).bfloat16(), torch.randn(8, 16).bfloat16(), torch.zeros(16, 8)
+    ptx.launch(ptx.Kernel(body), (1,), 32, [a, b, c], [a, b, c])
+    torch.testing.assert_close(c, (a.double() @ b.double().T).float(), rtol=1e-6, atol=1e-6)
