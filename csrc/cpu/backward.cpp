@@ -37,22 +37,8 @@ struct Scratch {
   }
 };
 
-// p: logits to weights P, not yet divided by their sum where one block holds all keys.
-template <typename T, bool BIAS>
-void weights(T* p, const T* bias, int64_t nj, int64_t lanes, const T* minus_lse) {
-  for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-    const Vector<T> shift = load(minus_lse + x);
-    for (int64_t j = 0; j < nj; ++j) {
-      Vector<T> logit = load(p + j * QUERIES + x);
-      if (BIAS) logit += load(bias + j * QUERIES + x);
-      store(p + j * QUERIES + x, exp<T>(logit + shift));
-    }
-  }
-}
-
-// p to P (times R), ds from dO.v to dS. ONE_BLOCK: every key is here; P is divided by its own sum,
-// because the rounding of a large LSE would spoil the cancellation in (B3), and
-// delta = rowsum(P dP) comes from the block itself.
+// p to P (times R), ds from dO.v to dS. ONE_BLOCK: every key is here; P is divided by its sum,
+// and delta = rowsum(P dP) comes from the block itself.
 template <typename T, bool DROPOUT, bool ONE_BLOCK>
 void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* delta,
                      const T* dlse) {
@@ -152,13 +138,7 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
           row_products(w.out, w.dout, w.value_ld, at.ni, w.delta);  // (B2)
         }
       }
-      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.p, scale, false);
-      if (a.bias.data) {
-        pack_pairs(a, a.bias, at, w.pairs);
-        weights<T, true>(w.p, w.pairs, nj, lanes, w.minus_lse);
-      } else {
-        weights<T, false>(w.p, nullptr, nj, lanes, w.minus_lse);
-      }
+      block_weights(a, at, one_block, w.k, w.head_ld, w.q_t, w.minus_lse, w.pairs, w.p);
       pair_products(at, w.v, w.value_ld, w.dout_t, a.value_dim, w.ds, T(1), false);  // (B1)
       dead.clear_pairs(w.p, at.ni, at.nj);
       dead.clear_pairs(w.ds, at.ni, at.nj);

@@ -259,35 +259,6 @@ struct DeadRows {
   }
 };
 
-// minus_lse[lanes] = -lse, or -inf in dead rows, so that exp(s + minus_lse) is 0 there.
-template <typename T>
-void read_lse(const View& lse, int64_t molecule, int64_t first, int64_t head, int64_t count,
-              T* minus_lse, DeadRows& dead) {
-  const T infinity = T(__builtin_inf());
-  dead.any = false;
-  for (int64_t i = 0; i < count; ++i) {
-    const T x = *address<T>(lse, molecule, first + i, head);
-    dead.lane[i] = x == -infinity;
-    dead.any |= dead.lane[i];
-    minus_lse[i] = dead.lane[i] ? x : -x;
-  }
-  for (int64_t i = count; i < whole_vectors<T>(count); ++i) minus_lse[i] = 0;
-}
-
-template <typename T>
-void read_statistic(const View& x, int64_t molecule, int64_t first, int64_t head, int64_t count,
-                    T* to) {
-  for (int64_t i = 0; i < count; ++i)
-    to[i] = x.data ? *address<T>(x, molecule, first + i, head) : T(0);
-  for (int64_t i = count; i < whole_vectors<T>(count); ++i) to[i] = 0;
-}
-
-template <typename T>
-void write_statistic(const T* from, const View& x, int64_t molecule, int64_t first, int64_t head,
-                     int64_t count) {
-  for (int64_t i = 0; i < count; ++i) *address<T>(x, molecule, first + i, head) = from[i];
-}
-
 // to (+)= factor * x^T y: sums over the keys of a block. x is [nj][QUERIES], y is [nj][ld]; dead rows
 // receive nothing.
 template <typename T>
@@ -316,6 +287,76 @@ void pair_products(const Pairs& at, const T* x, int64_t ld, const T* y_t, int64_
                    T factor, bool add) {
   product_rows<T>({x, ld, y_t, QUERIES, to, QUERIES, int(at.nj),
                    int(blocks_of(at.ni, WIDTH<T>)), int(width), factor, nullptr, add});
+}
+
+// minus_lse[lanes] = -lse in units of log 2, or -inf in dead rows, so that exp2(s + minus_lse) is 0
+// there.
+template <typename T>
+void read_lse(const View& lse, int64_t molecule, int64_t first, int64_t head, int64_t count,
+              T* minus_lse, DeadRows& dead) {
+  const T infinity = T(__builtin_inf());
+  dead.any = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const T x = *address<T>(lse, molecule, first + i, head);
+    dead.lane[i] = x == -infinity;
+    dead.any |= dead.lane[i];
+    minus_lse[i] = dead.lane[i] ? x : x * T(-LOG2_E);
+  }
+  for (int64_t i = count; i < whole_vectors<T>(count); ++i) minus_lse[i] = 0;
+}
+
+// p: logits (without bias) to weights. With all keys of the rows in the block they are taken from
+// the rows' own maximum and must be divided by their sum: the rounding of a large LSE would spoil
+// the cancellations of the derivatives. Otherwise they come from the LSE.
+template <typename T, bool ALL_KEYS, bool BIAS>
+void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lanes) {
+  const Vector<T> infinity = splat(T(__builtin_inf()));
+  for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
+    Vector<T> shift = load(minus_lse + x);
+    if (ALL_KEYS) {
+      Vector<T> top = -infinity;
+      for (int64_t j = 0; j < nj; ++j) {
+        Vector<T> logit = load(p + j * QUERIES + x);
+        if (BIAS) {
+          logit += load(bias + j * QUERIES + x) * T(LOG2_E);
+          store(p + j * QUERIES + x, logit);
+        }
+        top = larger_lanes(logit, top);
+      }
+      shift = top == -infinity ? Vector<T>{} : -top;
+    }
+    for (int64_t j = 0; j < nj; ++j) {
+      Vector<T> logit = load(p + j * QUERIES + x);
+      if (BIAS && !ALL_KEYS) logit += load(bias + j * QUERIES + x) * T(LOG2_E);
+      store(p + j * QUERIES + x, exp2<T>(logit + shift));
+    }
+  }
+}
+
+// (F1), (F2) of a block; pairs is scratch for the bias.
+template <typename T>
+void block_weights(const AttnParams& a, const Pairs& at, bool all_keys, const T* k, int64_t ld,
+                   const T* q_t, const T* minus_lse, T* pairs, T* p) {
+  pair_products(at, k, ld, q_t, a.head_dim, p, T(a.scale * LOG2_E), false);
+  if (a.bias.data) pack_pairs(a, a.bias, at, pairs);
+  const auto run = a.bias.data ? (all_keys ? weights_of<T, true, true> : weights_of<T, false, true>)
+                               : (all_keys ? weights_of<T, true, false>
+                                           : weights_of<T, false, false>);
+  run(p, pairs, minus_lse, at.nj, whole_vectors<T>(at.ni));
+}
+
+template <typename T>
+void read_statistic(const View& x, int64_t molecule, int64_t first, int64_t head, int64_t count,
+                    T* to) {
+  for (int64_t i = 0; i < count; ++i)
+    to[i] = x.data ? *address<T>(x, molecule, first + i, head) : T(0);
+  for (int64_t i = count; i < whole_vectors<T>(count); ++i) to[i] = 0;
+}
+
+template <typename T>
+void write_statistic(const T* from, const View& x, int64_t molecule, int64_t first, int64_t head,
+                     int64_t count) {
+  for (int64_t i = 0; i < count; ++i) *address<T>(x, molecule, first + i, head) = from[i];
 }
 
 }  // namespace ATTN_ISA

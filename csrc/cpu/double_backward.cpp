@@ -86,7 +86,7 @@ class Head {
     }
     if (keys.size == 0) return no_keys();
     const int64_t key_step = step_of(last - first, w_.keys, 4);
-    const bool one_block = key_step >= keys.size;
+    const bool one_block = all_keys_ = key_step >= keys.size;
     if (!one_block && !task_.statistics) statistics(0, queries.size);
     T* const gq_buffer = w_.linear + 4 * whole_vectors<T>(queries.size);
     T* const gdout_buffer = gq_buffer + queries.size * w_.head_ld;
@@ -183,16 +183,7 @@ class Head {
   // P (before it is divided by its sum), T, dP and G of the block, (D1), (B1), (D3).
   void products() {
     const int64_t nj = at_.nj, count = nj * QUERIES;
-    scores(w_.k, w_.q_t, w_.head_ld, a_.head_dim, w_.p, scale_, false);
-    if (a_.bias.data) pack_pairs(a_, a_.bias, at_, w_.pairs);
-    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      const Vector<T> shift = load(w_.minus_lse + x);
-      for (int64_t j = 0; j < nj; ++j) {
-        Vector<T> logit = load(w_.p + j * QUERIES + x);
-        if (a_.bias.data) logit += load(w_.pairs + j * QUERIES + x);
-        store(w_.p + j * QUERIES + x, exp<T>(logit + shift));
-      }
-    }
+    block_weights(a_, at_, all_keys_, w_.k, w_.head_ld, w_.q_t, w_.minus_lse, w_.pairs, w_.p);
     bool add = a_.ddbias.data != nullptr;
     if (add) pack_pairs(a_, a_.ddbias, at_, w_.tangent);
     if (a_.ddq.data) {
@@ -338,6 +329,7 @@ class Head {
   Pairs at_;
   int64_t query_step_;
   T* rows_;
+  bool all_keys_ = false;
   DeadRows dead_{};
 };
 

@@ -30,8 +30,8 @@ struct Scratch {
   }
 };
 
-// Turns logits s into weights exp(s + bias - max) and moves the running maximum and sum of
-// each row on; decay[i] is what the sums of earlier blocks must be multiplied by.
+// Turns logits s (and bias) into weights exp(s - max) and moves the running maximum and sum of each
+// row on; decay[i] is what the sums of earlier blocks must be multiplied by.
 template <typename T, bool BIAS>
 void soften(T* s, const T* bias, int64_t nj, int64_t lanes, T* maximum, T* sum, T* decay) {
   const Vector<T> infinity = splat(T(__builtin_inf()));
@@ -41,17 +41,17 @@ void soften(T* s, const T* bias, int64_t nj, int64_t lanes, T* maximum, T* sum, 
     for (int64_t j = 0; j < nj; ++j) {
       Vector<T> logit = load(s + j * QUERIES + x);
       if (BIAS) {
-        logit += load(bias + j * QUERIES + x);
+        logit += load(bias + j * QUERIES + x) * T(LOG2_E);
         store(s + j * QUERIES + x, logit);
       }
-      top = larger_lanes<T>(logit, top);
+      top = larger_lanes(logit, top);
     }
     store(maximum + x, top);
     const Vector<T> finite = top == -infinity ? Vector<T>{} : top;
-    const Vector<T> fade = exp<T>(old - finite);
+    const Vector<T> fade = exp2<T>(old - finite);
     Vector<T> total = load(sum + x) * fade;
     for (int64_t j = 0; j < nj; ++j) {
-      const Vector<T> weight = exp<T>(load(s + j * QUERIES + x) - finite);
+      const Vector<T> weight = exp2<T>(load(s + j * QUERIES + x) - finite);
       total += weight;
       store(s + j * QUERIES + x, weight);
     }
@@ -67,13 +67,13 @@ void multiply_pairs(T* s, const T* by, int64_t nj, int64_t lanes) {
       store(s + j * QUERIES + x, load(s + j * QUERIES + x) * load(by + j * QUERIES + x));
 }
 
-// lse = max + log sum; row = 1 / sum, 0 in rows without a finite logit. Returns whether there are
+// maximum becomes lse = max + log sum; row = 1 / sum, 0 in rows without a finite logit. Returns whether there are
 // such rows.
 template <typename T>
 bool finish_rows(int64_t ni, T* maximum, const T* sum, T* row) {
   for (int64_t x = 0; x < ni; x += WIDTH<T>) {
     const Vector<T> total = load(sum + x);
-    store(maximum + x, load(maximum + x) + log<T>(total));
+    store(maximum + x, load(maximum + x) * T(LN_2) + log<T>(total));
     store(row + x, total == Vector<T>{} ? Vector<T>{} : T(1) / total);
   }
   bool dead = false;
@@ -115,7 +115,7 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
         pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, w.k, w.head_ld);
         pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, w.v, w.value_ld);
       }
-      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale), false);
+      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
       if (a.bias.data) {  // (F1), (F2)
         pack_pairs(a, a.bias, at, w.pairs);
         soften<T, true>(w.s, w.pairs, at.nj, lanes, w.maximum, w.sum, w.row);

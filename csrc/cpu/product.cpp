@@ -14,7 +14,6 @@ constexpr int max_rows(int vectors) { return vectors == 4 ? 6 : 8; }
 constexpr int MAX_VECTORS = 2;
 constexpr int max_rows(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
-constexpr int MAX_ROWS = 8;
 
 template <typename T, bool BY_ROWS, int C, int R>
 void tile(const Product<T>& x, int row, int64_t column) {
@@ -55,29 +54,20 @@ void tile(const Product<T>& x, int row, int64_t column) {
 template <typename T>
 using Tile = void (*)(const Product<T>&, int, int64_t);
 
+// Tiles by vectors - 1 and rows - 1; those beyond what is ever called stand in for each other.
+template <typename T, bool BY_ROWS, int C, int... R>
+struct Heights {
+  static constexpr Tile<T> tiles[] = {
+      tile<T, BY_ROWS, C, (R < max_rows(C) ? R + 1 : max_rows(C))>...};
+};
 template <typename T, bool BY_ROWS, int C>
-constexpr Tile<T> of_height(int rows) {
-  constexpr Tile<T> tiles[MAX_ROWS] = {
-      tile<T, BY_ROWS, C, 1>, tile<T, BY_ROWS, C, 2>, tile<T, BY_ROWS, C, 3>,
-      tile<T, BY_ROWS, C, 4>, tile<T, BY_ROWS, C, 5>, tile<T, BY_ROWS, C, 6>,
-      tile<T, BY_ROWS, C, (max_rows(C) > 6 ? 7 : 6)>,  // never called where 6 is the most
-      tile<T, BY_ROWS, C, (max_rows(C) > 6 ? 8 : 6)>};
-  return tiles[rows - 1];
-}
+using AllHeights = Heights<T, BY_ROWS, C, 0, 1, 2, 3, 4, 5, 6, 7>;
 
 template <typename T, bool BY_ROWS>
-Tile<T> tile_of(int vectors, int rows) {
-  switch (vectors) {
-    case 1: return of_height<T, BY_ROWS, 1>(rows);
-    case 2: return of_height<T, BY_ROWS, 2>(rows);
-#if defined(__AVX512F__)
-    case 3: return of_height<T, BY_ROWS, 3>(rows);
-    default: return of_height<T, BY_ROWS, 4>(rows);
-#else
-    default: return nullptr;
-#endif
-  }
-}
+constexpr const Tile<T>* TILES[] = {
+    AllHeights<T, BY_ROWS, 1>::tiles, AllHeights<T, BY_ROWS, 2>::tiles,
+    AllHeights<T, BY_ROWS, (MAX_VECTORS < 3 ? 2 : 3)>::tiles,
+    AllHeights<T, BY_ROWS, MAX_VECTORS>::tiles};
 
 template <typename T, bool BY_ROWS>
 void product(const Product<T>& x) {
@@ -88,7 +78,7 @@ void product(const Product<T>& x) {
     int row = 0;
     for (int tiles = int(blocks_of(x.rows, max_rows(vectors))); tiles > 0; --tiles) {
       const int rows = (x.rows - row) / tiles;
-      tile_of<T, BY_ROWS>(vectors, rows)(x, row, column);
+      TILES<T, BY_ROWS>[vectors - 1][rows - 1](x, row, column);
       row += rows;
     }
     done += vectors;

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -38,8 +38,7 @@ struct Lanes<float> {
   using Integer = int32_t;
   static constexpr int MANTISSA = 23, BIAS = 127;
   static constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
-  static constexpr float ROUND = 12582912.f;        // 1.5 * 2^23
-  static constexpr float EXP_LOWEST = -87.33f;      // below it exp is 0 here
+  static constexpr float ROUND = 12582912.f;  // 1.5 * 2^23
 };
 template <>
 struct Lanes<double> {
@@ -49,7 +48,6 @@ struct Lanes<double> {
   static constexpr int MANTISSA = 52, BIAS = 1023;
   static constexpr double LN2_HIGH = 6.93145751953125e-1, LN2_LOW = 1.42860682030941723212e-6;
   static constexpr double ROUND = 6755399441055744.;  // 1.5 * 2^52
-  static constexpr double EXP_LOWEST = -708.39;
 };
 
 template <typename T>
@@ -82,46 +80,66 @@ ATTN_INLINE Vector<T> splat(T x) {
   return x - Vector<T>{};  // x - 0 is x for every x, unlike x + 0
 }
 
-template <typename T, typename V = Vector<T>>
-ATTN_INLINE V larger_lanes(V a, V b) {
+// The larger lanes of a and b; b where a is NaN.
+ATTN_INLINE Vector<float> larger_lanes(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+ATTN_INLINE Vector<double> larger_lanes(Vector<double> a, Vector<double> b) {
   return a > b ? a : b;
 }
 
-// exp(x) for x <= 88 (float) or 709 (double), about 1 ulp; 0 below the smallest normal number,
-// NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2; polynomial in r (Cephes; Taylor for double).
+// Logits are kept in units of log 2, so that a weight is a power of 2.
+constexpr double LOG2_E = 1.44269504088896340736, LN_2 = 0.69314718055994530942;
+
+// 2^f - 1 over f: minimax (relative) on [0, 1), and on [-1/2, 1/2]; Taylor for double.
+constexpr float EXP2_ABOVE[] = {6.931470633e-1f, 2.402293086e-1f, 5.548528209e-2f,
+                                9.675451554e-3f, 1.246784464e-3f, 2.161292120e-4f};
+constexpr float EXP2_AROUND[] = {6.931471825e-1f, 2.402264774e-1f, 5.550332367e-2f,
+                                 9.618436918e-3f, 1.339887502e-3f, 1.535336195e-4f};
+constexpr double EXP2_TAYLOR[] = {
+    6.9314718055994530942e-1,  2.4022650695910071233e-1,  5.5504108664821579953e-2,
+    9.6181291076284771620e-3,  1.3333558146428443423e-3,  1.5403530393381609954e-4,
+    1.5252733804059840280e-5,  1.3215486790144309488e-6,  1.0178086009239699728e-7,
+    7.0549116208011233299e-9,  4.4455382718708114976e-10, 2.5678435993488205141e-11,
+    1.3691488853904128881e-12, 6.7787263548225456335e-14};
+
+template <int N, typename T>
+ATTN_INLINE Vector<T> one_plus(Vector<T> f, const T (&c)[N]) {
+  Vector<T> p = splat(c[N - 1]);
+#pragma GCC unroll 16
+  for (int i = N - 2; i >= 0; --i) p = p * f + c[i];
+  return p * f + T(1);
+}
+
+// 2^x for x up to about 1; exactly 1 for 0, 0 below the smallest normal number, NaN for NaN.
+// Relative error about 1e-7 (float), 2e-16 (double).
 template <typename T>
-ATTN_INLINE Vector<T> exp(Vector<T> x) {
+ATTN_INLINE Vector<T> exp2(Vector<T> x) {
   using L = Lanes<T>;
   using Integers = typename L::Integers;
-  const Vector<T> shifted = x * T(1.44269504088896340736) + L::ROUND;
-  const Vector<T> n = shifted - L::ROUND;
-  const Vector<T> r = (x - n * L::LN2_HIGH) - n * L::LN2_LOW;
-  Vector<T> p;
+#if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + (r + 1.f);
-  } else {
-    p = r * T(1 / 6227020800.) + T(1 / 479001600.);
-    p = p * r + T(1 / 39916800.);
-    p = p * r + T(1 / 3628800.);
-    p = p * r + T(1 / 362880.);
-    p = p * r + T(1 / 40320.);
-    p = p * r + T(1 / 5040.);
-    p = p * r + T(1 / 720.);
-    p = p * r + T(1 / 120.);
-    p = p * r + T(1 / 24.);
-    p = p * r + T(1 / 6.);
-    p = p * r + T(0.5);
-    p = p * (r * r) + (r + T(1));
+    const __m512 all = (__m512)x;
+    const __mmask16 normal = _mm512_cmp_ps_mask(all, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+    const Vector<T> f = (Vector<T>)_mm512_maskz_reduce_ps(normal, all, _MM_FROUND_TO_NEG_INF |
+                                                                           _MM_FROUND_NO_EXC);
+    return (Vector<T>)_mm512_maskz_scalef_ps(normal, (__m512)one_plus(f, EXP2_ABOVE), all);
   }
-  const Integers bits = ((Integers)shifted << L::MANTISSA) +
-                        (typename L::Integer(L::BIAS) << L::MANTISSA);
-  const Vector<T> y = p * (Vector<T>)bits;
-  return x < L::EXP_LOWEST ? Vector<T>{} : y;
+#endif
+  const Vector<T> shifted = x + L::ROUND;
+  const Vector<T> f = x - (shifted - L::ROUND);
+  Vector<T> p;
+  if constexpr (sizeof(T) == 4) p = one_plus(f, EXP2_AROUND);
+  else p = one_plus(f, EXP2_TAYLOR);
+  const Integers power = ((Integers)shifted << L::MANTISSA) +
+                         (typename L::Integer(L::BIAS) << L::MANTISSA);
+  return x < T(1 - L::BIAS) ? Vector<T>{} : p * (Vector<T>)power;
 }
 
 // log(x), -inf for 0, x for NaN. x = 2^e m with m in [sqrt(1/2), sqrt(2)),
