@@ -92,6 +92,7 @@ class Kernels:
     """
 
     KIND = "kernel"
+    __name__ = "attnpool_kernels.backends.cuda"
 
     def __init__(self, module, schedule: int = 0, vector: bool = True):
         self.module, self.schedule, self.vector = module, schedule, vector
@@ -169,9 +170,13 @@ class Kernels:
             else x
             for name, x in (call | scratch).items()
         }
-        status = self.module.run(name, plain, self.schedule)
+        status = self._launch(name, plain, [x for x in (call | scratch).values() if x is not None])
         if status:
             raise RuntimeError(f"launch failed: {status}")
+
+
+    def _launch(self, name: str, plain: dict, values: list) -> int:
+        return self.module.run(name, plain, self.schedule)
 
 
 def _sums(x: Tensor) -> torch.dtype:

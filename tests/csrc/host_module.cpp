@@ -62,8 +62,23 @@ int run(const std::string& pass, const py::dict& call, uint32_t schedule) {
 
 }  // namespace
 
+// What a pass would launch: (kernel's name, blocks, threads, shared bytes, parameter bytes).
+py::list plan(const std::string& pass, const py::dict& call) {
+  only_note = true;
+  launches.clear();
+  run(pass, call, 0);
+  only_note = false;
+  py::list found;
+  for (const Launch& x : launches)
+    found.append(py::make_tuple(x.kernel, x.blocks, x.threads, x.bytes,
+                                py::bytes(reinterpret_cast<const char*>(&x.params),
+                                          sizeof x.params)));
+  return found;
+}
+
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("run", &run);
+  m.def("plan", &plan);
   m.def("sites", [] { return fibers::sites; });
   m.def("skip", [](const std::string& kind, int line) { fibers::skipped = {kind, line}; });
 }

@@ -198,11 +198,25 @@ inline void mma_double(double& c0, double& c1, double a, double b) {
 
 // ---- launch ------------------------------------------------------------------------------------
 
+// A launch that was noted instead of run, for the PTX simulator.
+struct Launch {
+  std::string kernel;
+  int64_t blocks;
+  int threads, bytes;
+  KernelParams params;
+};
+inline std::vector<Launch> launches;
+inline bool only_note = false;
+
 template <void (*KERNEL)(KernelParams), typename Plan>
 int launch(int64_t groups, const KernelParams& p, void*) {
   const int64_t blocks = (groups + Plan::GROUPS - 1) / Plan::GROUPS;
   if (blocks == 0) return 0;
   if (blocks > INT32_MAX) return 9;  // cudaErrorInvalidConfiguration
+  if (only_note) {
+    launches.push_back({__PRETTY_FUNCTION__, blocks, Plan::THREADS, Plan::BYTES, p});
+    return 0;
+  }
   fibers::launch(blocks, Plan::THREADS, Plan::BYTES, [&p] { KERNEL(p); });
   return 0;
 }
