@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ptx
+from ptx import machine
 
 from attnpool_kernels import testing
 
@@ -58,9 +59,25 @@ def kernel(source: str, noted: str) -> ptx.Kernel:
     entry = re.sub(r"mov\.b64(\s+%\w+), _Z\w+_param_0;", rf"mov.b64\1, {ADDRESS};", entry)
     entry = entry.replace("cvta.to.global.u64", "mov.b64")
     entry = entry.replace("bfind.shiftamt.u32", "clz.b32")  # the same but for zero
-    entry = re.sub(r"ld\.param(\.\S+\s+\S+ \[%)", r"ld.global\1", entry)
+    entry = re.sub(r"ld\.param(\.[^\[;]*\[%)", r"ld.global\1", entry)
+    # scopes of their own in cuda_bf16.h
+    entry = re.sub(r"\{\s+(cvt\.[^;]+;)\s*\}", r"\1", entry)
+    entry = re.sub(
+        r"\{\s+mov\.b32 (%\w+), \{0,(%\w+)\};\s*\}",
+        r"cvt.u32.u16 \1, \2;\nshl.b32 \1, \1, 16;",
+        entry,
+    )
     shared = "\n".join(re.findall(r"^\.extern \.shared .*;$", compiled(source), re.M))
     return ptx.Kernel(f"{shared}\n{entry}", symbol)
+
+
+@machine.handles("bfi")
+def insert_bits(b: machine.Block, i, lanes) -> None:
+    low, into, position, length = (
+        b.read(x, machine.U32, lanes).astype("int64") for x in i.operands[1:5]
+    )
+    mask = ((1 << length) - 1) << position
+    b.write(i.operands[0], (into & ~mask) | ((low << position) & mask), machine.U32, lanes)
 
 
 class Simulated(cuda_host.Kernels):
