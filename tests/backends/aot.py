@@ -56,7 +56,7 @@ WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
 SAMPLE = 40  # every 40th variant where nothing has changed
 # Bytes of spills that are let pass: what ptxas trades for occupancy by itself; with bias and
 # dropout at once; and where no tile is without.
-MINOR_SPILL, OPTIONS_SPILL = 48, 128
+MINOR_SPILL, OPTIONS_SPILL = 48, 256
 SPILLS = {
     (row, 256, name): 256
     for row in ("fp16", "bf16", "fp32", "tf32")
@@ -157,10 +157,10 @@ def on_launch(call: Callable[[Launch], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_device(capability: tuple[int, int], row: str) -> Iterator[None]:
-    """The tile table's view of a GPU; the tensors stay on the CPU."""
+def as_device(capability: tuple[int, int], row: str, **changes: Any) -> Iterator[None]:
+    """The tile table's view of a GPU, with changes to its entries; the tensors stay on the CPU."""
     tile, precision = tuning.tile, tuning.precision
-    tuning.tile = lambda name, _, precision, width: tile(name, capability, precision, width)
+    tuning.tile = lambda name, _, row, width: tile(name, capability, row, width) | changes
     tuning.precision = lambda dtype: row
     try:
         yield

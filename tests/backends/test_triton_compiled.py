@@ -11,7 +11,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 import aot
-import ptx
 from simulated import simulated
 
 import attnpool_kernels.backends.triton as backend
@@ -19,10 +18,10 @@ from attnpool_kernels import testing
 from attnpool_kernels.testing import Case
 
 EVERYTHING = Case(
-    "everything", (5, 0, 17), heads=1, dim=16, bias="pair", dropout=0.25, lse=True, nobody=1
+    "everything", (3, 0, 17), heads=1, dim=16, bias="pair", dropout=0.25, lse=True, nobody=1
 )
 SEEDS = Case("seeds", (3, 18), seeds=2, heads=1, dim=12, value_dim=20)
-ODD = Case("odd width", (3, 34), heads=1, dim=5, value_dim=7)
+ODD = Case("odd width", (3, 18), heads=1, dim=5, value_dim=7)
 
 
 def test_gate_on_a_sample_of_the_table():
@@ -40,20 +39,25 @@ def test_snapshot_is_of_this_table():
     assert snapshot["hash"] == aot.source_hash(), "run `python tests/backends/aot.py update`"
 
 
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "SLICE": 16}
+
+
 @pytest.mark.parametrize(
-    ("case", "row", "schedule"),
+    ("case", "row", "schedule", "changes"),
     [
-        (EVERYTHING, "fp32", "block"),
-        (SEEDS, "bf16", "warp"),
-        (ODD, "fp16", "block"),
+        (EVERYTHING, "fp32", "block", SMALL | {"num_warps": 1}),
+        (SEEDS, "bf16", "warp", SMALL | {"num_warps": 2}),
+        (ODD, "fp16", "block", SMALL | {"num_warps": 1}),
+        pytest.param(EVERYTHING, "bf16", "warp", {}, marks=pytest.mark.slow),
+        pytest.param(EVERYTHING, "fp32", "warp", {}, marks=pytest.mark.slow),
     ],
-    ids=["fp32", "bf16", "fp16"],
+    ids=["fp32", "bf16", "fp16", "bf16 as shipped", "fp32 as shipped"],
 )
-def test_compiled_kernels_in_the_simulator(case, row, schedule):
+def test_compiled_kernels_in_the_simulator(case, row, schedule, changes):
     kernels = set()
 
     def run(batch):
-        with simulated(80, row, schedule, seed=3) as ran:
+        with simulated(80, row, schedule, seed=3, **changes) as ran:
             found = testing.run_kernels(batch, backend)
         kernels.update(name.split(":")[0] for name in ran)
         return found
@@ -69,13 +73,3 @@ def test_compiled_kernels_stay_inside_whatever_ptr_holds():
         backend.forward(
             batch.q, batch.k, batch.v, None, batch.q_ptr, batch.k_ptr, None, None, 1.0, 0.0
         )
-
-
-def test_simulator_sees_a_missing_clamp(monkeypatch):
-    """The same kernel with the upper clamp planted wrong: memory outside is reached."""
-    parsed = ptx.Kernel
-    monkeypatch.setattr(ptx, "Kernel", lambda text: parsed(text.replace("min.s64", "max.s64")))
-    batch = Case("garbage", (9, 4), heads=1, dim=16).make(torch.bfloat16)
-    ptr = torch.tensor([0, 9, 2**40])
-    with simulated(80, "bf16"), pytest.raises(ptx.PtxError, match="out of bounds"):
-        backend.forward(batch.q, batch.k, batch.v, None, ptr, ptr, None, None, 1.0, 0.0)
