@@ -38,7 +38,19 @@ def missing() -> str:
 
 @cache
 def build(sanitize: bool = False, edit: tuple[str, str, str] | None = None):
-    """The module; edit = (file in csrc/cuda, text, other text) plants a bug in a copy of csrc."""
+    """The module; edit = (file in csrc/cuda, text, other text) plants a bug in a copy of csrc.
+
+    sanitize: this process must have started with AddressSanitizer's library loaded.
+    """
+    library = compile_module(sanitize, edit)
+    name = library.name.partition(".")[0]
+    spec = importlib.util.spec_from_file_location(name, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_module(sanitize: bool = False, edit: tuple[str, str, str] | None = None) -> Path:
     import pybind11
 
     key = hashlib.sha256(repr((sanitize, edit)).encode()).hexdigest()[:8]
@@ -78,10 +90,7 @@ def build(sanitize: bool = False, edit: tuple[str, str, str] | None = None):
     done = subprocess.run([ninja, "-C", folder, "-j2"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
-    spec = importlib.util.spec_from_file_location(name, library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return library
 
 
 class Kernels:
@@ -173,7 +182,6 @@ class Kernels:
         status = self._launch(name, plain, [x for x in (call | scratch).values() if x is not None])
         if status:
             raise RuntimeError(f"launch failed: {status}")
-
 
     def _launch(self, name: str, plain: dict, values: list) -> int:
         return self.module.run(name, plain, self.schedule)

@@ -28,6 +28,12 @@ CASES = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
+class TooManyKeys(cuda_host.Kernels):
+    def _call(self, *arguments) -> dict:
+        call = super()._call(*arguments)
+        return call | {"key_rows": call["key_rows"] + 3}
+
+
 def main() -> None:
     from test_cuda import garbage
 
@@ -41,20 +47,22 @@ def main() -> None:
                 assert not any(x.isnan().any() for x in result.values()), case.name
     for batch in garbage():
         testing.run_kernels(batch, cuda_host.Kernels(module))
-    if "overrun" in sys.argv:  # the test of the test: k ends 3 rows too early
-        batch = CASES[0].make(torch.float32)
-        rows = batch.k.shape[0]
-        batch.k = batch.k[: rows - 3].clone().as_strided(batch.k.shape, batch.k.stride())
-        testing.run_kernels(batch, cuda_host.Kernels(module))
+    if "overrun" in sys.argv:  # the test of the test: the last molecule ends 3 rows behind k
+        batch = CASES[2].make(torch.float32)
+        batch.k_ptr[-1] += 3
+        TooManyKeys(module).forward(
+            batch.q, batch.k, batch.v, None, None, batch.k_ptr, None, None, 1.0, 0.0
+        )
     print("clean")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    library = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
-    ).stdout.strip()
+    libraries = [  # both: the sanitizer must find the C++ library's throw
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = os.environ | {
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(x.strip() for x in libraries),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, cuda_host.ROOT))),
     }
@@ -64,12 +72,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_no_access_outside_and_no_undefined_behaviour():
-    cuda_host.build(sanitize=True)
+    cuda_host.compile_module(sanitize=True)
     done = run()
     assert done.stdout.strip().endswith("clean"), done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_an_overrun_is_seen():
+    cuda_host.compile_module(sanitize=True)
     done = run("overrun")
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

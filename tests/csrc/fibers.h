@@ -92,6 +92,7 @@ inline bool meets(const char* kind, const char* file, int line) {
 inline Thread* current = nullptr;
 inline Index block_index;
 inline std::vector<Thread> threads;
+inline unsigned thread_count = 0;  // of the block
 inline std::map<int, Barrier> barriers;
 inline std::mt19937 random_bits;
 inline uint32_t schedule = 0;  // the seed
@@ -199,7 +200,7 @@ void together(const char* name, Operands& mine, Act act) {
 
 inline void barrier(int number, unsigned wanted) {
   if (number < 0 || number > 15) throw Error("there are 16 barriers");
-  if (wanted % 32 || wanted > threads.size()) throw Error("a barrier needs whole warps");
+  if (wanted % 32 || wanted > thread_count) throw Error("a barrier needs whole warps");
   Barrier& b = barriers[number];
   if (b.arrived && b.wanted != wanted) throw Error("one barrier, two thread counts");
   b.wanted = wanted;
@@ -277,7 +278,8 @@ inline void launch(int64_t blocks, unsigned count, size_t shared_bytes, std::fun
   std::vector<char>(shared_bytes + 16).swap(shared);
   shared_base = shared.data() + (16 - uintptr_t(shared.data()) % 16) % 16;
   shared_size = shared_bytes;
-  if (threads.size() < count) threads.resize(count);
+  if (threads.empty()) threads.resize(1024);  // once: stacks must not move
+  thread_count = count;
   body = &f;
   random_bits.seed(schedule);
   std::vector<unsigned> order(blocks);
