@@ -50,11 +50,21 @@ def test_every_reason_is_listed(monkeypatch):
 def test_a_version_that_is_too_old_is_a_reason(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: "3.5.1")
-    backend._why_no_triton.cache_clear()
+    caches = backend._why_no_triton, backend._version
+    for cached in caches:
+        cached.cache_clear()
     try:
         assert backend.why_not(Problem(**H100)) == ["needs triton >= 3.6, got 3.5.1"]
     finally:
-        backend._why_no_triton.cache_clear()
+        for cached in caches:
+            cached.cache_clear()
+
+
+@needs_triton
+def test_float64_needs_a_triton_that_accumulates_it(monkeypatch):
+    monkeypatch.setattr(backend, "_version", lambda: (3, 7))
+    found = backend.why_not(Problem(**(H100 | {"dtype": torch.float64})))
+    assert found == ["float64: tl.dot needs triton >= 3.9"]
 
 
 def test_triton_is_imported_by_a_call_only():

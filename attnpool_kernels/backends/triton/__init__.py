@@ -16,6 +16,7 @@ import torch
 KIND = "kernel"
 
 _OLDEST = (3, 6)
+_FLOAT64 = (3, 9)  # 3.6 and 3.7 accumulate a float64 tl.dot in float32, 3.8 is untried
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WIDEST = 256
 
@@ -30,6 +31,8 @@ def why_not(problem) -> list[str]:
         reasons.append(f"device {problem.device}: needs cuda")
     if problem.capability is not None and problem.capability < (8, 0):
         reasons.append("sm_{}{}: needs sm_80 or newer".format(*problem.capability))
+    if problem.dtype == torch.float64 and not missing and _version() < _FLOAT64:
+        reasons.append(f"float64: tl.dot needs triton >= {_dotted(_FLOAT64)}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"{problem.dtype}: needs float16, bfloat16, float32 or float64")
     for name, width in (("head dim", problem.head_dim), ("value dim", problem.value_dim)):
@@ -44,10 +47,19 @@ def why_not(problem) -> list[str]:
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    version = importlib.metadata.version("triton")  # importing it would take half a second
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-        return f"needs triton >= {'.'.join(map(str, _OLDEST))}, got {version}"
+    if _version() < _OLDEST:
+        return f"needs triton >= {_dotted(_OLDEST)}, got {importlib.metadata.version('triton')}"
     return None
+
+
+@functools.cache
+def _version() -> tuple[int, ...]:
+    version = importlib.metadata.version("triton")  # importing it would take half a second
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def forward(*args):
