@@ -46,6 +46,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        _refuse_tangents(dout, dlse)
         *problem, out, lse = ctx.saved_tensors
         scale, dropout, backend = ctx.options
         need_dbias = problem[3] is not None and ctx.needs_input_grad[3]
@@ -73,6 +74,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ddq, ddk, ddv, ddbias):
+        _refuse_tangents(ddq, ddk, ddv, ddbias)
         tensors = ctx.saved_tensors
         run = _DoubleBackward.apply if torch.is_grad_enabled() else ops.double_backward
         gq, gk, gv, gbias, gdout, gdlse = run(*tensors, ddq, ddk, ddv, ddbias, *ctx.options)
@@ -92,6 +94,17 @@ class _DoubleBackward(torch.autograd.Function):
     def backward(ctx, *_):
         raise NotImplementedError(
             f"backend {ctx.backend!r} has no third derivative; backend='reference' has every order"
+        )
+
+
+def _refuse_tangents(*cotangents: Tensor | None) -> None:
+    """Forward mode over reverse mode: the operators would drop the tangent without a word."""
+    mode = torch.autograd.forward_ad
+    if torch.compiler.is_compiling() or mode._current_level < 0:
+        return
+    if any(x is not None and mode.unpack_dual(x).tangent is not None for x in cotangents):
+        raise NotImplementedError(
+            "an incoming gradient has a forward-mode tangent: reverse mode only"
         )
 
 

@@ -67,7 +67,10 @@ def flash_attn_varlen_func(
             f"cu_seqlens_k must have as many elements as cu_seqlens_q, {len(cu_seqlens_q)}, "
             f"got {len(cu_seqlens_k)}"
         )
+    own = [x.shape[1] for x in (k, v) if isinstance(x, Tensor) and x.dim() == 3]
     k, v = _expanded("k", k, q), _expanded("v", v, q)
+    if own[1:] and own[0] != own[1]:
+        raise ValueError(f"k and v must have as many heads, got {own[0]} and {own[1]}")
     drawn = None
     if return_attn_probs and dropout_p:
         drawn = _next_seed(q.device)

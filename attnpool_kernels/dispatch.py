@@ -59,6 +59,8 @@ def select(problem: Problem, name: str | None = None) -> ModuleType:
                 problem.return_lse, name,
             )
         )  # fmt: skip
+    if not isinstance(problem.head_dim + problem.value_dim + (problem.seeds or 0), int):
+        return _select(problem, name)  # symbols of a tracer have no hash
     key = (problem, name)
     found = _chosen.get(key)
     if found is None:

@@ -7,7 +7,6 @@ wrong with a call is found here, before anything is computed.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ __all__ = ["BackendError", "Problem", "explain", "seed_pool", "set_attention"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_LARGEST = 3.4e38  # the kernels take the scale as a float32 where they compute in float32
 
 
 def set_attention(
@@ -238,8 +238,8 @@ def _checked(
         scale = q.shape[2] ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    elif not abs(scale) <= _LARGEST:  # false for nan, and for an int that no float can hold
+        raise ValueError(f"scale must be finite and fit into float32, got {scale}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float):
         raise TypeError(f"dropout must be a float, got {type(dropout).__name__}")
     if not 0 <= dropout < 1:
@@ -260,19 +260,25 @@ def _check_packed(name: str, x: object) -> None:
         if x.dtype.is_floating_point or x.is_quantized:
             raise NotImplementedError(f"{name} must be {wanted}, got {x.dtype}")
         raise TypeError(f"{name} must be {wanted}, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise NotImplementedError(f"{name} must be a dense strided tensor, got {x.layout}")
+    _check_strided(name, x)
     if x.dim() != 3:
         shape = "[S, H, D]" if name == "seeds" else "[N, H, D]"
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _check_strided(name: str, x: Tensor) -> None:
+    """Refuses memory layouts, and torch.func's wrappers, that the operators do not see through."""
+    if x.layout != torch.strided:
+        raise NotImplementedError(f"{name} must be a dense strided tensor, got {x.layout}")
+    if torch.compiler.is_compiling():
+        return  # a compiler refuses these by itself
     if torch._C._functorch.is_batchedtensor(x):
         raise NotImplementedError(f"{name} is batched by vmap: put the molecules into one batch")
-    if (
-        torch.autograd.forward_ad._current_level >= 0
-        and not torch.compiler.is_compiling()
-        and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
-    ):
+    mode = torch.autograd.forward_ad
+    if mode._current_level >= 0 and mode.unpack_dual(x).tangent is not None:
         raise NotImplementedError(f"{name} has a forward-mode tangent: use reverse mode")
+    if torch._C._functorch.is_gradtrackingtensor(x):
+        raise NotImplementedError(f"{name} is inside torch.func: use torch.autograd.grad")
 
 
 def _check_subclass(name: str, x: object) -> None:
@@ -350,8 +356,12 @@ def _check_bias(bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr:
     """Returns the offsets [B + 1] of each molecule's pairs, from lengths clamped to the rows."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a torch.Tensor or None, got {type(bias).__name__}")
+    if type(bias) not in _PLAIN or bias.is_nested:
+        _check_subclass("bias", bias)
+    _check_strided("bias", bias)
     if bias.dtype not in (q.dtype, torch.float32):
-        raise TypeError(f"bias must be {q.dtype} or float32, got {bias.dtype}")
+        wanted = "torch.float32" if q.dtype == torch.float32 else f"{q.dtype} or torch.float32"
+        raise TypeError(f"bias must be {wanted}, got {bias.dtype}")
     if bias.dim() != 2 or bias.shape[1] != q.shape[1]:
         raise ValueError(f"bias must have shape [P, {q.shape[1]}], got {tuple(bias.shape)}")
     if bias.device != q.device:

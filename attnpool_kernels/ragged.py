@@ -38,6 +38,8 @@ def check_kind(ptr: object, name: str = "ptr") -> None:
         )
     if ptr.dtype not in PTR_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {ptr.dtype}")
+    if ptr.layout != torch.strided or ptr.is_nested:
+        raise NotImplementedError(f"{name} must be a dense strided tensor, got {ptr.layout}")
     if ptr.dim() != 1:
         raise ValueError(f"{name} must have shape [B + 1], got {tuple(ptr.shape)}")
     if ptr.numel() == 0:
@@ -100,7 +102,7 @@ class Ragged:
     def from_counts(cls, counts: Tensor | Sequence[int]) -> Ragged:
         """From atoms per molecule [B]: DGL's counts, fairchem's ``natoms``, ``_n_atoms``."""
         if not isinstance(counts, Tensor):
-            counts = torch.tensor(list(counts), dtype=torch.int64)
+            counts = _integers("counts", counts)
         if counts.dtype not in PTR_DTYPES:
             raise TypeError(f"counts must be int32 or int64, got {counts.dtype}")
         if counts.dim() != 1:
@@ -108,8 +110,10 @@ class Ragged:
         if counts.device.type == "cpu" and not _traced(counts) and bool((counts < 0).any()):
             i = int((counts < 0).nonzero()[0])
             raise ValueError(f"counts must not be negative, got counts[{i}] = {int(counts[i])}")
-        zero = counts.new_zeros(1)
-        return cls(torch.cat([zero, counts.cumsum(0, dtype=counts.dtype)]))
+        ends = counts.cumsum(0, dtype=counts.dtype)
+        if counts.device.type == "cpu" and not _traced(counts) and bool((ends < 0).any()):
+            raise ValueError(f"counts must have a sum that fits into {counts.dtype}")
+        return cls(torch.cat([counts.new_zeros(1), ends]))
 
     @classmethod
     def from_batch(cls, batch: Tensor, num_molecules: int | None = None) -> Ragged:
@@ -142,6 +146,8 @@ class Ragged:
         Molecule i owns pairs p[i]:p[i+1] with p[i+1] - p[i] = n_q·n_k, query by query;
         P = p[-1]. ``keys`` are the molecules of the keys (default: the same as the queries).
         """
+        if keys is not None and not isinstance(keys, Ragged):
+            raise TypeError(f"keys must be a Ragged or None, got {type(keys).__name__}")
         n_q = self.ptr.diff().long()
         n_k = n_q if keys is None else keys.ptr.diff().long()
         if n_q.shape != n_k.shape:
@@ -155,7 +161,14 @@ class Ragged:
 
         rows: N, default ptr[-1] (which synchronises on a CUDA device).
         """
-        rows = int(self.ptr[-1]) if rows is None else rows
+        if rows is None:
+            rows = int(self.ptr[-1])
+        elif not torch.compiler.is_compiling():
+            if isinstance(rows, bool) or not isinstance(rows, int | torch.SymInt):
+                raise TypeError(f"rows must be an int, got {type(rows).__name__}")
+            least = 0 if self._last is None else self._last
+            if rows < least:
+                raise ValueError(f"rows must be at least ptr[-1] = {least}, got {rows}")
         row = torch.arange(rows, device=self.ptr.device, dtype=self.ptr.dtype)
         return torch.searchsorted(self.ptr[1:], row, right=True)
 
@@ -176,6 +189,19 @@ class Ragged:
     def __repr__(self) -> str:
         rows = "?" if self._last is None else self._last
         return f"Ragged({len(self)} molecules, {rows} rows, {self.ptr.dtype}, {self.ptr.device})"
+
+
+def _integers(name: str, values: Sequence[int]) -> Tensor:
+    """A sequence (list, tuple, numpy array) as int64; floats and bools are not rounded."""
+    try:
+        made = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or a sequence of int, got {values!r}") from error
+    if made.numel() == 0:
+        return made.long()
+    if made.is_floating_point() or made.is_complex() or made.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {made.dtype}")
+    return made.long()
 
 
 def _check_batch(batch: Tensor, largest: int, num_molecules: int | None) -> None:

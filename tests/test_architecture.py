@@ -84,7 +84,7 @@ def test_torch_stays_out_of_the_kernels():
 
 def test_no_drawers_and_no_long_files():
     code = [*SOURCES, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
-    code += [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    code += [p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.suffix != ".json"]
     for path in code:
         assert path.stem not in {"utils", "common", "core", "types", "config", "errors", "helpers"}
         assert len(path.read_text().splitlines()) <= 520, path

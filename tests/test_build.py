@@ -1,4 +1,4 @@
-"""The build where something is missing: pure Python and one line, or an error where it was asked."""
+"""A build where something is missing: pure Python and one line, or an error if it was asked for."""
 
 import os
 import shutil

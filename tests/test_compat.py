@@ -147,6 +147,7 @@ BAD = [
     (ValueError, "cu_seqlens_q", {"cu_q": CU_Q[None]}),
     (ValueError, "k must have a number of heads that divides", {"k": torch.randn(7, 3, 8)}),
     (ValueError, "v must have a number of heads that divides", {"v": torch.randn(7, 8, 8)}),
+    (ValueError, "as many heads, got 4 and 1", {"v": torch.randn(7, 1, 8)}),
     (ValueError, "head", {"k": torch.randn(7, 4, 9)}),
     (ValueError, "rows", {"v": torch.randn(8, 4, 8)}),
     (ValueError, "q must have shape", {"q": X[None]}),

@@ -83,11 +83,15 @@ WRONG = [
     (41, {"bias": torch.zeros(34, 3)}, VE, ("bias", "[P, 2]", "(34, 3)")),
     (42, {"bias": torch.zeros(35, 2)}, VE, ("bias", "34", "35")),
     (43, {"bias": BIAS.half()}, TE, ("bias", "float32", "float16")),
+    (5, {"bias": BIAS.to_sparse()}, NIE, ("bias", "sparse")),
+    (5, {"ptr": PTR.to_sparse()}, NIE, ("ptr", "sparse")),
     (44, {"bias": BIAS.to("meta")}, VE, ("bias", "cpu", "meta")),
     (48, {"scale": torch.tensor(1.0)}, TE, ("scale", "Tensor")),
     (48, {"scale": "1"}, TE, ("scale", "str")),
     (49, {"scale": float("nan")}, VE, ("scale", "nan")),
     (49, {"scale": float("inf")}, VE, ("scale", "inf")),
+    (49, {"scale": 1e39}, VE, ("scale", "1e+39")),
+    (49, {"scale": 10**400}, VE, ("scale", "1000")),
     (51, {"dropout": True}, TE, ("dropout", "bool")),
     (51, {"dropout": "0.1"}, TE, ("dropout", "str")),
     (51, {"dropout": torch.tensor(0.1)}, TE, ("dropout", "Tensor")),
@@ -198,8 +202,30 @@ def test_forward_mode_and_vmap_are_refused():
     q, k, v = tensors()
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda q: set_attention(q, k, v, PTR), (q,), (q,))
+    with pytest.raises(NotImplementedError, match=r"bias.*forward-mode"):
+        torch.func.jvp(lambda b: set_attention(q, k, v, PTR, bias=b), (BIAS,), (BIAS,))
     with pytest.raises(NotImplementedError, match="vmap"):
         torch.vmap(lambda q: set_attention(q, k, v, PTR))(q[None])
+    with pytest.raises(NotImplementedError, match=r"bias.*vmap"):
+        torch.vmap(lambda b: set_attention(q, k, v, PTR, bias=b))(BIAS[None])
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(lambda q: set_attention(q, k, v, PTR).sum())(q)
+
+
+def test_forward_over_reverse_is_refused(native):
+    """A tangent of the incoming gradient must not be lost in silence."""
+    q, k, v = tensors()
+    mode = torch.autograd.forward_ad
+    with mode.dual_level():
+        q.requires_grad_()
+        out = set_attention(q, k, v, PTR, backend=native)
+        dual = mode.make_dual(torch.ones_like(out), torch.ones_like(out))
+        if native == "reference":
+            (gradient,) = torch.autograd.grad(out, q, dual)
+            assert mode.unpack_dual(gradient).tangent is not None
+        else:
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                torch.autograd.grad(out, q, dual)
 
 
 def test_zero_and_negative_scale(native):

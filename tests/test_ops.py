@@ -149,16 +149,17 @@ def test_make_fx_traces_both_derivatives(kernel):
 
     ptr = torch.tensor([0, 3, 8])
 
-    def run(x):
+    def run(x, ptr):
         out = set_attention(x, x, x, ptr, backend=kernel)
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), x)[0]
 
     x = torch.randn(8, 2, 4, requires_grad=True)
-    graph = make_fx(run)(x)
-    names = {str(node.target) for node in graph.graph.nodes}
-    assert "attnpool.double_backward.default" in names
-    assert torch.allclose(graph(x), run(x))
+    for mode in ("fake", "symbolic"):
+        graph = make_fx(run, tracing_mode=mode)(x, ptr)
+        names = {str(node.target) for node in graph.graph.nodes}
+        assert "attnpool.double_backward.default" in names
+        assert torch.allclose(graph(x, ptr), run(x, ptr))
 
 
 def test_bits_do_not_depend_on_batch_or_threads(kernel):

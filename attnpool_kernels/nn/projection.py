@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..functional import _autocasting
+
 
 def project(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, parts: str) -> list[Tensor]:
     """Queries, keys and values from one stacked weight: the ``parts`` of "qkv" that are wanted.
@@ -49,7 +51,7 @@ def add_relu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _plain(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    return torch.compiler.is_compiling() or _autocasting(x.device.type)
 
 
 def _like(residual: Tensor, x: Tensor) -> Tensor:
