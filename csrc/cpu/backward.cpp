@@ -116,8 +116,10 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
   for (at.j0 = first; at.j0 < last; at.j0 += key_step) {
     at.nj = smaller(key_step, last - at.j0);
     const int64_t key = keys.first + at.j0;
-    pack_rows(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, w.head_ld);
-    pack_rows(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, w.value_ld);
+    pack_rows(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, w.head_ld,
+              ahead_of(a.k, keys, at.nj, head, a.heads));
+    pack_rows(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, w.value_ld,
+              ahead_of(a.v, keys, at.nj, head, a.heads));
     const Target<T> dk = target_of(a.dk, a.dtype, 0, key, head, a.head_dim, w.dk, w.head_ld);
     const Target<T> dv = target_of(a.dv, a.dtype, 0, key, head, a.value_dim, w.dv, w.value_ld);
     for (at.i0 = 0; at.i0 < queries.size; at.i0 += query_step) {
@@ -127,12 +129,14 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
         read_lse(a.lse, molecule, row, head, at.ni, w.minus_lse, dead);
         read_statistic(a.dlse, molecule, row, head, at.ni, w.dlse);
         dead.clear_rows(w.dlse, 1, at.ni);
-        pack_rows(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, w.head_ld);
-        pack_rows(a.dout, a.dtype, molecule, row, head, at.ni, a.value_dim, w.dout, w.value_ld);
+        pack_rows(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, w.head_ld,
+                  ahead_of(a.q, queries, at.ni, head, a.heads));
+        pack_rows(a.dout, a.dtype, molecule, row, head, at.ni, a.value_dim, w.dout, w.value_ld,
+                  ahead_of(a.dout, queries, at.ni, head, a.heads));
         dead.clear_rows(w.q, w.head_ld, at.ni);
         dead.clear_rows(w.dout, w.value_ld, at.ni);
-        transpose_rows(w.q, w.head_ld, at.ni, w.head_ld, w.q_t);
-        transpose_rows(w.dout, w.value_ld, at.ni, w.value_ld, w.dout_t);
+        transpose_rows(w.q, w.head_ld, at.ni, w.q_t);
+        transpose_rows(w.dout, w.value_ld, at.ni, w.dout_t);
         if (!one_block) {
           pack_rows(a.out, a.dtype, molecule, row, head, at.ni, a.value_dim, w.out, w.value_ld);
           row_products(w.out, w.dout, w.value_ld, at.ni, w.delta);  // (B2)

@@ -74,20 +74,45 @@ ATTN_INLINE void narrow(T x, BFloat16* to) { *to = to_bfloat16(float(x)); }
 template <typename T, typename S>
 constexpr bool STORES = sizeof(T) == 8 ? sizeof(S) == 8 : sizeof(S) <= 4;
 
+// Copies rows and asks for the cache lines `ahead` elements further on, which are needed next; 0: for
+// none. VECTORS: the width in vectors where it is known.
+template <typename T, int VECTORS, typename S>
+ATTN_INLINE void copy_rows(const S* from, int64_t row, int64_t count, int64_t width, T* to,
+                           int64_t ld, int64_t ahead) {
+  constexpr int W = WIDTH<T>, LINE = 64 / sizeof(S) > W ? 64 / sizeof(S) : W;
+  const int64_t whole = VECTORS ? VECTORS * W : width / W * W;
+  for (int64_t i = 0; i < count; ++i, from += row, to += ld) {
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < whole; d += W) {
+      store(to + d, load_as(from + d));
+      if (ahead && d % LINE == 0) __builtin_prefetch(from + d + ahead, 0, 2);
+    }
+    if (VECTORS) continue;
+    for (int64_t d = whole; d < width; ++d) to[d] = widened(from[d]);
+    for (int64_t d = width; d < ld; ++d) to[d] = 0;
+  }
+}
+
 // Rows first ... first + count - 1 of one head to to[count][ld], zero from width to ld.
 template <typename T>
 void pack_rows(const View& x, Dtype dtype, int64_t molecule, int64_t first, int64_t head,
-               int64_t count, int64_t width, T* to, int64_t ld) {
+               int64_t count, int64_t width, T* to, int64_t ld, int64_t ahead = 0) {
   with_stored(dtype, [&](auto kind) {
     using S = decltype(kind);
     if constexpr (STORES<T, S>) {
-      constexpr int W = WIDTH<T>;
       const S* from = address<S>(x, molecule, first, head);
-      const int64_t unit = x.unit, whole = unit == 1 ? width / W * W : 0;
-      for (int64_t i = 0; i < count; ++i, from += x.row, to += ld) {
-        for (int64_t d = 0; d < whole; d += W) store(to + d, load_as(from + d));
-        for (int64_t d = whole; d < width; ++d) to[d] = widened(from[d * unit]);
-        for (int64_t d = width; d < ld; ++d) to[d] = 0;
+      if (x.unit != 1) {
+        for (int64_t i = 0; i < count; ++i, from += x.row, to += ld) {
+          for (int64_t d = 0; d < width; ++d) to[d] = widened(from[d * x.unit]);
+          for (int64_t d = width; d < ld; ++d) to[d] = 0;
+        }
+        return;
+      }
+      switch (width % WIDTH<T> ? 0 : width / WIDTH<T>) {
+        case 1: return copy_rows<T, 1>(from, x.row, count, width, to, ld, ahead);
+        case 2: return copy_rows<T, 2>(from, x.row, count, width, to, ld, ahead);
+        case 4: return copy_rows<T, 4>(from, x.row, count, width, to, ld, ahead);
+        default: return copy_rows<T, 0>(from, x.row, count, width, to, ld, ahead);
       }
     }
   });
@@ -130,19 +155,23 @@ ATTN_INLINE void zero(T* to, int64_t count) {
   memset(static_cast<void*>(to), 0, size_t(count) * sizeof(T));
 }
 
-// from[count][ld] to to[columns][QUERIES]; columns is a multiple of the vector width, and so is what
-// is written of each row: lanes from count on are zero.
+// from[count][ld] to to[ld][QUERIES], with zeros in the lanes of the last vector from count on. Writes
+// zeros into `from`, too, up to a whole number of vectors.
 template <typename T>
-void transpose_rows(const T* from, int64_t ld, int64_t count, int64_t columns, T* to) {
+void transpose_rows(T* from, int64_t ld, int64_t count, T* to) {
   constexpr int W = WIDTH<T>;
+  zero(from + count * ld, (whole_vectors<T>(count) - count) * ld);
   for (int64_t i = 0; i < count; i += W)
-    for (int64_t d = 0; d < columns; d += W) {
-      Vector<T> x[W];
-      for (int r = 0; r < W; ++r)
-        x[r] = i + r < count ? load(from + (i + r) * ld + d) : Vector<T>{};
-      transpose<T>(x);
-      for (int c = 0; c < W; ++c) store(to + (d + c) * QUERIES + i, x[c]);
-    }
+    for (int64_t d = 0; d < ld; d += W)
+      transpose<T>(from + i * ld + d, ld, to + d * QUERIES + i, QUERIES);
+}
+
+// What lies ahead of a block of `count` rows of `rows`: the next block, else the next head, else the
+// next molecule.
+ATTN_INLINE int64_t ahead_of(const View& x, const Span& rows, int64_t count, int64_t head,
+                             int64_t heads) {
+  if (count < rows.size) return count * x.row;
+  return head + 1 < heads ? x.head : rows.size * x.row - head * x.head;
 }
 
 // Where the rows of a result are summed: in the output itself if its layout allows, else in a

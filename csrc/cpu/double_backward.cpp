@@ -149,7 +149,9 @@ class Head {
   void load_keys() {
     const int64_t key = at_.keys.first + at_.j0;
     const auto pack = [&](const View& x, int64_t width, T* to, int64_t ld) {
-      if (x.data) pack_rows(x, a_.dtype, 0, key, at_.head, at_.nj, width, to, ld);
+      if (x.data)
+        pack_rows(x, a_.dtype, 0, key, at_.head, at_.nj, width, to, ld,
+                  ahead_of(x, at_.keys, at_.nj, at_.head, a_.heads));
     };
     pack(a_.k, a_.head_dim, w_.k, w_.head_ld);
     pack(a_.v, a_.value_dim, w_.v, w_.value_ld);
@@ -165,9 +167,10 @@ class Head {
     const auto pack = [&](const View& x, int64_t molecule, int64_t width, T* to, T* to_t,
                           int64_t ld) {
       if (!x.data) return;
-      pack_rows(x, a_.dtype, molecule, row, at_.head, at_.ni, width, to, ld);
+      pack_rows(x, a_.dtype, molecule, row, at_.head, at_.ni, width, to, ld,
+                ahead_of(x, at_.queries, at_.ni, at_.head, a_.heads));
       dead_.clear_rows(to, ld, at_.ni);
-      transpose_rows(to, ld, at_.ni, ld, to_t);
+      transpose_rows(to, ld, at_.ni, to_t);
     };
     pack(a_.q, 0, a_.head_dim, w_.q, w_.q_t, w_.head_ld);
     pack(a_.dout, at_.molecule, a_.value_dim, w_.dout, w_.dout_t, w_.value_ld);

@@ -101,8 +101,9 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
   for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
     at.ni = smaller(query_step, last - at.i0);
     const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
-    pack_rows(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, w.head_ld);
-    transpose_rows(w.q, w.head_ld, at.ni, w.head_ld, w.q_t);
+    pack_rows(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, w.head_ld,
+              ahead_of(a.q, at.queries, at.ni, head, a.heads));
+    transpose_rows(w.q, w.head_ld, at.ni, w.q_t);
     for (int64_t i = 0; i < lanes; ++i) w.maximum[i] = -infinity, w.sum[i] = 0;
     const Target<T> out = one_block ? target_of(a.out, a.dtype, molecule, row, head, a.value_dim,
                                                 w.o, w.value_ld)
@@ -112,8 +113,10 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
       at.nj = smaller(key_step, at.keys.size - at.j0);
       const int64_t key = at.keys.first + at.j0;
       if (!one_block || at.i0 == first) {
-        pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, w.k, w.head_ld);
-        pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, w.v, w.value_ld);
+        pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, w.k, w.head_ld,
+                  ahead_of(a.k, at.keys, at.nj, head, a.heads));
+        pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, w.v, w.value_ld,
+                  ahead_of(a.v, at.keys, at.nj, head, a.heads));
       }
       pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
       if (a.bias.data) {  // (F1), (F2)

@@ -3,6 +3,10 @@
 //
 // Results do not depend on the number of threads: a task's arithmetic is fixed by its molecule, and
 // sums over tasks (seeds; parts of one large molecule) are kept apart and added in order.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -140,6 +144,20 @@ void split_tasks(Plan& plan, const Size& size, const Step& step) {
   if (large.empty()) return;
   plan.tasks = std::move(large);  // large ones first, so that none of them is started last
   plan.tasks.insert(plan.tasks.end(), tasks.begin(), tasks.end());
+}
+
+// Asks for large pages under a fresh output: for outputs of many megabytes the page faults of small
+// ones cost more than the kernel (measured: up to 60 % of a forward pass).
+void use_large_pages(const View& x, int64_t rows, size_t element) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data);
+  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = (begin + uintptr_t(rows * x.row) * element) / PAGE * PAGE;
+  if (x.data && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)x, (void)rows, (void)element;
+#endif
 }
 
 size_t sums_size(const AttnParams& a) { return a.dtype == Dtype::float64 ? 8 : 4; }
@@ -334,6 +352,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   check_contents(a);
   Tensor out = call.new_rows(q, call.out_shape, a.out);
   Tensor lse = call.new_statistics(q, a.lse);
+  use_large_pages(a.out, call.out_shape[0], stored_size(a.dtype));
   Plan plan = plan_molecules(a, flops_per_pair(a, 1, 1), 1);
   split_tasks(
       plan, [&](const Task& task) { return query_span(a, task.molecule).size; },
@@ -362,6 +381,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dk = call.new_rows(q, call.k_shape, a.dk);
   Tensor dv = call.new_rows(q, call.v_shape, a.dv);
   Tensor dbias = call.new_bias(q, need_dbias && bias, a.dbias);
+  for (const View* x : {&a.dq, &a.dk, &a.dv})
+    use_large_pages(*x, x == &a.dq ? a.query_rows : a.key_rows, stored_size(a.dtype));
   Derivative(a, flops_per_pair(a, 3, 2), false).run();
   clear_tail(a.dq, covered_queries(a), a.query_rows, a.dtype);
   clear_tail(a.dk, last_of(a, a.k_ptr), a.key_rows, a.dtype);
@@ -395,6 +416,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   Tensor gbias = call.new_bias(q, bias.has_value(), a.gbias);
   Tensor gdout = call.new_rows(q, call.out_shape, a.gdout);
   Tensor gdlse = call.new_statistics(q, a.gdlse);
+  for (const View* x : {&a.gq, &a.gk, &a.gv, &a.gdout})
+    use_large_pages(*x, x == &a.gk || x == &a.gv ? a.key_rows : a.query_rows,
+                    stored_size(a.dtype));
   Derivative(a, flops_per_pair(a, 7, 5), true).run();
   clear_tail(a.gq, covered_queries(a), a.query_rows, a.dtype);
   clear_tail(a.gk, last_of(a, a.k_ptr), a.key_rows, a.dtype);

@@ -36,17 +36,23 @@ void tile(const Product<T>& x, int row, int64_t column) {
     b += b_stride;
     if (!BY_ROWS) a += a_stride;
   }
-  T* c = x.c + row * x.c_stride + column;
+  const int64_t c_stride = x.c_stride;  // copies: stores to c might change x for all one knows
+  T* c = x.c + row * c_stride + column;
+  const T factor = x.factor;
+  const T* const scale = x.rows_scale ? x.rows_scale + row : nullptr;
+  if (x.accumulate) {
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i, c += x.c_stride) {
-    if (x.accumulate) {
-      const T keep = x.rows_scale ? x.rows_scale[row + i] : T(1);
+    for (int i = 0; i < R; ++i, c += c_stride) {
+      const T keep = scale ? scale[i] : T(1);
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) store(c + j * W, load(c + j * W) * keep + sum[i][j] * x.factor);
-    } else {
-      const T scale = x.rows_scale ? x.rows_scale[row + i] * x.factor : x.factor;
+      for (int j = 0; j < C; ++j) store(c + j * W, load(c + j * W) * keep + sum[i][j] * factor);
+    }
+  } else {
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) store(c + j * W, sum[i][j] * scale);
+    for (int i = 0; i < R; ++i, c += c_stride) {
+      const T all = scale ? scale[i] * factor : factor;
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) store(c + j * W, sum[i][j] * all);
     }
   }
 }
@@ -69,15 +75,19 @@ constexpr const Tile<T>* TILES[] = {
     AllHeights<T, BY_ROWS, (MAX_VECTORS < 3 ? 2 : 3)>::tiles,
     AllHeights<T, BY_ROWS, MAX_VECTORS>::tiles};
 
+constexpr int tiles_of(int rows, int vectors) {
+  return max_rows(vectors) == 8 ? (rows + 7) / 8 : (rows + 5) / 6;
+}
+
 template <typename T, bool BY_ROWS>
 void product(const Product<T>& x) {
   int done = 0;
   for (int left = int(blocks_of(x.vectors, MAX_VECTORS)); left > 0; --left) {
-    const int vectors = (x.vectors - done) / left;
+    const int vectors = int(unsigned(x.vectors - done) / unsigned(left));
     const int64_t column = int64_t(done) * WIDTH<T>;
     int row = 0;
-    for (int tiles = int(blocks_of(x.rows, max_rows(vectors))); tiles > 0; --tiles) {
-      const int rows = (x.rows - row) / tiles;
+    for (int tiles = tiles_of(x.rows, vectors); tiles > 0; --tiles) {
+      const int rows = int(unsigned(x.rows - row) / unsigned(tiles));
       TILES<T, BY_ROWS>[vectors - 1][rows - 1](x, row, column);
       row += rows;
     }

@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, inside its own AVX-512 header
 #include <immintrin.h>
 #endif
 
@@ -273,27 +274,57 @@ ATTN_INLINE void store_as(Half* to, Vector<float> x) {
 #endif
 }
 
-// Transposes WIDTH x WIDTH elements in registers.
+// to[c * to_stride + r] = from[r * from_stride + c] for WIDTH x WIDTH elements. Quarters of rows are
+// gathered by the loads, so that only the steps inside 4 x 4 elements shuffle.
 template <typename T>
-ATTN_INLINE void transpose(Vector<T> (&x)[WIDTH<T>]) {
-  using Integers = typename Lanes<T>::Integers;
+ATTN_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   constexpr int W = WIDTH<T>;
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
 #pragma GCC unroll 4
-  for (int step = 1; step < W; step *= 2) {
-    Integers low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < W; ++lane) {
-      low[lane] = lane & step ? W + lane - step : lane;
-      high[lane] = lane & step ? W + lane : lane + step;
+    for (int c = 0; c < W; c += 4) {
+      Vector<T> x[4];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const T* row = from + r * from_stride + c;
+#if defined(__AVX512F__)
+        __m512 all = _mm512_castps128_ps512(_mm_loadu_ps(row));
+        all = _mm512_insertf32x4(all, _mm_loadu_ps(row + 4 * from_stride), 1);
+        all = _mm512_insertf32x4(all, _mm_loadu_ps(row + 8 * from_stride), 2);
+        all = _mm512_insertf32x4(all, _mm_loadu_ps(row + 12 * from_stride), 3);
+        x[r] = (Vector<T>)all;
+#else
+        const __m256 half = _mm256_castps128_ps256(_mm_loadu_ps(row));
+        x[r] = (Vector<T>)_mm256_insertf128_ps(half, _mm_loadu_ps(row + 4 * from_stride), 1);
+#endif
+      }
+#if defined(__AVX512F__)
+      const __m512 a = _mm512_unpacklo_ps((__m512)x[0], (__m512)x[1]);
+      const __m512 b = _mm512_unpackhi_ps((__m512)x[0], (__m512)x[1]);
+      const __m512 d = _mm512_unpacklo_ps((__m512)x[2], (__m512)x[3]);
+      const __m512 e = _mm512_unpackhi_ps((__m512)x[2], (__m512)x[3]);
+      x[0] = (Vector<T>)_mm512_shuffle_ps(a, d, 0x44);
+      x[1] = (Vector<T>)_mm512_shuffle_ps(a, d, 0xee);
+      x[2] = (Vector<T>)_mm512_shuffle_ps(b, e, 0x44);
+      x[3] = (Vector<T>)_mm512_shuffle_ps(b, e, 0xee);
+#else
+      const __m256 a = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]);
+      const __m256 b = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
+      const __m256 d = _mm256_unpacklo_ps((__m256)x[2], (__m256)x[3]);
+      const __m256 e = _mm256_unpackhi_ps((__m256)x[2], (__m256)x[3]);
+      x[0] = (Vector<T>)_mm256_shuffle_ps(a, d, 0x44);
+      x[1] = (Vector<T>)_mm256_shuffle_ps(a, d, 0xee);
+      x[2] = (Vector<T>)_mm256_shuffle_ps(b, e, 0x44);
+      x[3] = (Vector<T>)_mm256_shuffle_ps(b, e, 0xee);
+#endif
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) store(to + (c + r) * to_stride, x[r]);
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < W; ++row) {
-      if (row & step) continue;
-      const Vector<T> a = x[row], b = x[row + step];
-      x[row] = __builtin_shuffle(a, b, low);
-      x[row + step] = __builtin_shuffle(a, b, high);
-    }
+    return;
   }
+#endif
+  for (int r = 0; r < W; ++r)
+    for (int c = 0; c < W; ++c) to[c * to_stride + r] = from[r * from_stride + c];
 }
 
 }  // namespace ATTN_ISA
