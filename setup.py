@@ -1,6 +1,6 @@
 """Builds the C++ library of attnpool_kernels, or leaves it out and says why.
 
-ATTNPOOL_BUILD = auto    what this machine's tools allow (default)
+ATTNPOOL_BUILD = auto    what this machine's tools allow and its torch can load (default)
                  python  nothing: pure Python
                  cpu     the CPU library, or an error
                  cuda    the CPU and the CUDA library, or an error
@@ -119,6 +119,10 @@ def cuda_library():
     library, reason = cpu_library()
     if library is None:
         return None, reason
+    import torch
+
+    if MODE == "auto" and torch.version.cuda is None:  # minutes for what could not be loaded here
+        return None, f"torch {torch.__version__} has no CUDA (ATTNPOOL_BUILD=cuda builds it anyway)"
     compiler_path = nvcc()
     if compiler_path is None:
         return None, "no nvcc was found (set CUDA_HOME, or install nvidia-cuda-nvcc 13)"
