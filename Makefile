@@ -73,6 +73,18 @@ bench-gpu: $(VENV)/.bench
 lint: $(VENV)/.lint $(VENV)/.torch
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+## make aot        compiles every entry of the Triton tile table for every architecture; slow
+aot: $(VENV)/.test
+	PYTHONPATH=. $(BIN)/python tests/backends/aot.py check --all
+
+## make wheel      a wheel with the CUDA library in dist/ (nvcc 12.8 or later; no GPU needed), audited
+wheel: $(VENV)/.torch
+	$(INSTALL) abi3audit auditwheel
+	rm -rf dist
+	ATTNPOOL_BUILD=cuda $(BIN)/python -m pip wheel --quiet . --no-build-isolation --no-deps -w dist
+	$(BIN)/abi3audit --strict dist/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ HISTOGRAMS = {  # atoms per molecule: molecules
 NORMALS = {  # mean, standard deviation, smallest, largest: assumed shapes
     "QM9-like": (18.0, 3.0, 3, 29),
     "QMugs-like": (55.0, 35.0, 4, 228),
+    "n=55+-20": (55.0, 20.0, 4, 228),
 }
 DISTRIBUTIONS = (*HISTOGRAMS, *NORMALS)
 
@@ -195,8 +197,9 @@ def _constant(atoms: int, sizes: tuple[int, ...]) -> list[Workload]:
     return [Workload(f"{name}{n}", "constant", (n,) * (atoms // n), x=n) for n in sizes]
 
 
-def _molecules(kind: str, count: int, **options) -> Workload:
-    return Workload(f"{kind} x{count}", "molecules", draw(kind, count), **options)
+def _molecules(kind: str, count: int, **options: Any) -> Workload:
+    options = {"family": "molecules"} | options
+    return Workload(f"{kind} x{count}", sizes=draw(kind, count), **options)
 
 
 def _pooling(kind: str, count: int, seeds: tuple[int, ...], **options) -> list[Workload]:
@@ -278,12 +281,16 @@ def _seeds() -> list[Workload]:
 
 
 def _modules() -> list[Workload]:
-    batches = [_molecules(kind, 128) for kind in ("QM7b", "QMugs-like")]
+    once = PASSES[:2]
     return [
-        replace(batch, family="modules", module=True, seeds=s, heads=4, dim=16)
-        for batch in batches
-        for s in (1, 4)
-    ]
+        _molecules(
+            kind, 128, family="modules", module=True, heads=heads, dim=dim, seeds=seeds,
+            passes=PASSES if seeds == 1 else once,
+            without=("module_naive", "module_mha") if heads * dim > 256 else (),
+        )
+        for heads, dim, seeds in ((8, 16, 1), (8, 32, 32), (16, 64, 32))
+        for kind in ("QM9-like", "n=55+-20")
+    ]  # fmt: skip
 
 
 SUITES: dict[str, tuple[str, Callable[[], list[Workload]]]] = {
