@@ -76,6 +76,10 @@ class Gate:
             norm = truth.norm().item() or 1.0
             relative = (x.double() - truth).norm().item() / norm
             allowed = TOLERANCE[self.work.dtype] * FACTOR[name[0]]
+            if self.work.module and name != "out":
+                # A relu whose argument rounds to the other side of 0 switches a whole gradient on
+                # or off: every contender, torch's own modules too, is off by up to 2e-3 here.
+                allowed = max(allowed, 5e-3)
             worst = max(worst, relative / FACTOR[name[0]])
             if not relative <= allowed:
                 wrong.append(f"{name}: relative error {relative:.2g}, allowed {allowed:.2g}")
