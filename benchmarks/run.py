@@ -125,7 +125,12 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     path = _path(options)
     table = sheet.Sheet(path, options.resume)
-    chosen = {k: str(v) for k, v in vars(options).items() if v not in (None, False)}
+    # Only the names of files: a record is published, a folder is nobody else's business.
+    chosen = {
+        k: v.name if isinstance(v, Path) else str(v)
+        for k, v in vars(options).items()
+        if v not in (None, False)
+    }
     chosen.pop("output", None)
     base = None
     begin = time.monotonic()
