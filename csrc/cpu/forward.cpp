@@ -8,10 +8,12 @@ namespace attnpool {
 namespace ATTN_ISA {
 namespace {
 
+constexpr int64_t KEPT_BYTES = 1 << 20;  // packed keys and values that stay in the L2 cache
+
 template <typename T>
 struct Scratch {
   T *q, *q_t, *k, *v, *s, *pairs, *o, *maximum, *sum, *row;
-  int64_t keys, head_ld, value_ld;
+  int64_t keys, kept, head_ld, value_ld;
 
   Scratch(const AttnParams& a, Arena& arena) {
     head_ld = whole_vectors<T>(a.head_dim);
@@ -19,8 +21,9 @@ struct Scratch {
     keys = key_block<T>(larger(head_ld, value_ld));
     q = arena.take<T>(QUERIES * head_ld);
     q_t = arena.take<T>(QUERIES * head_ld);
-    k = arena.take<T>(keys * head_ld);
-    v = arena.take<T>(keys * value_ld);
+    kept = larger(keys, KEPT_BYTES / (int64_t(sizeof(T)) * (head_ld + value_ld)));
+    k = arena.take<T>(kept * head_ld);
+    v = arena.take<T>(kept * value_ld);
     s = arena.take<T>(keys * QUERIES);
     pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
     o = arena.take<T>(QUERIES * value_ld);
@@ -97,7 +100,7 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
   }
   const int64_t key_step = step_of(at.keys.size, w.keys, 4);
   const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
-  const bool one_block = key_step >= at.keys.size;
+  const bool one_block = key_step >= at.keys.size, keep = at.keys.size <= w.kept;
   for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
     at.ni = smaller(query_step, last - at.i0);
     const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
@@ -112,13 +115,15 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
     for (at.j0 = 0; at.j0 < at.keys.size; at.j0 += key_step) {
       at.nj = smaller(key_step, at.keys.size - at.j0);
       const int64_t key = at.keys.first + at.j0;
-      if (!one_block || at.i0 == first) {
-        pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, w.k, w.head_ld,
+      T* const k = w.k + (keep ? at.j0 * w.head_ld : 0);
+      T* const v = w.v + (keep ? at.j0 * w.value_ld : 0);
+      if (!keep || at.i0 == first) {
+        pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, k, w.head_ld,
                   ahead_of(a.k, at.keys, at.nj, head, a.heads));
-        pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, w.v, w.value_ld,
+        pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, v, w.value_ld,
                   ahead_of(a.v, at.keys, at.nj, head, a.heads));
       }
-      pair_products(at, w.k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
+      pair_products(at, k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
       if (a.bias.data) {  // (F1), (F2)
         pack_pairs(a, a.bias, at, w.pairs);
         soften<T, true>(w.s, w.pairs, at.nj, lanes, w.maximum, w.sum, w.row);
@@ -130,7 +135,7 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
         multiply_pairs(w.s, w.pairs, at.nj, lanes);
       }
       if (one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.row);
-      product_columns<T>({w.s, QUERIES, w.v, w.value_ld, out.data, out.ld, int(at.ni),  // (F3)
+      product_columns<T>({w.s, QUERIES, v, w.value_ld, out.data, out.ld, int(at.ni),  // (F3)
                           int(w.value_ld / WIDTH<T>), int(at.nj), T(1),
                           one_block || at.j0 > 0 ? w.row : nullptr, at.j0 > 0});
     }
