@@ -35,8 +35,9 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
   typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
-  using Integer = int32_t;
+  using Bit = uint32_t;
   static constexpr int MANTISSA = 23, BIAS = 127;
   static constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
   static constexpr float ROUND = 12582912.f;  // 1.5 * 2^23
@@ -44,8 +45,9 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   typedef double Vector __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint64_t Bits __attribute__((vector_size(VECTOR_BYTES)));
   typedef int64_t Integers __attribute__((vector_size(VECTOR_BYTES)));
-  using Integer = int64_t;
+  using Bit = uint64_t;
   static constexpr int MANTISSA = 52, BIAS = 1023;
   static constexpr double LN2_HIGH = 6.93145751953125e-1, LN2_LOW = 1.42860682030941723212e-6;
   static constexpr double ROUND = 6755399441055744.;  // 1.5 * 2^52
@@ -123,7 +125,7 @@ ATTN_INLINE Vector<T> one_plus(Vector<T> f, const T (&c)[N]) {
 template <typename T>
 ATTN_INLINE Vector<T> exp2(Vector<T> x) {
   using L = Lanes<T>;
-  using Integers = typename L::Integers;
+  using Bits = typename L::Bits;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     const __m512 all = (__m512)x;
@@ -138,8 +140,8 @@ ATTN_INLINE Vector<T> exp2(Vector<T> x) {
   Vector<T> p;
   if constexpr (sizeof(T) == 4) p = one_plus(f, EXP2_AROUND);
   else p = one_plus(f, EXP2_TAYLOR);
-  const Integers power = ((Integers)shifted << L::MANTISSA) +
-                         (typename L::Integer(L::BIAS) << L::MANTISSA);
+  const Bits power = ((Bits)shifted << L::MANTISSA) +
+                     (typename L::Bit(L::BIAS) << L::MANTISSA);
   return x < T(1 - L::BIAS) ? Vector<T>{} : p * (Vector<T>)power;
 }
 
@@ -148,14 +150,14 @@ ATTN_INLINE Vector<T> exp2(Vector<T> x) {
 template <typename T>
 ATTN_INLINE Vector<T> log(Vector<T> x) {
   using L = Lanes<T>;
+  using Bits = typename L::Bits;
   using Integers = typename L::Integers;
-  using Integer = typename L::Integer;
   constexpr T SQRT_HALF = T(0.70710678118654752440);
-  Integer half_bits;
+  typename L::Bit half_bits;
   memcpy(&half_bits, &SQRT_HALF, sizeof(T));
-  const Integers bits = (Integers)x;
-  const Integers e = (bits - half_bits) >> L::MANTISSA;
-  const Integers m_bits = bits - (e << L::MANTISSA);
+  const Bits bits = (Bits)x;
+  const Integers e = (Integers)(bits - half_bits) >> L::MANTISSA;
+  const Bits m_bits = bits - ((Bits)e << L::MANTISSA);
   const Vector<T> m = (Vector<T>)m_bits;
   const Vector<T> f = (m - T(1)) / (m + T(1)), s = f * f;
   constexpr int TERMS = sizeof(T) == 4 ? 5 : 11;
