@@ -35,6 +35,7 @@ const Kernels*& chosen() {
 
 constexpr int64_t EVERYTHING = std::numeric_limits<int64_t>::max();
 constexpr double TASK_FLOPS = 1e6;      // about 10 us: less is not worth another task or thread
+constexpr int64_t TASKS_PER_THREAD = 16;
 constexpr int64_t QUERY_PART = 512;     // queries of one forward task of a large molecule
 constexpr int64_t KEY_PART = 2048;      // keys of one backward task of a large molecule
 constexpr int64_t MOST_PARTS = 8;       // ... whose dq parts take memory
@@ -84,9 +85,22 @@ void run_tasks(const AttnParams& a, Run run, Pass pass, const Plan& plan) {
   });
 }
 
-// Tasks of about TASK_FLOPS or more: several molecules, or some heads of one.
+// Work on one head of a molecule. Rows count too: an empty molecule still has outputs to fill.
+double head_flops(const AttnParams& a, double flops_per_pair, int64_t molecule) {
+  const double q = double(query_span(a, molecule).size), k = double(key_span(a, molecule).size);
+  return q * k * flops_per_pair + 8 * (q + k) * double(a.head_dim + a.value_dim);
+}
+
+// Tasks of several molecules, or of some heads of one. Neighbours stay together, because a head
+// fetches the rows of the next one ahead.
 Plan plan_molecules(const AttnParams& a, double flops_per_pair, int64_t molecules_together) {
   Plan plan;
+  for (int64_t b = 0; b < a.molecules; ++b) {
+    plan.longest = std::max(plan.longest, query_span(a, b).size);
+    plan.flops += head_flops(a, flops_per_pair, b) * double(a.heads);
+  }
+  const double threads = double(torch::stable::get_num_threads());
+  const double target = std::max(TASK_FLOPS, plan.flops / (threads * TASKS_PER_THREAD));
   Task open{0, 0, 0, a.heads, 0, EVERYTHING, nullptr, nullptr, nullptr};
   double open_flops = 0;
   const auto close = [&](int64_t molecule) {
@@ -96,21 +110,15 @@ Plan plan_molecules(const AttnParams& a, double flops_per_pair, int64_t molecule
     open_flops = 0;
   };
   for (int64_t b = 0; b < a.molecules; ++b) {
-    const Span q = query_span(a, b), k = key_span(a, b);
-    plan.longest = std::max(plan.longest, q.size);
-    // rows count too: an empty molecule still has outputs to fill
-    const double rows = double(q.size + k.size) * double(a.head_dim + a.value_dim);
-    const double head = double(q.size) * double(k.size) * flops_per_pair + 8 * rows;
-    const double flops = head * double(a.heads);
-    plan.flops += flops;
-    if (flops < 2 * TASK_FLOPS || molecules_together > 1) {
+    const double head = head_flops(a, flops_per_pair, b), flops = head * double(a.heads);
+    if (flops < 2 * target || molecules_together > 1) {
       open_flops += flops;
-      if (molecules_together > 1 ? (b + 1) % molecules_together == 0 : open_flops >= TASK_FLOPS)
+      if (molecules_together > 1 ? (b + 1) % molecules_together == 0 : open_flops >= target)
         close(b + 1);
       continue;
     }
     close(b);
-    const int64_t step = std::max<int64_t>(1, int64_t(TASK_FLOPS / head));
+    const int64_t step = std::max<int64_t>(1, int64_t(target / head));
     for (int64_t h = 0; h < a.heads; h += step)
       plan.tasks.push_back({b, b + 1, h, std::min(a.heads, h + step), 0, EVERYTHING, nullptr,
                             nullptr, nullptr});
