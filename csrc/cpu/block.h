@@ -74,8 +74,8 @@ ATTN_INLINE void narrow(T x, BFloat16* to) { *to = to_bfloat16(float(x)); }
 template <typename T, typename S>
 constexpr bool STORES = sizeof(T) == 8 ? sizeof(S) == 8 : sizeof(S) <= 4;
 
-// Copies rows and asks for the cache lines `ahead` elements further on, which are needed next; 0: for
-// none. VECTORS: the width in vectors where it is known.
+// Copies rows and asks for the cache lines `ahead` elements further on, which are needed next; 0:
+// for none. VECTORS: the width in vectors where it is known.
 template <typename T, int VECTORS, typename S>
 ATTN_INLINE void copy_rows(const S* from, int64_t row, int64_t count, int64_t width, T* to,
                            int64_t ld, int64_t ahead) {
@@ -155,8 +155,8 @@ ATTN_INLINE void zero(T* to, int64_t count) {
   memset(static_cast<void*>(to), 0, size_t(count) * sizeof(T));
 }
 
-// from[count][ld] to to[ld][QUERIES], with zeros in the lanes of the last vector from count on. Writes
-// zeros into `from`, too, up to a whole number of vectors.
+// from[count][ld] to to[ld][QUERIES], with zeros in the lanes of the last vector from count on.
+// Writes zeros into `from`, too, up to a whole number of vectors.
 template <typename T>
 void transpose_rows(T* from, int64_t ld, int64_t count, T* to) {
   constexpr int W = WIDTH<T>;
@@ -166,8 +166,8 @@ void transpose_rows(T* from, int64_t ld, int64_t count, T* to) {
       transpose<T>(from + i * ld + d, ld, to + d * QUERIES + i, QUERIES);
 }
 
-// What lies ahead of a block of `count` rows of `rows`: the next block, else the next head, else the
-// next molecule.
+// What lies ahead of a block of `count` rows of `rows`: the next block, else the next head, else
+// the next molecule.
 ATTN_INLINE int64_t ahead_of(const View& x, const Span& rows, int64_t count, int64_t head,
                              int64_t heads) {
   if (count < rows.size) return count * x.row;
@@ -288,8 +288,8 @@ struct DeadRows {
   }
 };
 
-// to (+)= factor * x^T y: sums over the keys of a block. x is [nj][QUERIES], y is [nj][ld]; dead rows
-// receive nothing.
+// to (+)= factor * x^T y: sums over the keys of a block. x is [nj][QUERIES], y is [nj][ld]; dead
+// rows receive nothing.
 template <typename T>
 void sum_over_keys(const Pairs& at, const DeadRows& dead, const T* x, const T* y, int64_t ld,
                    T* to, int64_t to_ld, T factor, bool add) {

@@ -1,6 +1,7 @@
-// Second derivative, (D1) to (D12), of a task. A molecule whose keys fit one block is read once: its
-// row statistics come from the block. Otherwise statistics() walks all keys of a block of queries
-// first, and the blocks are recomputed with keys outside and queries inside, as in backward.cpp.
+// Second derivative, (D1) to (D12), of a task. A molecule whose keys fit one block is read once:
+// its row statistics come from the block. Otherwise statistics() walks all keys of a block of
+// queries first, and the blocks are recomputed with keys outside and queries inside, as in
+// backward.cpp.
 #include "../math.h"
 #include "block.h"
 #include "passes.h"
@@ -34,8 +35,8 @@ struct Scratch {
   }
 };
 
-// Row sums of one block of queries over the keys seen so far. P is divided by its own sum in the end:
-// the rounding of a large LSE would spoil the cancellations in (D5) and (D6).
+// Row sums of one block of queries over the keys seen so far. P is divided by its own sum in the
+// end: the rounding of a large LSE would spoil the cancellations in (D5) and (D6).
 template <typename T>
 struct Sums {
   alignas(64) T total[QUERIES], delta[QUERIES], t[QUERIES], s1[QUERIES], w[QUERIES];

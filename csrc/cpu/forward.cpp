@@ -70,8 +70,8 @@ void multiply_pairs(T* s, const T* by, int64_t nj, int64_t lanes) {
       store(s + j * QUERIES + x, load(s + j * QUERIES + x) * load(by + j * QUERIES + x));
 }
 
-// maximum becomes lse = max + log sum; row = 1 / sum, 0 in rows without a finite logit. Returns whether there are
-// such rows.
+// maximum becomes lse = max + log sum; row = 1 / sum, 0 in rows without a finite logit. Returns
+// whether there are such rows.
 template <typename T>
 bool finish_rows(int64_t ni, T* maximum, const T* sum, T* row) {
   for (int64_t x = 0; x < ni; x += WIDTH<T>) {

@@ -1,5 +1,5 @@
-// torch.ops.attnpool_c on the CPU: cuts a batch into tasks, runs them on torch's threads, fills what
-// no molecule covers. Which code runs (vector width) is decided once, by the machine.
+// torch.ops.attnpool_c on the CPU: cuts a batch into tasks, runs them on torch's threads, fills
+// what no molecule covers. Which code runs (vector width) is decided once, by the machine.
 //
 // Results do not depend on the number of threads: a task's arithmetic is fixed by its molecule, and
 // sums over tasks (seeds; parts of one large molecule) are kept apart and added in order.

@@ -276,8 +276,8 @@ ATTN_INLINE void store_as(Half* to, Vector<float> x) {
 #endif
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c] for WIDTH x WIDTH elements. Quarters of rows are
-// gathered by the loads, so that only the steps inside 4 x 4 elements shuffle.
+// to[c * to_stride + r] = from[r * from_stride + c] for WIDTH x WIDTH elements. Quarters of rows
+// are gathered by the loads, so that only the steps inside 4 x 4 elements shuffle.
 template <typename T>
 ATTN_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   constexpr int W = WIDTH<T>;
