@@ -143,3 +143,20 @@ class MoleculeSet:
             known = ", ".join(str(s) for s in self.splits)
             raise ValueError(f"split seed must be one of {known}, got {seed}")
         return self.splits[seed]
+
+    def statistics(self, target: str, seed: int | None = None) -> tuple[float, float]:
+        """Mean and standard deviation (of the N, not N - 1) of a target over the train split.
+
+        ValueError for a train split without molecules.
+        """
+        column, train = self.target(target), self.split(seed).train
+        if not len(train):
+            raise ValueError(f"{self.name} has no molecules to train on, of {len(self)} in all")
+        assert self.molecules.y is not None
+        values = self.molecules.y[train, column].double()
+        return float(values.mean()), float(values.std(correction=0))
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Atomic numbers that occur, ascending."""
+        return tuple(self.molecules.z.unique().tolist())

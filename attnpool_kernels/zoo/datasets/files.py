@@ -1,0 +1,257 @@
+"""Files of a data set: looked for, checked, fetched and cached.
+
+Nothing half-written is ever left under a final name: whatever is written goes to a temporary name
+in the same folder and is renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import tarfile
+import tempfile
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, NoReturn
+
+import numpy as np
+from tqdm import tqdm
+
+BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """An address, and the files that it gives: itself, or members of the zip or tar behind it."""
+
+    url: str
+    files: tuple[str, ...]
+
+    @property
+    def archive(self) -> bool:
+        return self.url.split("?")[0].endswith((".zip", ".tar.gz", ".tgz")) or ".tar." in self.url
+
+
+class Folder:
+    """The place of one data set: a folder, or one file of it.
+
+    Args:
+        name: of the data set. where: how to get its files, the end of the error for a missing one.
+        path: folder or file; None: ``data/<name>``, then ``data``, of the working directory.
+        download: whether files that are missing may be fetched, into the folder.
+        sha256: digest of the main file, or of several by name.
+        cache: whether what was parsed is kept beside the file, as ``<file>.cache.npz``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        where: str,
+        path: str | os.PathLike | None = None,
+        download: bool = False,
+        sha256: str | Mapping[str, str] | None = None,
+        cache: bool = True,
+    ) -> None:
+        self.name, self.where, self.download, self.cache = name, where, download, cache
+        self.path = None if path is None else Path(path)
+        if self.path is None:
+            self.places = [Path("data") / name, Path("data")]
+        else:
+            self.places = [self.path]
+            if not self.path.exists() and not download:
+                raise FileNotFoundError(f"{self.path} does not exist; {where}")
+        self._sha256 = sha256
+
+    @property
+    def file(self) -> Path | None:
+        """The path, where it is a file and not a folder."""
+        return self.path if self.path is not None and self.path.is_file() else None
+
+    def find(self, *names: str) -> Path | None:
+        """The first of the files (or folders) that exists, there or in ``raw/``."""
+        if self.file is not None:
+            return (
+                self.file if any(PurePosixPath(n).name == self.file.name for n in names) else None
+            )
+        for place in self.places:
+            for name in names:
+                for path in (place / name, place / "raw" / name):
+                    if path.exists():
+                        return path
+        return None
+
+    def need(self, name: str, download: Download | None = None) -> Path:
+        """A file that must be there, fetched where that is allowed; FileNotFoundError."""
+        found = self.find(name)
+        if found is None and self.file is not None:
+            found = self.file.parent / name  # the companion of a file that was named
+            found = found if found.exists() else None
+        if found is None and self.download and download is not None:
+            folder = self.places[0] if self.file is None else self.file.parent
+            fetch(download, folder)
+            found = folder / name
+        if found is None:
+            self.missing(name)
+        return found
+
+    def missing(self, *names: str) -> NoReturn:
+        """Raises FileNotFoundError: which files were looked for, where, and how to get them."""
+        places = " or ".join(str(place) for place in self.places)
+        reason = ""
+        if self.download:
+            reason = " and has no address to download it from"
+        raise FileNotFoundError(
+            f"{self.name} needs {' or '.join(names)}, which is not in {places}{reason}; "
+            f"{self.where}"
+        )
+
+    def check(self, path: Path) -> str | None:
+        """ValueError for an empty file and for a wrong digest; the digest that was asked for."""
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty; {self.where}")
+        wanted = self._sha256
+        if isinstance(wanted, Mapping):
+            wanted = wanted.get(path.name)
+        if wanted is not None:
+            found = digest(path)
+            if found != wanted.lower():
+                raise ValueError(f"sha256 of {path} must be {wanted}, got {found}")
+        return wanted
+
+    def cached(
+        self, path: Path, version: int, build: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """What ``build`` makes of a file, from ``<file>.cache.npz`` where that is of this file.
+
+        The cache holds the size and time of the file and the version of its reader; it is remade
+        where they differ. A folder that cannot be written costs a warning.
+        """
+        stat = path.stat()
+        key = np.array([stat.st_size, stat.st_mtime_ns, version], dtype=np.int64)
+        cache = path.with_name(path.name + ".cache.npz")
+        if self.cache and cache.exists():
+            damaged = contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile)
+            with damaged, np.load(cache, allow_pickle=False) as stored:
+                if np.array_equal(stored["key"], key):
+                    return {name: stored[name] for name in stored.files if name != "key"}
+        arrays = build()
+        if self.cache:
+            try:
+                with replacing(cache) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, allow_pickle=False, **arrays | {"key": key})
+            except OSError as error:
+                warnings.warn(f"{cache} was not written: {error}", stacklevel=3)
+        return arrays
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file in the folder of ``path``, renamed to it at the end unless that raises."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that others cannot read
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        total = hashlib.sha256()
+        while block := file.read(BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+def fetch(download: Download, folder: Path) -> None:
+    """Fetches the files of an address into a folder; OSError or ValueError, and then no file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not download.archive:
+        with replacing(folder / download.files[0]) as temporary:
+            _receive(download.url, temporary)
+        return
+    handle, name = tempfile.mkstemp(suffix=".part", dir=folder)
+    os.close(handle)
+    try:
+        _receive(download.url, Path(name))
+        try:
+            _unpack(Path(name), download, folder)
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{download.url} gave a damaged archive: {error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _receive(url: str, path: Path) -> None:
+    with urllib.request.urlopen(url) as response, open(path, "wb") as file:
+        length = response.headers.get("Content-Length")
+        total = None if length is None else int(length)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {url}") as bar:
+            while block := response.read(BLOCK):
+                file.write(block)
+                bar.update(len(block))
+        got = file.tell()
+    if total is not None and got != total:
+        raise OSError(f"{url} was cut off: {got} of {total} bytes; nothing was kept, try again")
+    if got == 0:
+        raise OSError(f"{url} gave an empty file; nothing was kept")
+
+
+def _unpack(archive: Path, download: Download, folder: Path) -> None:
+    """Writes the wanted members under their own names, whatever folder they have in the archive."""
+    with contextlib.ExitStack() as stack:
+        if zipfile.is_zipfile(archive):
+            zipped = stack.enter_context(zipfile.ZipFile(archive))
+            members: dict[str, Callable] = {
+                name: lambda name=name: zipped.open(name) for name in zipped.namelist()
+            }
+        else:
+            tar = stack.enter_context(tarfile.open(archive))
+            members = {
+                m.name: lambda m=m: tar.extractfile(m) for m in tar.getmembers() if m.isfile()
+            }
+        sources = {PurePosixPath(name).name: opener for name, opener in members.items()}
+        for wanted in download.files:
+            if wanted not in sources:
+                raise ValueError(f"{download.url} does not hold {wanted}, got {sorted(sources)}")
+        for wanted in download.files:
+            target = folder / wanted
+            with sources[wanted]() as source, replacing(target) as temporary:
+                _copy(source, temporary)
+
+
+def _copy(source: IO[bytes], path: Path) -> None:
+    with open(path, "wb") as file:
+        while block := source.read(BLOCK):
+            file.write(block)
+
+
+def arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Named arrays of an .npz file; ValueError for a damaged file or a missing field."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError("it is not an .npz archive")
+            absent = [name for name in names if name not in stored.files]
+            if not absent:
+                return {name: stored[name] for name in stored.files}
+            held = ", ".join(stored.files)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as .npz: {error}") from error
+    raise ValueError(f"{path} must hold {', '.join(names)}; missing: {', '.join(absent)} "
+                     f"(it holds {held})")  # fmt: skip
