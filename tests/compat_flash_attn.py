@@ -1,6 +1,6 @@
 """Runs flash-attn's own tests of packed sequences against ``compat``, on the CPU.
 
-    python tests/compat_flash_attn.py CHECKOUT [--longest N] [--widths 32,64] [--every K] [-x …]
+    python tests/compat_flash_attn.py CHECKOUT [--sample N] [--first K] [--minutes M] [-x …]
 
 CHECKOUT is a clone of https://github.com/Dao-AILab/flash-attention, 2.8 or so; needs einops. Their
 tests/test_flash_attn.py runs unchanged: a stand-in package ``flash_attn`` gives it our function,
@@ -11,14 +11,20 @@ with the parameters that we serve: no causal or local mask, no ALiBi, no softcap
 their bound of 0.01 on the dropped fraction is 1.3 standard deviations for the shortest sequences,
 which holds for the draw of their generator: a fraction within 4 standard deviations passes too.
 
---longest, --widths keep the sequences and head widths up to N, of a list; --every K keeps each Kth
-test of what is left; other options go to pytest. The summary counts what was left out, and why.
+All 7,011 tests take hours on a CPU, so they come in a shuffled order that is the same everywhere:
+any stretch of it is an even sample of their parameters. --sample N keeps N tests of that order from
+the Kth on (--first, default 0), --minutes M starts none after M minutes; the summary says where to
+go on. --longest, --widths keep the sequences and head widths up to N, of a list; other options go
+to pytest. The summary counts what ran, the fewest tests that any value of a parameter got, what was
+left out, and why.
 """
 
 import argparse
 import importlib.util
 import os
+import random
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -90,9 +96,11 @@ def stand_in(checkout: Path) -> dict[str, ModuleType]:
 class Selection:
     """Narrows the parameters before pytest multiplies them: the whole file has 10^6 tests."""
 
-    def __init__(self, longest, widths, every):
-        self.longest, self.widths, self.every = longest, widths, every
-        self.left_out, self.outcomes = Counter(), Counter()
+    def __init__(self, longest, widths, sample, first, minutes):
+        self.longest, self.widths, self.minutes = longest, widths, minutes
+        self.sample, self.first = sample, first
+        self.left_out, self.outcomes, self.values = Counter(), Counter(), Counter()
+        self.begin, self.late = time.monotonic(), 0
 
     def pytest_pycollect_makeitem(self, collector, name, obj):
         return None if name in TESTS else []
@@ -120,15 +128,26 @@ class Selection:
 
     def pytest_collection_modifyitems(self, config, items):
         self.collected = len(items)
-        kept = items[:: self.every]
-        config.hook.pytest_deselected(items=[x for x in items if x not in set(kept)])
+        items.sort(key=lambda item: item.nodeid)
+        random.Random(0).shuffle(items)
+        last = len(items) if self.sample is None else self.first + self.sample
+        kept = items[self.first : last]
+        config.hook.pytest_deselected(items=items[: self.first] + items[last:])
         items[:] = kept
+        for item in items:
+            self.values.update(dict.fromkeys(parameters(item), 0))
         if items:
             items[0].module.normalize_flash_attn_S = lambda weights, *_, **__: weights
             self.fraction = getattr(items[0].module, "get_dropout_fraction", None)
 
+    def pytest_runtest_protocol(self, item, nextitem):
+        late = time.monotonic() - self.begin > 60 * self.minutes
+        self.late += late
+        return True if late else None  # True: done with it
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
+        self.values.update(parameters(item))
         p = item.callspec.params.get("dropout_p", 0.0)
         item.module.get_dropout_fraction = lambda *args, **kw: self.likely(p, *args, **kw)
         with CudaIsCpu():
@@ -147,22 +166,33 @@ class Selection:
     def pytest_terminal_summary(self, terminalreporter):
         write = terminalreporter.write_line
         write(f"collected {self.collected} tests of {', '.join(TESTS)}")
-        outcomes = ", ".join(f"{n} {outcome}" for outcome, n in self.outcomes.items())
-        write(f"run, one in {self.every}: {outcomes}")
+        ran = sum(self.outcomes.values())
+        outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(self.outcomes.items()))
+        write(f"ran {ran} in a shuffled order from {self.first} on: {outcomes or 'none'}")
+        if ran and self.values:
+            name, value, test = min(self.values, key=self.values.get)
+            fewest = min(self.values.values())
+            write(f"each value of a parameter in {fewest} tests or more ({test}, {name}={value})")
+        if self.late:
+            write(
+                f"{self.late} more after {self.minutes:g} minutes; next: --first {self.first + ran}"
+            )
         for why, values in self.left_out.items():
             if why is not None:
                 write(f"left out before multiplication: {values} parameter values ({why})")
 
 
-def run(
-    checkout: Path, longest: int = 2048, widths: tuple[int, ...] = (), every: int = 1,
-    options: tuple[str, ...] = (),
-) -> tuple[int, Counter]:  # fmt: skip
-    """pytest's exit status, and the number of tests by outcome."""
+def parameters(item):
+    """(parameter, value, test) of every parameter of a test."""
+    name = item.name.partition("[")[0]
+    return [(key, value, name) for key, value in item.callspec.params.items()]
+
+
+def run(checkout: Path, selection: Selection, options: tuple[str, ...]) -> int:
+    """pytest's exit status; what happened is in ``selection``."""
     file = checkout / "tests" / "test_flash_attn.py"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     properties = SimpleNamespace(total_memory=memory)
-    selection = Selection(longest, widths, every)
     with (
         mock.patch.dict(sys.modules, stand_in(checkout)),
         mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)),
@@ -173,7 +203,7 @@ def run(
              "-q", *options],
             plugins=[selection],
         )  # fmt: skip
-    return int(status), selection.outcomes
+    return int(status)
 
 
 def why_not(checkout: Path) -> str:
@@ -191,12 +221,15 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--longest", type=int, default=2048)
     parser.add_argument("--widths", type=lambda x: tuple(map(int, x.split(","))), default=())
-    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--sample", type=int, metavar="N")
+    parser.add_argument("--first", type=int, default=0, metavar="K")
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M")
     arguments, options = parser.parse_known_args()
-    if reason := why_not(arguments.checkout):
+    chosen = vars(arguments)
+    checkout = chosen.pop("checkout")
+    if reason := why_not(checkout):
         parser.error(reason)
-    chosen = arguments.longest, arguments.widths, arguments.every
-    return run(arguments.checkout, *chosen, tuple(options))[0]
+    return run(checkout, Selection(**chosen), tuple(options))
 
 
 if __name__ == "__main__":

@@ -223,11 +223,14 @@ def test_harness_selects_runs_and_reports(tmp_path):
     path = os.pathsep.join([*sys.path, str(tmp_path / "packages")])
     result = harness(tmp_path, "--longest", 50, PYTHONPATH=path)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "run, one in 1: 2 passed, 1 failed" in result.stdout
+    assert "ran 3 in a shuffled order from 0 on: 1 failed, 2 passed" in result.stdout
+    assert "each value of a parameter in 1 tests or more" in result.stdout
     assert "1 parameter values (causal: refused by name)" in result.stdout
     assert "1 parameter values (longer than 50)" in result.stdout
-    result = harness(tmp_path, "--widths", "16,32", PYTHONPATH=path)
-    assert result.returncode == 0 and "4 passed" in result.stdout
+    chosen = "--widths", "16,32", "--first", 1, "--sample", 2
+    result = harness(tmp_path, *chosen, PYTHONPATH=path)
+    assert result.returncode == 0 and "2 passed, 2 deselected" in result.stdout
+    assert "ran 2 in a shuffled order from 1 on: 2 passed" in result.stdout
 
 
 def test_flash_attns_own_tests():
@@ -235,7 +238,7 @@ def test_flash_attns_own_tests():
     checkout = os.environ.get("FLASH_ATTENTION_CHECKOUT")
     if not checkout:
         pytest.skip("FLASH_ATTENTION_CHECKOUT does not name a checkout of flash-attention")
-    result = harness(checkout, "--longest", 257, "--widths", "32,59", "--every", 60)
+    result = harness(checkout, "--longest", 257, "--widths", "32,59", "--sample", 20)
     if result.returncode == 2:
         pytest.skip(result.stderr.splitlines()[-1])
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
