@@ -1,0 +1,373 @@
+"""A backbone, a pooling and a head: the models that are trained, named by a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from ..nn.abp import AttentionPooling
+from ..nn.attention import one_of, positive
+from ..nn.blocks import PYG, SetTransformer
+from ..nn.pooling import (
+    AttentionalPooling,
+    MaxPooling,
+    MeanPooling,
+    OrbitalWeightedAverage,
+    Perceptron,
+    SeedPooling,
+    SoftmaxPooling,
+    SumPooling,
+    WeightedAverage,
+)
+from ..ragged import Ragged
+from .backbones import Backbone, backbone
+from .molecules import Molecules
+
+HEADS = ("molecule", "atom")
+
+
+def _set_transformer(channels: int, **options) -> SetTransformer:
+    """PyG's architecture with the mean of the seeds; options of ``SetTransformer`` over it."""
+    options = {**PYG, "seeds": 1, "encoder_blocks": 1, "reduce": "mean", **options}
+    return SetTransformer(channels, channels, **options)
+
+
+def _plain(kind: Callable[[], torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    def made(channels: int, **options) -> torch.nn.Module:
+        return kind(**options)  # no options: any is a TypeError with its name
+
+    return made
+
+
+# name -> (channels, **options) -> pooling; weighted averages get out_features = targets besides
+POOLINGS: dict[str, Callable[..., torch.nn.Module]] = {
+    "sum": _plain(SumPooling),
+    "mean": _plain(MeanPooling),
+    "max": _plain(MaxPooling),
+    "softmax": _plain(SoftmaxPooling),
+    "attentional": AttentionalPooling,
+    "weighted": WeightedAverage,
+    "orbital_weighted": OrbitalWeightedAverage,
+    "seed": SeedPooling,
+    "abp": AttentionPooling,
+    "set_transformer": _set_transformer,
+}
+_PREDICTING = ("weighted", "orbital_weighted")  # their networks give the target themselves
+
+
+def pooling(name: str, channels: int, **options) -> torch.nn.Module:
+    """A pooling by its name in ``POOLINGS``, for rows of width ``channels``.
+
+    Raises ValueError: an unknown name or option, a value that cannot be, by name.
+    """
+    if name not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {name!r}")
+    try:
+        return POOLINGS[name](channels, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"pooling {name!r}: {error}") from error
+
+
+class PooledModel(torch.nn.Module):
+    r"""Properties of molecules from pooled atom vectors.
+
+    ::
+
+        head="molecule":  y = std · head(pool(atoms)) + mean + Σ_i atomref[z_i]
+        head="atom":      y = std · pool(head(atoms)) + mean + Σ_i atomref[z_i]
+
+    The head is that of Buterez et al.: linear layers C, C/2, C/2, T with shifted softplus, xavier
+    weights and biases 0.01. "weighted" and "orbital_weighted" have their own networks in its place.
+    head="atom" with the sum is size-extensive: there the mean is spread over the atoms, n·mean per
+    atom, see ``set_statistics``. A sum of atom *vectors* (head="molecule") is not extensive.
+
+    Args:
+        backbone: see ``zoo.backbones.backbone``.
+        pooling: a name in ``POOLINGS``, or a module (x [N, C], Ragged) → [B, C'].
+        targets: T.
+        pooling_options: of the named pooling.
+        head: what the head acts on, the pooled row or every atom's row.
+        mean, std: [T] of the targets over the training set.
+
+    Raises ValueError: an unknown name or option, by name.
+    """
+
+    mean: Tensor  # [T]; of an extensive model: per atom
+    std: Tensor  # [T]
+    atomref: Tensor  # [100, T], by atomic number; 0 unless set
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooling: str | torch.nn.Module,
+        *,
+        targets: int = 1,
+        pooling_options: Mapping[str, Any] | None = None,
+        head: str = "molecule",
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.targets = positive("targets", targets)
+        one_of("head", head, HEADS)
+        self.backbone = backbone
+        self.acts_on = head
+        self._config = {
+            "backbone": backbone.name,
+            "backbone_options": _plain_values(backbone.options),
+            "pooling": pooling if isinstance(pooling, str) else None,
+            "pooling_options": _plain_values(pooling_options or {}),
+            "head": head,
+            "targets": targets,
+        }
+        width = backbone.channels if head == "molecule" else targets
+        self.pooling = self._pooling(pooling, width, dict(pooling_options or {}))
+        self.head: torch.nn.Module | None = None
+        if not isinstance(self.pooling, WeightedAverage):
+            inner = backbone.channels
+            pooled = _width(self.pooling, width)
+            if head == "molecule":
+                inner = pooled
+            elif pooled != targets:
+                raise ValueError(
+                    f"pooling must give rows of width targets = {targets} with head='atom', "
+                    f"got {pooled}"
+                )
+            self.head = buterez_head(inner, targets)
+        self.register_buffer("mean", torch.zeros(targets))
+        self.register_buffer("std", torch.ones(targets))
+        self.register_buffer("atomref", torch.zeros(100, targets))
+        if mean is not None or std is not None:
+            self.set_statistics(
+                self.mean if mean is None else mean, self.std if std is None else std, atoms=1
+            )
+
+    def _pooling(
+        self, given: str | torch.nn.Module, width: int, options: dict[str, Any]
+    ) -> torch.nn.Module:
+        if not isinstance(given, str):
+            if options:
+                raise ValueError("pooling_options must be None with a pooling that is a module")
+            return given
+        if given in _PREDICTING:
+            if self.acts_on == "atom":
+                raise ValueError(f"head must be 'molecule' with pooling {given!r}, got 'atom'")
+            for name in ("mean", "std", "out_features"):
+                if name in options:
+                    raise ValueError(f"pooling_options must not have {name}: the model has it")
+            options["out_features"] = self.targets
+        return pooling(given, width, **options)
+
+    @property
+    def extensive(self) -> bool:
+        """Whether two molecules far apart have the sum of their values."""
+        return self.acts_on == "atom" and isinstance(self.pooling, SumPooling)
+
+    def set_statistics(
+        self, mean: Tensor, std: Tensor, *, atoms: float | None = None
+    ) -> None:  # fmt: skip
+        """Sets mean [T] and std [T] of the targets over the training set, in the targets' units.
+
+        atoms: average number of atoms of its molecules. An extensive model needs it: it adds
+        mean / atoms per atom, so that its mean over the set is right and it stays extensive.
+        With reference energies the statistics are those of the targets without them.
+
+        Raises ValueError: a wrong shape, a std that is not positive, no ``atoms`` where needed.
+        """
+        for name, values in (("mean", mean), ("std", std)):
+            if values.shape != (self.targets,):
+                raise ValueError(f"{name} must have shape [{self.targets}], got {[*values.shape]}")
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"{name} must be finite, got {values.tolist()}")
+        if not bool((std > 0).all()):
+            raise ValueError(f"std must be positive, got {std.tolist()}")
+        if self.extensive:
+            if atoms is None or not atoms > 0:
+                raise ValueError(
+                    f"atoms must be the average number of atoms, which an extensive model "
+                    f"(head='atom', pooling='sum') needs, got {atoms}"
+                )
+            mean = mean / atoms
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def set_atomref(self, atomref: Tensor) -> None:
+        """Sets reference values [100, T] of free atoms by atomic number."""
+        if atomref.shape != self.atomref.shape:
+            raise ValueError(
+                f"atomref must have shape {[*self.atomref.shape]}, got {[*atomref.shape]}"
+            )
+        self.atomref.copy_(atomref)
+
+    def forward(self, molecules: Molecules) -> Tensor:
+        """[B, T] in the targets' units."""
+        return self._predicted(molecules, self._atoms(molecules))
+
+    def with_weights(self, molecules: Molecules) -> tuple[Tensor, Tensor]:
+        """Predictions [B, T] and weights [N] of the atoms, of the weighted averages.
+
+        Raises ValueError for other poolings, which have no such weights.
+        """
+        if not isinstance(self.pooling, WeightedAverage):
+            raise ValueError(
+                f"pooling must be one of {', '.join(_PREDICTING)} for weights of atoms, got "
+                f"{type(self.pooling).__name__}"
+            )
+        ragged, x = self._atoms(molecules)
+        y, weights = self.pooling.with_weights(x, ragged)
+        return self._scaled(molecules, ragged, y), weights
+
+    def orbital_loss(self, molecules: Molecules, *, factor: float = 0.1) -> Tensor:
+        """factor · mean ((y - target) / std)² + mean (a - coefficients)² (OWA).
+
+        Targets and coefficients are those of ``molecules``. The second mean is over atoms.
+        """
+        if molecules.y is None or molecules.coefficients is None:
+            raise ValueError("molecules must have y and coefficients for the loss of OWA")
+        y, weights = self.with_weights(molecules)
+        error = (y - molecules.y) / self.std
+        return factor * error.square().mean() + mse_loss(weights, molecules.coefficients)
+
+    def _atoms(self, molecules: Molecules) -> tuple[Ragged, Tensor]:
+        ragged = molecules.ragged
+        return ragged, self.backbone(molecules.z, molecules.pos, ragged)
+
+    def _predicted(self, molecules: Molecules, made: tuple[Ragged, Tensor]) -> Tensor:
+        ragged, x = made
+        if self.head is None:
+            y = self.pooling(x, ragged)
+        elif self.acts_on == "molecule":
+            y = self.head(self.pooling(x, ragged))
+        else:
+            y = self.pooling(self.head(x), ragged)
+        return self._scaled(molecules, ragged, y)
+
+    def _scaled(self, molecules: Molecules, ragged: Ragged, y: Tensor) -> Tensor:
+        each = self.atomref[molecules.z]
+        if self.extensive:
+            each = each + self.mean
+        constant = each.new_zeros(len(ragged), self.targets).index_add(0, molecules.batch, each)
+        return y * self.std + (constant if self.extensive else constant + self.mean)
+
+    def energy_and_forces(
+        self, molecules: Molecules, create_graph: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Energies E [B] and forces F = -∂E/∂pos [N, 3], also inside no_grad and inference_mode.
+
+        create_graph: whether E and F are to be differentiated again, as a loss of forces needs;
+            default: in training mode. Without it both are detached.
+
+        Raises ValueError for a model of more than one target.
+        """
+        if self.targets != 1:
+            raise ValueError(f"targets must be 1 for forces, got {self.targets}")
+        create_graph = self.training if create_graph is None else create_graph
+        with torch.inference_mode(False), torch.enable_grad():
+            fields = {f.name: getattr(molecules, f.name) for f in dataclasses.fields(molecules)}
+            tensors = {  # a tensor made in inference mode cannot be saved for a derivative
+                k: x.clone() if x is not None and x.is_inference() else x for k, x in fields.items()
+            }
+            tensors["pos"] = tensors["pos"].detach().requires_grad_()
+            energy = self(Molecules(**tensors)).squeeze(1)
+            (gradient,) = torch.autograd.grad(
+                energy.sum(), tensors["pos"], create_graph=create_graph, materialize_grads=True
+            )
+        if not create_graph:
+            energy = energy.detach()
+        return energy, -gradient
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``from_config`` makes this model of, as plain values for a checkpoint.
+
+        Raises ValueError for a model with parts that have no name.
+        """
+        for name in ("backbone", "pooling"):
+            if self._config[name] is None:
+                raise ValueError(f"{name} must be made by name for a model with a config")
+        return {k: dict(v) if isinstance(v, dict) else v for k, v in self._config.items()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PooledModel:
+        """From {"backbone", "pooling"} and, if not the defaults, {"backbone_options",
+        "pooling_options", "head", "targets"}; names as in ``BACKBONES`` and ``POOLINGS``.
+
+        Raises ValueError: an unknown or a missing key, name or option, by name.
+        """
+        known = ("backbone", "backbone_options", "pooling", "pooling_options", "head", "targets")
+        for key in config:
+            if key not in known:
+                raise ValueError(f"keys of a config are {', '.join(known)}, got {key!r}")
+        for key in ("backbone", "pooling"):
+            if key not in config:
+                raise ValueError(f"config must name a {key}")
+        net = backbone(config["backbone"], **(config.get("backbone_options") or {}))
+        return cls(
+            net, config["pooling"], pooling_options=config.get("pooling_options"),
+            head=config.get("head", "molecule"), targets=config.get("targets", 1),
+        )  # fmt: skip
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self._config
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError with what differs where the state dict is that of another model."""
+        theirs, mine = _flat(state), _flat(self._config)
+        differences = [
+            f"{key} is {theirs.get(key, 'the default')!r} there and "
+            f"{mine.get(key, 'the default')!r} here"
+            for key in sorted(theirs.keys() | mine.keys())
+            if theirs.get(key) != mine.get(key)
+        ]
+        if differences:
+            raise ValueError(f"state dict of another model: {'; '.join(differences)}")
+
+
+def build(config: Mapping[str, Any]) -> PooledModel:
+    """``PooledModel.from_config``."""
+    return PooledModel.from_config(config)
+
+
+def buterez_head(width: int, targets: int) -> Perceptron:
+    """Linear layers C, C/2, C/2, T with shifted softplus, xavier weights and biases 0.01."""
+    half = max(1, width // 2)
+    head = Perceptron((width, half, half, targets), "shifted_softplus")
+    for parameter in head.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.xavier_uniform_(parameter)
+        else:
+            torch.nn.init.constant_(parameter, 0.01)
+    return head
+
+
+def _plain_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """With lists for tuples, as a configuration file gives them back."""
+    return {k: list(x) if isinstance(x, tuple) else x for k, x in options.items()}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by dotted names, without those that are not the model's but the machine's."""
+    flat: dict[str, Any] = {}
+    for key, x in config.items():
+        if isinstance(x, Mapping):
+            flat |= {f"{key}.{option}": value for option, value in x.items()}
+        else:
+            flat[key] = x
+    flat.pop("pooling_options.backend", None)
+    return flat
+
+
+def _width(pool: torch.nn.Module, channels: int) -> int:
+    """Width of a pooled row, found by pooling one atom."""
+    weight = next(pool.parameters(), torch.empty(0))
+    training = pool.training
+    with torch.no_grad():
+        one = torch.zeros(1, channels, dtype=weight.dtype, device=weight.device)
+        width = pool.eval()(one, Ragged.from_counts([1]).to(weight.device)).shape[1]
+    pool.train(training)
+    return width
