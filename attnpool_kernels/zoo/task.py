@@ -1,0 +1,278 @@
+"""Training of a backbone with a pooling in Lightning: ``PoolingTask`` with ``MoleculeData``.
+
+::
+
+    data = MoleculeData("qm7b", "qm7b.npz", targets=["homo_gw"], split=23887)
+    task = PoolingTask("schnet", pooling="abp", targets=["homo_gw"])
+    trainer = lightning.Trainer(use_distributed_sampler=False, callbacks=[...])
+    trainer.fit(task, data)
+
+The loss is taken of targets divided by their standard deviation over the molecules to train on;
+every reported error is in the unit of its target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError
+
+from .data import Batch, MoleculeData
+from .model import PooledModel
+from .molecules import Molecules, Target
+
+__all__ = ["MoleculeData", "PoolingTask"]
+
+SCHEDULES = {
+    "plateau": {"factor": 0.8, "patience": 10, "min_lr": 1e-6},
+    "cosine": {"eta_min": 0.0},
+}
+LOSSES = {"l1": torch.abs, "mse": torch.square}
+
+
+class Errors(torch.nn.Module):
+    """Loss and errors over all molecules of all processes since the last ``compute``."""
+
+    def __init__(self, targets: int) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.mae = MeanAbsoluteError(num_outputs=targets)
+        self.rmse = MeanSquaredError(squared=False, num_outputs=targets)
+        self.forces = MeanAbsoluteError()
+
+    def update(self, batch: Batch, loss: Tensor, predicted: Tensor, forces: Tensor | None) -> None:
+        molecules = batch.molecules
+        assert molecules.y is not None
+        # A process has its part of the sum that the mean over all molecules of the step is.
+        self.loss.update(loss * batch.total / len(molecules), len(molecules))
+        self.mae.update(predicted, molecules.y)
+        self.rmse.update(predicted, molecules.y)
+        if forces is not None:
+            assert molecules.forces is not None
+            self.forces.update(forces, molecules.forces)
+
+    def compute(self) -> dict[str, Tensor]:
+        """loss [], mae [T], rmse [T], and forces [] where there were any."""
+        found = {
+            "loss": self.loss.compute(), "mae": self.mae.compute().reshape(-1),
+            "rmse": self.rmse.compute().reshape(-1),
+        }  # fmt: skip
+        if self.forces.update_called:
+            found["forces"] = self.forces.compute()
+        for metric in (self.loss, self.mae, self.rmse, self.forces):
+            metric.reset()
+        return found
+
+
+class PoolingTask(LightningModule):
+    r"""A pooled model, its loss and its errors.
+
+    The loss is the mean of |Δ| ("l1") or Δ² ("mse") over molecules and targets,
+    Δ = (prediction - target) / std. With ``forces``::
+
+        energy_weight · loss of the energies + force_weight · loss of the forces
+
+    where both are divided by the std of the energies, so that F = -∂E/∂r holds in the loss too.
+    With pooling="orbital_weighted" (OWA)::
+
+        coefficient_factor · mean Δ² + mean (a - coefficients)²
+
+    where a are the weights of the atoms.
+
+    Args:
+        backbone: name of the network that makes the atom vectors.
+        backbone_options: its options.
+        pooling: name of the pooling.
+        pooling_options: its options.
+        head: "molecule": what is pooled are atom vectors; "atom": atom predictions.
+        targets: names of the targets, those of the data.
+        lr: learning rate of Adam.
+        loss: "l1" or "mse".
+        schedule: of the learning rate: None, "plateau" (factor 0.8, patience 10, min_lr 1e-6) or
+            "cosine" (to 0 over the epochs of the trainer).
+        schedule_options: options of the schedule that differ from these.
+        forces: train on forces too; there must be one target, the energy.
+        energy_weight: of the loss of the energies.
+        force_weight: of the loss of the forces.
+        coefficient_factor: of the loss of the target beside that of the orbital coefficients.
+        backend: None or the name of a backend for the attention, see ``explain``.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "schnet",
+        backbone_options: dict[str, Any] | None = None,
+        pooling: str = "abp",
+        pooling_options: dict[str, Any] | None = None,
+        head: str = "molecule",
+        targets: Sequence[str] = (),
+        lr: float = 1e-4,
+        loss: Literal["l1", "mse"] = "l1",
+        schedule: Literal["plateau", "cosine"] | None = None,
+        schedule_options: dict[str, Any] | None = None,
+        forces: bool = False,
+        energy_weight: float = 0.01,
+        force_weight: float = 0.99,
+        coefficient_factor: float = 0.1,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        if schedule is not None and schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        if not targets:
+            raise ValueError("targets must name at least one target, got none")
+        if forces and len(targets) != 1:
+            raise ValueError(f"targets must be one energy with forces, got {len(targets)} targets")
+        if not lr > 0:
+            raise ValueError(f"lr must be positive, got {lr}")
+        targets = list(targets)
+        self.save_hyperparameters()
+        self.lr, self.loss, self.forces = lr, loss, forces
+        self.energy_weight, self.force_weight = energy_weight, force_weight
+        self.schedule, self.schedule_options = schedule, dict(schedule_options or {})
+        self.coefficient_factor = coefficient_factor
+        pooling_options = dict(pooling_options or {})
+        if backend is not None:
+            pooling_options["backend"] = backend
+        self.model = PooledModel.from_config({
+            "backbone": backbone, "backbone_options": dict(backbone_options or {}),
+            "pooling": pooling, "pooling_options": pooling_options,
+            "head": head, "targets": len(targets),
+        })  # fmt: skip
+        for name in ("mean", "std", "atomref"):
+            # A total energy has more digits than a float32; what a network adds to it has not.
+            setattr(self.model, name, getattr(self.model, name).double())
+        self.targets = tuple(Target(name, "") for name in targets)  # units come with the data
+        self.elements: list[int] = []
+        self.trained_on: dict[str, Any] = {}
+        self.val_errors, self.test_errors = Errors(len(targets)), Errors(len(targets))
+        self.results: list[dict[str, Any]] = []
+
+    def forward(self, molecules: Molecules) -> Tensor:
+        """Predictions [B, T] in the units of the targets."""
+        return self.model(molecules)
+
+    def setup(self, stage: str) -> None:
+        data = self._datamodule()
+        given, wanted = ([t.name for t in x] for x in (data.targets, self.targets))
+        if given != wanted:
+            raise ValueError(
+                f"targets of the data must be those of the model, {', '.join(wanted)}, "
+                f"got {', '.join(given)}"
+            )
+        if self.forces and data.ready.forces is None:
+            raise ValueError("forces must be in the data to train on them, got none")
+        if self.weighs_orbitals and data.ready.coefficients is None:
+            raise ValueError(
+                "coefficients must be in the data for pooling='orbital_weighted', got none"
+            )
+        self.targets = data.targets
+        if stage == "fit":
+            mean, std = data.statistics
+            self.model.set_statistics(mean, std, atoms=data.atoms)
+            self.elements = data.elements
+
+    @property
+    def weighs_orbitals(self) -> bool:
+        return self.hparams["pooling"] == "orbital_weighted"
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        loss = self._predicted(batch)[0] * self.trainer.world_size  # gradients are averaged
+        self.log(
+            "train/loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True,
+            batch_size=batch.total, sync_dist=True,
+        )  # fmt: skip
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        self.val_errors.update(batch, *self._predicted(batch))
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        self.test_errors.update(batch, *self._predicted(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        found = self.val_errors.compute()
+        self.log("val/loss", found["loss"], prog_bar=True, sync_dist=True)
+        for target, error in zip(self.targets, found["mae"]):
+            self.log(f"val/mae/{target.name}", error, sync_dist=True)
+        if self.forces:
+            self.log("val/mae/forces", found["forces"], sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        found = self.test_errors.compute()
+        self.results = [
+            {"target": t.name, "unit": t.unit, "mae": float(mae), "rmse": float(rmse)}
+            for t, mae, rmse in zip(self.targets, found["mae"], found["rmse"])
+        ]
+        if self.forces:
+            unit = f"{self.targets[0].unit}/Å"
+            row = {"target": "forces", "unit": unit, "mae": float(found["forces"]), "rmse": None}
+            self.results.append(row)
+        for row in self.results:
+            self.log(f"test/mae/{row['target']}", float(row["mae"]), sync_dist=True)
+
+    def _predicted(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This process' share of the loss, predictions [B, T], and forces."""
+        molecules = batch.molecules
+        forces = weights = None
+        if self.weighs_orbitals:
+            predicted, weights = self.model.with_weights(molecules)
+        elif self.forces:
+            energy, forces = self.model.energy_and_forces(molecules, create_graph=self.training)
+            predicted = energy[:, None]
+        else:
+            predicted = self.model(molecules)
+        error = LOSSES["mse" if self.weighs_orbitals else self.loss]
+        std = self.model.std
+        loss = error((predicted - _given(molecules.y)) / std).sum() / (batch.total * len(std))
+        if forces is not None:
+            force_loss = error((forces - _given(molecules.forces)) / std).sum() / (3 * batch.atoms)
+            loss = self.energy_weight * loss + self.force_weight * force_loss
+        if weights is not None:
+            share = (weights - _given(molecules.coefficients)).square().sum() / batch.atoms
+            loss = self.coefficient_factor * loss + share
+        return loss, predicted, forces
+
+    def _datamodule(self) -> MoleculeData:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, MoleculeData):
+            raise TypeError(f"datamodule must be a MoleculeData, got {type(data).__name__}")
+        return data
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr)
+        if self.schedule is None:
+            return optimizer
+        options = SCHEDULES[self.schedule] | self.schedule_options
+        if self.schedule == "plateau":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+            schedule = {"scheduler": plateau, "monitor": "val/loss"}
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
+        epochs = self.trainer.max_epochs or -1
+        if epochs < 1:
+            raise ValueError("max_epochs must be given with schedule='cosine'")
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, **options)
+        return {"optimizer": optimizer, "lr_scheduler": cosine}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["zoo"] = {
+            "targets": [[t.name, t.unit] for t in self.targets],
+            "elements": list(self.elements),
+            "data": self._datamodule().description,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = checkpoint["zoo"]
+        self.targets = tuple(Target(name, unit) for name, unit in found["targets"])
+        self.elements, self.trained_on = list(found["elements"]), dict(found["data"])
+
+
+def _given(values: Tensor | None) -> Tensor:
+    assert values is not None  # checked in ``setup``
+    return values
