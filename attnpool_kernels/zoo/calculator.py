@@ -1,0 +1,142 @@
+r"""Pooled models as calculators of ASE: geometry optimisation, molecular dynamics, vibrations.
+
+::
+
+    atoms.calc = PooledCalculator("runs/ethanol/best.ckpt")
+    atoms.get_potential_energy(), atoms.get_forces()      # eV, eV/Å
+
+Dynamics conserve energy if the model's energy has a continuous derivative. Of the parts of a model
+these have not: "relu", the default activation of ABP (take ``activation="silu"`` or
+"shifted_softplus"), "max" pooling, and a backbone whose messages do not vanish at its cutoff: an
+atom that crosses it then changes the energy in a jump. SchNet's and PaiNN's messages end with a
+cosine, (1 + cos πr/r_c) / 2, whose value and slope are 0 there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.data import chemical_symbols
+
+from .model import PooledModel
+from .molecules import Molecules
+
+
+class PooledCalculator(Calculator):
+    """Energies in eV and forces in eV/Å of a pooled model, for ``ase.Atoms``.
+
+    Args:
+        model: a ``PooledModel`` of one target, an energy in eV, or the path of a checkpoint of
+            ``zoo fit`` (the file, or the folder of the run for its best one). It is copied, and
+            evaluated without dropout.
+        device: default: that of the model, the CPU for a checkpoint.
+        dtype: of the weights, float32 or float64; default: as they are. Distances are computed in
+            float64, and mean and std of the target applied in it, whatever the dtype: a total
+            energy has more digits than a float32 holds.
+        elements: atomic numbers that are allowed; default: those that a checkpoint was trained on,
+            those that the backbone can embed otherwise.
+        options: of ``ase.calculators.calculator.Calculator``.
+
+    Properties: "energy", "free_energy" (the same number) and "forces", -∂E/∂r. There are no
+    energies of atoms: attention pools vectors, not energies.
+
+    Raises ValueError: a target that is not one energy in eV; for an ``Atoms`` object that is
+    periodic, empty or has another element. PropertyNotImplementedError: any other property.
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012, as in ASE
+
+    def __init__(
+        self,
+        model: PooledModel | str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        elements: Sequence[int] | None = None,
+        **options,
+    ) -> None:
+        super().__init__(**options)
+        if isinstance(model, str | Path):
+            model, elements = _loaded(model, elements)
+        elif not isinstance(model, PooledModel):
+            raise TypeError(f"model must be a PooledModel or a path, got {type(model).__name__}")
+        if model.targets != 1:
+            raise ValueError(f"model must have one target, the energy, got {model.targets}")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+        known = model.backbone.elements
+        self.elements = frozenset(range(1, known + 1) if elements is None else elements)
+        self.model = copy.deepcopy(model).to(device, dtype).eval().requires_grad_(False)
+        for name in ("mean", "std", "atomref"):
+            setattr(self.model, name, getattr(model, name).to(device, torch.float64))
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Fills ``results``; forces only where they are among the properties."""
+        super().calculate(atoms, properties, system_changes)
+        if self.atoms is None:
+            raise ValueError("atoms must be given in the first call")
+        molecules = self._checked(self.atoms)
+        if "forces" in properties:
+            energy, forces = self.model.energy_and_forces(molecules, create_graph=False)
+            self.results["forces"] = forces.double().cpu().numpy()
+        else:
+            with torch.no_grad():
+                energy = self.model(molecules)
+        self.results["energy"] = self.results["free_energy"] = energy.item()
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True):
+        """As of ASE's calculators, with the reason why there are no energies of atoms."""
+        if name in ("energies", "stresses"):
+            raise PropertyNotImplementedError(
+                f"{name} per atom are not defined: the model pools vectors of atoms to one energy "
+                "of the molecule, which is not a sum over atoms"
+            )
+        return super().get_property(name, atoms, allow_calculation)
+
+    def _checked(self, atoms: Atoms) -> Molecules:
+        if not len(atoms):
+            raise ValueError("atoms must have at least one atom, got none")
+        if atoms.pbc.any():
+            raise ValueError(
+                f"atoms must not be periodic, got pbc={atoms.pbc.tolist()}: the models know "
+                "molecules only; for a molecule in a box set atoms.pbc = False"
+            )
+        unknown = sorted(set(atoms.numbers.tolist()) - self.elements)
+        if unknown:
+            raise ValueError(
+                f"atoms must be of elements that the model knows ({_symbols(self.elements)}), got "
+                f"{_symbols(unknown)}"
+            )
+        return Molecules.from_ase([atoms]).to(self.model.std.device)
+
+
+def _symbols(numbers) -> str:
+    ordered = sorted(numbers)
+    if len(ordered) > 12:
+        return f"{chemical_symbols[ordered[0]]} to {chemical_symbols[ordered[-1]]}"
+    return ", ".join(chemical_symbols[z] if z < len(chemical_symbols) else str(z) for z in ordered)
+
+
+def _loaded(
+    path: str | Path, elements: Sequence[int] | None
+) -> tuple[PooledModel, Sequence[int] | None]:
+    """The model of a checkpoint and its elements."""
+    from .predict import load_task
+
+    task = load_task(path)
+    target = task.targets[0]
+    if len(task.targets) == 1 and target.unit != "eV":
+        raise ValueError(
+            f"model must have an energy in eV as its target, got {target.name} in {target.unit!r}"
+        )
+    return task.model, elements or task.elements or None

@@ -1,0 +1,480 @@
+"""One training step of a whole model, padded and not: ``python -m benchmarks.training``.
+
+PyG's SchNet with a pooling, 128 molecules of QM7b (of its sizes, where its file is not there).
+A step is forward, loss, backward and Adam; in a force step forces are the gradient with respect to
+positions and the loss is 0.01·MSE(energy) + 0.99·MSE(forces), which needs a second derivative.
+Steps of all contenders take turns in one process. Before that each contender is compared in float64
+with another implementation of the same pooling with the same weights.
+
+Peak memory is that of one step in a child process, over what the process held before it: model,
+state of Adam and batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch_geometric.nn
+from torch import Tensor
+from torch.nn.functional import l1_loss, linear, mse_loss
+from torch_geometric.utils import to_dense_batch
+
+import attnpool_kernels
+from attnpool_kernels import Ragged
+from attnpool_kernels.nn import AttentionPooling, SumPooling
+from attnpool_kernels.zoo.pyg import MoleculeGraph, SetTransformerAggregation, pooled_schnet
+
+from . import cases, measure, memory, molecules, sheet, tables
+from .sheet import BenchmarkError, Row
+
+HERE = Path(__file__).resolve().parent
+LONGEST = 23  # atoms of the largest molecule of QM7b, to which the original programs pad
+SAME = 1e-9  # relative difference in float64 of outputs and gradients, for the same weights
+CLOSE = 1e-4  # of float32 outputs from float64
+CHECKED = 8  # molecules of the comparison
+
+
+@dataclass(frozen=True)
+class Size:
+    """SchNet of ``width`` and ``interactions``; pooling of ``hidden``: 2 SABs, PMA, a SAB."""
+
+    width: int
+    interactions: int
+    hidden: int
+    heads: int
+    seeds: int
+
+    def __str__(self) -> str:
+        return (
+            f"SchNet {self.width}x{self.interactions} ABP {self.hidden}/{self.heads}/{self.seeds}"
+        )
+
+
+SIZES = {
+    "small": Size(128, 3, 256, 8, 32),
+    "published": Size(256, 8, 1024, 16, 32),  # Buterez et al. 2023, QM7b
+    "tiny": Size(16, 2, 32, 4, 4),
+}
+
+
+class PaddedABP(AttentionPooling):
+    """ABP as programs without ragged kernels compute it: bmm and softmax on a padded batch.
+
+    pad_to: as in the programs of Buterez et al., all molecules padded to that many atoms and
+    nothing masked (the numbers are those of ``phantom=pad_to``); None: to the longest of the batch,
+    padded keys masked (the numbers of ``phantom=None``). As there, three separate projections,
+    seeds repeated for each molecule, and the last linear layer on every seed.
+    """
+
+    def __init__(self, *arguments, pad_to: int | None = None, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.pad_to = pad_to
+
+    def forward(self, x: Tensor, ptr: Ragged) -> Tensor:
+        count = len(ptr)
+        batch = ptr.batch(x.shape[0])
+        x, real = to_dense_batch(x, batch, max_num_nodes=self.pad_to, batch_size=count)
+        keys = None if self.pad_to else real[:, None, None]
+        for block in self.encoders:
+            x = dense_mab(block.mab, x, x, keys)
+        x = dense_mab(self.pma.mab, self.pma.seed.repeat(count, 1, 1), x, keys)
+        for block in self.decoders:
+            x = dense_mab(block.mab, x, x, None)
+        return self.head(x).mean(1)
+
+
+def dense_mab(block: torch.nn.Module, x: Tensor, y: Tensor, keys: Tensor | None) -> Tensor:
+    """MAB of the original form on x [B, n, C], y [B, m, C']; keys: [B, 1, 1, m], False: masked."""
+    a = block.attn
+    weights, biases = a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3)
+    parts = [linear(z, w, b) for z, w, b in zip((x, y, y), weights, biases)]
+    q, k, v = (z.unflatten(2, (a.heads, -1)).transpose(1, 2) for z in parts)
+    logits = q @ k.transpose(2, 3) * a.dim**-0.5
+    if keys is not None:
+        logits = logits.masked_fill(~keys, -torch.inf)
+    h = (q + logits.softmax(3) @ v).transpose(1, 2).flatten(2)
+    return h + linear(h, block.lin.weight, block.lin.bias).relu()
+
+
+class Aggregated(torch.nn.Module):
+    """Linear, a Set Transformer aggregation of ``source``, Linear: C → D → C, mean over the seeds.
+
+    PyG's aggregation has one width throughout, so the linear layers make room for D.
+    """
+
+    def __init__(self, size: Size, source: type) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(size.width, size.hidden)
+        self.aggregation = source(
+            size.hidden, size.seeds, num_encoder_blocks=2, heads=size.heads, concat=False
+        )
+        self.last = torch.nn.Linear(size.hidden, size.width)
+
+    def forward(self, x: Tensor, ptr: Ragged) -> Tensor:
+        return self.last(self.aggregation(self.first(x), ptr.batch(x.shape[0]), dim_size=len(ptr)))
+
+
+def _abp(cls: type = AttentionPooling, **options) -> Callable[[Size], torch.nn.Module]:
+    return lambda size: cls(size.width, size.hidden, heads=size.heads, seeds=size.seeds, **options)
+
+
+def _pyg(source: type) -> Callable[[Size], torch.nn.Module]:
+    return lambda size: Aggregated(size, source)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """like: another implementation with the same parameters and numbers."""
+
+    name: str
+    title: str
+    pool: Callable[[Size], torch.nn.Module]
+    like: Callable[[Size], torch.nn.Module] | None
+    layout: str
+    ours: bool
+    steps: tuple[str, ...]
+
+
+STEPS = ("energy", "force")
+_THEIRS = torch_geometric.nn.SetTransformerAggregation
+CONTENDERS = {
+    c.name: c
+    for c in (
+        Contender("sum", "sum", lambda size: SumPooling(), None, "ragged", False, STEPS),
+        Contender("abp", "ABP, attnpool", _abp(), _abp(PaddedABP), "ragged", True, STEPS),
+        Contender("abp_masked", "ABP, padded to the batch, masked", _abp(PaddedABP), _abp(),
+                  "padded", False, STEPS),
+        Contender("abp_original", f"ABP, padded to {LONGEST} as the original",
+                  _abp(PaddedABP, pad_to=LONGEST), _abp(phantom=LONGEST), "padded", False,
+                  ("energy",)),
+        Contender("abp_reference", 'ABP, attnpool, backend="reference"', _abp(backend="reference"),
+                  _abp(PaddedABP), "ragged", False, ("force",)),
+        Contender("st", "Set Transformer, attnpool.zoo.pyg", _pyg(SetTransformerAggregation),
+                  _pyg(_THEIRS), "ragged", True, ("energy",)),
+        Contender("st_pyg", "Set Transformer, PyG (padded)", _pyg(_THEIRS),
+                  _pyg(SetTransformerAggregation), "padded", False, ("energy",)),
+    )
+}  # fmt: skip
+
+
+@dataclass
+class Data:
+    """z [N], pos [N, 3] in Å, batch [N], the sizes, and random targets [B], [N, 3]."""
+
+    source: str
+    z: Tensor
+    pos: Tensor
+    batch: Tensor
+    sizes: tuple[int, ...]
+    energy: Tensor
+    forces: Tensor
+
+    def to(self, dtype: torch.dtype) -> Data:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Data(**{
+            name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in values.items()
+        })  # fmt: skip
+
+    def first(self, count: int) -> Data:
+        sizes = self.sizes[:count]
+        n = sum(sizes)
+        parts = (self.z[:n], self.pos[:n], self.batch[:n])
+        return Data(self.source, *parts, sizes, self.energy[:count], self.forces[:n])
+
+
+def load(path: Path | None, count: int) -> Data:
+    """``count`` molecules of QM7b at random; without its file, pieces of a lattice of its sizes."""
+    generator = torch.Generator().manual_seed(0)
+    if path is not None or molecules.QM7B.exists():
+        found = molecules.load(path)
+        picked = torch.randperm(len(found.sizes), generator=generator)[:count].tolist()
+        ends = torch.tensor(found.sizes).cumsum(0).tolist()
+        rows = [torch.arange(ends[i] - found.sizes[i], ends[i]) for i in picked]
+        index, sizes = torch.cat(rows), tuple(found.sizes[i] for i in picked)
+        source, z, pos = "QM7b", found.z[index], found.pos[index]
+    else:
+        lattice = 1.4 * torch.cartesian_prod(*[torch.arange(3.0)] * 3)
+        sizes = cases.draw("QM7b", count)
+        pos = torch.cat([lattice[:n] for n in sizes])
+        pos = pos + 0.1 * torch.randn(pos.shape, generator=generator)
+        z = torch.tensor([1, 1, 6, 6, 7, 8])[torch.randint(6, (len(pos),), generator=generator)]
+        source = "QM7b sizes"
+    batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    targets = (torch.randn(n, generator=generator) for n in ((len(sizes),), (len(z), 3)))
+    return Data(source, z, pos.double(), batch, sizes, *targets).to(torch.float32)
+
+
+def build(size: Size, pool: Callable[[Size], torch.nn.Module]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    schnet = torch_geometric.nn.SchNet(
+        size.width, size.width, size.interactions, interaction_graph=MoleculeGraph(10.0)
+    )
+    return pooled_schnet(schnet, pool(size))
+
+
+def predicted(model: torch.nn.Module, data: Data, what: str) -> list[Tensor]:
+    """Energies [B], in a force step also forces [N, 3] with their graph."""
+    pos = data.pos.clone().requires_grad_(what == "force")
+    energy = model(data.z, pos, data.batch).squeeze(1)
+    if what == "energy":
+        return [energy]
+    return [energy, -torch.autograd.grad(energy.sum(), pos, create_graph=True)[0]]
+
+
+def loss(model: torch.nn.Module, data: Data, what: str) -> Tensor:
+    found = predicted(model, data, what)
+    if what == "energy":
+        return l1_loss(found[0], data.energy)
+    return 0.01 * mse_loss(found[0], data.energy) + 0.99 * mse_loss(found[1], data.forces)
+
+
+def stepper(contender: Contender, size: Size, what: str) -> Callable[[Data], None]:
+    model = build(size, contender.pool)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step(data: Data) -> None:
+        optimizer.zero_grad()
+        loss(model, data, what).backward()
+        optimizer.step()
+
+    return step
+
+
+def compare(contender: Contender, size: Size, what: str, data: Data) -> tuple[float, str]:
+    """Error of float32 outputs, and "" or what is wrong.
+
+    In float64 outputs and gradients of all parameters must equal those of ``contender.like`` to
+    SAME relative to the largest gradient norm; float32 outputs must be CLOSE to float64.
+    """
+    if contender.like is None:
+        return 0.0, ""
+    data = data.first(CHECKED)
+    wide, model = data.to(torch.float64), build(size, contender.pool).double()
+    other = build(size, contender.like).double()
+    other.load_state_dict(model.state_dict())
+    results = []
+    for each in (model, other):
+        out = predicted(each, wide, what)
+        gradients = torch.autograd.grad(
+            loss(each, wide, what), list(each.parameters()), materialize_grads=True
+        )
+        results.append([*(x.detach() for x in out), torch.cat([g.flatten() for g in gradients])])
+    names = ["energy", "forces", "gradients"] if what == "force" else ["energy", "gradients"]
+    wrong = []
+    for name, a, b in zip(names, *results):
+        difference = _relative(a, b)
+        if not difference <= SAME:
+            wrong.append(f"{name}: relative difference {difference:.2g}, allowed {SAME:g}")
+    narrow = predicted(copy.deepcopy(model).float(), data, what)
+    error = max(_relative(x.detach().double(), truth) for x, truth in zip(narrow, results[1]))
+    if not error <= CLOSE:
+        wrong.append(f"float32: relative error {error:.2g}, allowed {CLOSE:g}")
+    return error, "; ".join(wrong)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def peak(contender: str, size: Size, what: str, data: Data, limit_s: float) -> memory.Probe:
+    """Peak bytes of one step in a child process."""
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # freed blocks go back at once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.preload", "torch_geometric.nn"])
+    here, there = context.Pipe(duplex=False)
+    arguments = (there, contender, size, what, data, torch.get_num_threads())
+    child = context.Process(target=_child, args=arguments, daemon=True)
+    child.start()
+    there.close()
+    try:
+        if not here.poll(limit_s):
+            child.kill()
+            return memory.Probe("timeout", f"over {limit_s:.0f} s")
+        return here.recv()
+    except EOFError:
+        child.join(5)
+        return memory.Probe("error", f"its process ended with {child.exitcode}")
+    finally:
+        child.join(5)
+        here.close()
+
+
+def _child(pipe, contender: str, size: Size, what: str, data: Data, threads: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' notices
+    torch.set_num_threads(threads)
+    try:
+        step = stepper(CONTENDERS[contender], size, what)
+        step(data.first(2))  # makes the state of Adam, loads code
+        before = memory._reset()
+        step(data)
+        after = memory._mark()
+        bytes_ = None if before is None or after is None else max(0, after - before)
+        pipe.send(memory.Probe("ok", peak_bytes=bytes_))
+    except BaseException as error:
+        pipe.send(memory.Probe(*memory.classify(error)))
+    pipe.close()
+    os._exit(0)
+
+
+def run(
+    size: Size,
+    what: str,
+    names: list[str],
+    data: Data,
+    budget_s: float,
+    limit_s: float,
+    fewest: int,
+) -> list[Row]:
+    """Compares, measures and times the contenders of one size and step; a row each."""
+    rows, samplers = {}, {}
+    for name in names:
+        contender = CONTENDERS[name]
+        if what not in contender.steps:
+            continue
+        rows[name] = row = _row(contender, size, what, data)
+        try:
+            row.error, row.reason = compare(contender, size, what, data)
+            if row.reason:
+                row.status = "wrong"
+                continue
+            step = stepper(contender, size, what)
+            step(data)
+        except Exception as error:
+            row.status, row.reason = memory.classify(error)
+            continue
+        found = peak(name, size, what, data, limit_s)
+        row.peak_bytes = found.peak_bytes
+        samplers[name] = lambda step=step: measure.once(lambda: step(data), "cpu")
+    for name, timing in measure.interleave(samplers, budget_s, fewest).items():
+        row = rows[name]
+        row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
+        row.samples = len(timing.samples)
+    return list(rows.values())
+
+
+def _row(contender: Contender, size: Size, what: str, data: Data) -> Row:
+    versions = f"torch_geometric {torch_geometric.__version__}, torch {torch.__version__}"
+    return Row(
+        suite="training", family="training",
+        workload=f"{data.source} x{len(data.sizes)} {size} float32", x=None,
+        molecules=len(data.sizes), atoms=sum(data.sizes), longest=max(data.sizes),
+        heads=size.heads, dim=size.hidden // size.heads, seeds=size.seeds, dtype="float32",
+        layout=contender.layout, what=f"{what} step", contender=contender.name,
+        kernel=f"{contender.title}; attnpool_kernels {attnpool_kernels.__version__}, {versions}",
+        ours=int(contender.ours), status="ok",
+        check="" if contender.like is None else f"gradients and outputs, {CHECKED} molecules",
+    )  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """One line a contender: time, molecules per second, peak memory, time over that of ABP here."""
+    lines = [["training step", "ms", "p20", "p80", "molecules/s", "peak MB", "x abp"]]
+    for (workload, what), group in tables.grouped(rows, "workload", "what").items():
+        lines.append([f"{workload}, {what}", *[""] * 6])
+        ours = next((r.p50_ms for r in group if r.contender == "abp"), None)
+        for row in group:
+            if row.p50_ms is None:
+                lines.append([f"  {row.contender}: {row.status} {row.reason}", *[""] * 6])
+                continue
+            times = [f"{x:.4g}" for x in (row.p50_ms, row.p20_ms, row.p80_ms)]
+            rate = f"{1e3 * row.molecules / row.p50_ms:.4g}"
+            size = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
+            over = f"{row.p50_ms / ours:.2f}" if ours else "-"
+            lines.append([f"  {row.contender}", *times, rate, size, over])
+    return tables.render(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m benchmarks.training", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="contenders:\n" + "\n".join(f"  {c.name:14} {c.title}" for c in CONTENDERS.values()),
+    )  # fmt: skip
+    p.add_argument("--steps", default="small:energy,small:force,published:energy", metavar="LIST",
+                   help="size:step,...; sizes "
+                   + "; ".join(f"{name} = {size}" for name, size in SIZES.items())
+                   + "; steps energy and force (default: %(default)s)")  # fmt: skip
+    p.add_argument("--contenders", default=",".join(CONTENDERS), metavar="LIST",
+                   help="default: all of them")  # fmt: skip
+    p.add_argument("--molecules", type=int, default=128, help="in the batch (default: 128)")
+    p.add_argument("--budget", type=float, default=3.0, metavar="S",
+                   help="timed seconds per contender and step (default: 3)")  # fmt: skip
+    p.add_argument("--samples", type=int, default=3, metavar="N", help="at least (default: 3)")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    p.add_argument("--qm7b", type=Path, metavar="PATH", help="qm7b.npz for the real molecules")
+    p.add_argument("--output", type=Path, default=HERE / "out" / "training.csv", metavar="CSV",
+                   help="results (default: benchmarks/out/training.csv)")  # fmt: skip
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return _main(options)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        memory.stop()
+
+
+def _main(options: argparse.Namespace) -> int:
+    plan = [_known(step, SIZES, STEPS) for step in options.steps.split(",")]
+    names = options.contenders.split(",")
+    for name in names:
+        if name not in CONTENDERS:
+            known = ", ".join(CONTENDERS)
+            raise BenchmarkError(f"--contenders must be of {known}, got {name!r}")
+    for name in ("molecules", "samples", "budget", "threads"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise BenchmarkError(f"--{name} must be positive, got {value:g}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    begin = time.monotonic()
+    data = load(options.qm7b, options.molecules)
+    out = sheet.Sheet(options.output)
+    chosen = {k: v for k, v in vars(options).items() if isinstance(v, str | int | float)}
+    about = sheet.provenance("cpu", {"command": "python -m benchmarks.training", **chosen})
+    rates = measure.rates({torch.float32}, "cpu", 0.3)
+    gflops = round(rates.matmul[torch.float32] / 1e9, 1)
+    about["rates"] = {
+        "matmul_gflops": {"float32": gflops}, "copy_gbs": round(rates.copy / 1e9, 1)
+    }  # fmt: skip
+    out.start(about)
+    print(f"{about['device']}, {about['threads']} threads, {gflops} GFLOP/s; {len(data.sizes)} "
+          f"molecules, {len(data.z)} atoms ({data.source})", flush=True)  # fmt: skip
+    for size, what in plan:
+        rows = run(SIZES[size], what, names, data, options.budget, 60.0, options.samples)
+        for row in rows:
+            out.add(row)
+        print(table(rows), flush=True)
+    print(f"results: {options.output}; {time.monotonic() - begin:.0f} s")
+    failed = [row for row in out.rows if not row.ok]
+    for row in failed:
+        print(f"FAILED: {row.contender}, {row.workload}, {row.what}: {row.status} {row.reason}")
+    return 1 if failed else 0
+
+
+def _known(step: str, sizes: dict, whats: tuple[str, ...]) -> tuple[str, str]:
+    size, _, what = step.partition(":")
+    if size not in sizes or what not in whats:
+        raise BenchmarkError(
+            f"--steps must be size:step with sizes {', '.join(sizes)} and steps "
+            f"{', '.join(whats)}, got {step!r}"
+        )
+    return size, what
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Pooled models as ASE calculators: forces, conserved energy, and what they refuse."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torch_geometric")
+ase = pytest.importorskip("ase")
+pytest.importorskip("lightning")
+
+from ase.build import molecule  # noqa: E402
+from ase.calculators.calculator import PropertyNotImplementedError  # noqa: E402
+from ase.calculators.fd import calculate_numerical_forces  # noqa: E402
+from ase.md.verlet import VelocityVerlet  # noqa: E402
+from ase.optimize import BFGS  # noqa: E402
+from ase.units import fs, kB  # noqa: E402
+
+from attnpool_kernels.zoo.calculator import PooledCalculator  # noqa: E402
+from attnpool_kernels.zoo.model import PooledModel  # noqa: E402
+from attnpool_kernels.zoo.molecules import Molecules  # noqa: E402
+
+CUTOFF = 3.0  # Å; less than ethanol is long
+CONFIG = {
+    "backbone": "schnet",
+    "backbone_options": {
+        "hidden_channels": 16, "num_filters": 16, "num_interactions": 2, "num_gaussians": 12,
+        "cutoff": CUTOFF,
+    },
+    "pooling": "abp",
+    "pooling_options": {"hidden": 16, "heads": 2, "seeds": 2, "activation": "silu"},
+}  # fmt: skip
+
+
+def model(seed=0, **changes):
+    """Random weights, scaled so that the forces on ethanol are of the size of a molecule's."""
+    torch.manual_seed(seed)
+    made = PooledModel.from_config(CONFIG | changes).double()
+    if made.targets == 1:
+        atoms = molecule("CH3CH2OH")
+        atoms.rattle(0.1, seed=1)
+        _, forces = made.energy_and_forces(Molecules.from_ase([atoms]))
+        one = torch.ones(1, dtype=torch.float64)
+        made.set_statistics(-4210.0 * one, one / forces.detach().square().mean().sqrt())
+    return made
+
+
+def ethanol(calculator):
+    atoms = molecule("CH3CH2OH")
+    atoms.rattle(0.1, seed=2)
+    atoms.calc = calculator
+    return atoms
+
+
+def test_forces_are_finite_differences_of_the_energy():
+    atoms = ethanol(PooledCalculator(model()))
+    wanted = calculate_numerical_forces(atoms, eps=1e-4)
+    assert np.abs(wanted).max() > 0.5
+    np.testing.assert_allclose(atoms.get_forces(), wanted, atol=1e-6)  # differences err by eps²
+
+
+def test_numbers_are_those_of_the_model():
+    made = model()
+    atoms = ethanol(PooledCalculator(made))
+    energy, forces = made.energy_and_forces(Molecules.from_ase([atoms]))
+    assert atoms.get_potential_energy() == pytest.approx(energy.item(), abs=1e-10)
+    np.testing.assert_allclose(atoms.get_forces(), forces.detach().numpy(), atol=1e-12)
+    assert atoms.get_potential_energy(force_consistent=True) == atoms.get_potential_energy()
+    # Only the energy was asked, then only the forces: the same numbers, kept until atoms move.
+    assert atoms.calc.results.keys() == {"energy", "free_energy", "forces"}
+    before = atoms.get_potential_energy()
+    atoms.positions[0, 0] += 0.01
+    assert atoms.get_potential_energy() != before
+
+
+def fluctuation(calculator, step_fs, duration_fs=30.0):
+    """Largest deviation of the total energy from its first value, and range of the kinetic."""
+    atoms = ethanol(calculator)
+    normal = np.random.default_rng(0).standard_normal(atoms.positions.shape)
+    atoms.set_momenta(normal * np.sqrt(kB * 500 * atoms.get_masses()[:, None]))
+    total, kinetic, neighbours = [], [], set()
+    for _ in VelocityVerlet(atoms, step_fs * fs).irun(round(duration_fs / step_fs)):
+        kinetic.append(atoms.get_kinetic_energy())
+        total.append(kinetic[-1] + atoms.get_potential_energy())
+        neighbours.add(int((atoms.get_all_distances() < CUTOFF).sum()))
+    assert len(neighbours) > 1  # atoms crossed the cutoff
+    return np.abs(np.array(total) - total[0]).max(), np.ptp(kinetic)
+
+
+def test_dynamics_conserve_energy():
+    """The error of velocity Verlet in a smooth potential is of second order in the time step."""
+    calculator = PooledCalculator(model())
+    coarse, kinetic = fluctuation(calculator, 0.5)
+    fine, _ = fluctuation(calculator, 0.25)
+    assert kinetic > 0.1  # energy was exchanged
+    assert coarse < 0.02 * kinetic
+    assert 3.7 < coarse / fine < 4.3
+
+
+def test_wrong_forces_do_not_conserve_energy():
+    """The bound above is not one that anything passes."""
+
+    class Wrong(PooledCalculator):
+        def calculate(self, *arguments, **options):
+            super().calculate(*arguments, **options)
+            if "forces" in self.results:
+                self.results["forces"] = 0.9 * self.results["forces"]
+
+    coarse, kinetic = fluctuation(Wrong(model()), 0.5)
+    assert coarse > 0.04 * kinetic
+
+
+def test_float32_model_in_float64_places():
+    """A float32 model keeps the digits of a total energy, and differs by its rounding only."""
+    made = model()
+    narrow = ethanol(PooledCalculator(made, dtype=torch.float32))
+    wide = ethanol(PooledCalculator(made))
+    assert next(narrow.calc.model.parameters()).dtype == torch.float32
+    assert narrow.get_potential_energy() == pytest.approx(wide.get_potential_energy(), abs=1e-5)
+    np.testing.assert_allclose(narrow.get_forces(), wide.get_forces(), atol=1e-4)
+    assert made.std.dtype == torch.float64 and made.training
+    assert next(made.parameters()).requires_grad  # the model given is left alone
+
+
+def test_dropout_is_off():
+    options = CONFIG["pooling_options"] | {"dropout": 0.5}
+    calculator = PooledCalculator(model(pooling_options=options))
+    first, again = (ethanol(calculator).get_potential_energy() for _ in range(2))
+    assert first == again
+
+
+def test_optimiser_lowers_the_energy():
+    atoms = ethanol(PooledCalculator(model()))
+    before = atoms.get_potential_energy()
+    BFGS(atoms, logfile=None).run(fmax=0.05, steps=20)
+    assert atoms.get_potential_energy() < before - 0.01
+
+
+def test_single_atom_has_no_force():
+    atoms = ase.Atoms("C", [[0.0, 0.0, 0.0]])
+    atoms.calc = PooledCalculator(model())
+    assert np.isfinite(atoms.get_potential_energy())
+    np.testing.assert_array_equal(atoms.get_forces(), np.zeros((1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("atoms", "message"),
+    [
+        (ase.Atoms(), "at least one atom"),
+        (ase.Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], cell=[5, 5, 5], pbc=[0, 0, 1]), "periodic"),
+        (ase.Atoms("HF", [[0, 0, 0], [0, 0, 0.9]]), "got F"),
+        (ase.Atoms("H2", [[0, 0, 0], [0, 0, 0]]), "one place an atom"),
+        (ase.Atoms("H2", [[0, 0, 0], [0, 0, np.nan]]), "finite"),
+    ],
+)
+def test_refused_atoms(atoms, message):
+    atoms.calc = PooledCalculator(model(), elements=[1, 6, 8])
+    with pytest.raises(ValueError, match=message):
+        atoms.get_forces()
+    with pytest.raises(ValueError, match=message):
+        atoms.get_potential_energy()
+
+
+def test_unknown_element_without_a_list():
+    atoms = ase.Atoms("X", [[0, 0, 0]])
+    atoms.calc = PooledCalculator(model())
+    with pytest.raises(ValueError, match=r"H to Es.* got X"):
+        atoms.get_potential_energy()
+
+
+def test_refused_properties():
+    atoms = ethanol(PooledCalculator(model()))
+    with pytest.raises(PropertyNotImplementedError, match="not a sum over atoms"):
+        atoms.get_potential_energies()
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_stress()
+
+
+def test_refused_models(tmp_path):
+    with pytest.raises(ValueError, match="one target, the energy, got 2"):
+        PooledCalculator(model(targets=2))
+    with pytest.raises(ValueError, match="dtype must be float32 or float64"):
+        PooledCalculator(model(), dtype=torch.float16)
+    with pytest.raises(TypeError, match="got Linear"):
+        PooledCalculator(torch.nn.Linear(1, 1))
+    with pytest.raises(FileNotFoundError):
+        PooledCalculator(tmp_path / "none.ckpt")
