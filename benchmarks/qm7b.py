@@ -101,7 +101,8 @@ def train(network, molecules, split, columns, *, epochs, batch, lr, seed, each):
     """Trains with Adam on the L1 of standardised targets; the best weights and their epoch."""
     y = molecules.y[split.train][:, columns].double()
     mean, std = y.mean(0), y.std(0)
-    network.set_statistics(mean, std)
+    atoms = float(molecules.ptr.diff()[split.train].double().mean())
+    network.set_statistics(mean, std, atoms=atoms)
     optimiser = torch.optim.Adam(network.parameters(), lr)
     steps = -(-len(split.train) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
