@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import typing
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from ..nn.attention import positive
 from ..ragged import Ragged
-from .graph import checked_cutoff, edges, lengths
+from .basis import SphericalBasis
+from .graph import checked_cutoff, edges, lengths, triplets
 
 
 class Backbone(torch.nn.Module):
@@ -94,8 +96,8 @@ class SchNet(Backbone):
         super().__init__(hidden_channels, cutoff)
         net = _pyg("schnet").SchNet(
             hidden_channels, positive("num_filters", num_filters),
-            positive("num_interactions", num_interactions), at_least_two(num_gaussians),
-            self.cutoff, interaction_graph=_no_graph,
+            positive("num_interactions", num_interactions),
+            _at_least_two("num_gaussians", num_gaussians), self.cutoff, interaction_graph=_no_graph,
         )  # fmt: skip
         self.embedding, self.distance_expansion = net.embedding, net.distance_expansion
         self.interactions = net.interactions
@@ -109,11 +111,201 @@ class SchNet(Backbone):
         return x
 
 
-def at_least_two(num_gaussians: int) -> int:
-    """The distance of two Gaussians is their width: one has none."""
-    if positive("num_gaussians", num_gaussians) < 2:
-        raise ValueError(f"num_gaussians must be at least 2, got {num_gaussians}")
-    return num_gaussians
+class DimeNetPlusPlus(Backbone):
+    """PyG's DimeNet++: the sum of its output blocks, atom by atom (Gasteiger et al. 2020).
+
+    Options and defaults are those of the published model; those of Buterez et al. for QM7b are
+    hidden_channels=256, num_blocks=6, out_emb_channels=256, latent=50.
+
+    latent: width of the output blocks' last layer, and so of the rows: channels = latent. PyG
+        starts that layer at 0, so that at first all atoms are equal; here it starts as its others.
+    """
+
+    elements = 94
+
+    def __init__(
+        self,
+        hidden_channels: int = 128,
+        num_blocks: int = 4,
+        int_emb_size: int = 64,
+        basis_emb_size: int = 8,
+        out_emb_channels: int = 256,
+        latent: int = 50,
+        num_spherical: int = 7,
+        num_radial: int = 6,
+        cutoff: float = 5.0,
+        envelope_exponent: int = 5,
+        num_before_skip: int = 1,
+        num_after_skip: int = 2,
+        num_output_layers: int = 3,
+    ) -> None:
+        _positive(locals(), "hidden_channels num_blocks int_emb_size basis_emb_size")
+        _positive(locals(), "out_emb_channels num_output_layers num_before_skip num_after_skip")
+        super().__init__(latent, cutoff)
+        self._bases(hidden_channels, num_spherical, num_radial, envelope_exponent)
+        parts, act = _pyg("dimenet"), torch.nn.SiLU()
+        self.output_blocks = torch.nn.ModuleList(
+            parts.OutputPPBlock(
+                num_radial, hidden_channels, out_emb_channels, latent, num_output_layers, act,
+                "glorot_orthogonal",
+            )
+            for _ in range(num_blocks + 1)
+        )  # fmt: skip
+        self.interaction_blocks = torch.nn.ModuleList(
+            parts.InteractionPPBlock(
+                hidden_channels, int_emb_size, basis_emb_size, num_spherical, num_radial,
+                num_before_skip, num_after_skip, act,
+            )
+            for _ in range(num_blocks)
+        )  # fmt: skip
+
+    def _bases(self, hidden: int, num_spherical: int, num_radial: int, exponent: int) -> None:
+        _positive(locals(), "num_radial")
+        if positive("num_spherical", num_spherical) < 2:
+            raise ValueError(f"num_spherical must be at least 2, got {num_spherical}")
+        exponent = positive("envelope_exponent", exponent)
+        parts = _pyg("dimenet")
+        self.rbf = parts.BesselBasisLayer(num_radial, self.cutoff, exponent)
+        self.sbf = SphericalBasis(num_spherical, num_radial, parts.Envelope(exponent))
+        self.emb = parts.EmbeddingBlock(num_radial, hidden, torch.nn.SiLU())
+
+    def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
+        source, target = index
+        distance = lengths(vectors)
+        *_, idx_kj, idx_ji = triplets(index, len(z))
+        rbf = self.rbf(distance)
+        sbf = self.sbf(
+            distance / self.cutoff, self._cosine(vectors[idx_kj], vectors[idx_ji]), idx_kj
+        )
+        x = self.emb(z, rbf, target, source)
+        out = self.output_blocks[0](x, rbf, target, num_nodes=len(z))
+        for interaction, output in zip(self.interaction_blocks, self.output_blocks[1:]):
+            x = interaction(x, rbf, sbf, idx_kj, idx_ji)
+            out = out + output(x, rbf, target, num_nodes=len(z))
+        return out
+
+    def _cosine(self, kj: Tensor, ji: Tensor) -> Tensor:
+        """[T] of the angle between the edges k → j and j → i."""
+        return (kj * ji).sum(1) / (lengths(kj) * lengths(ji))
+
+
+class DimeNet(DimeNetPlusPlus):
+    """PyG's DimeNet: the sum of its output blocks, atom by atom (Gasteiger et al. 2020).
+
+    Options and defaults are those of the published model, ``latent`` as in DimeNet++.
+    """
+
+    def __init__(
+        self,
+        hidden_channels: int = 128,
+        num_blocks: int = 6,
+        num_bilinear: int = 8,
+        latent: int = 50,
+        num_spherical: int = 7,
+        num_radial: int = 6,
+        cutoff: float = 5.0,
+        envelope_exponent: int = 5,
+        num_before_skip: int = 1,
+        num_after_skip: int = 2,
+        num_output_layers: int = 3,
+    ) -> None:
+        _positive(locals(), "hidden_channels num_blocks num_bilinear")
+        _positive(locals(), "num_output_layers num_before_skip num_after_skip")
+        Backbone.__init__(self, latent, cutoff)
+        self._bases(hidden_channels, num_spherical, num_radial, envelope_exponent)
+        parts, act = _pyg("dimenet"), torch.nn.SiLU()
+        self.output_blocks = torch.nn.ModuleList(
+            parts.OutputBlock(
+                num_radial, hidden_channels, latent, num_output_layers, act, "glorot_orthogonal"
+            )
+            for _ in range(num_blocks + 1)
+        )
+        self.interaction_blocks = torch.nn.ModuleList(
+            parts.InteractionBlock(
+                hidden_channels, num_bilinear, num_spherical, num_radial, num_before_skip,
+                num_after_skip, act,
+            )
+            for _ in range(num_blocks)
+        )  # fmt: skip
+
+    def _cosine(self, kj: Tensor, ji: Tensor) -> Tensor:
+        """[T] of the angle at i between j and k: PyG's and the published DimeNet's convention."""
+        ki = kj + ji
+        return (ji * ki).sum(1) / (lengths(ji) * lengths(ki))
+
+
+class SchNetPackSchNet(Backbone):
+    """SchNetPack's SchNet with Gaussians and a cosine cutoff (Schütt et al. 2017).
+
+    Defaults are those of Buterez et al. for OE62. n_filters: default n_atom_basis.
+    channels = n_atom_basis.
+    """
+
+    def __init__(
+        self,
+        n_atom_basis: int = 128,
+        n_interactions: int = 6,
+        n_rbf: int = 64,
+        n_filters: int | None = None,
+        cutoff: float = 5.0,
+        shared_interactions: bool = False,
+    ) -> None:
+        super().__init__(n_atom_basis, cutoff)
+        if n_filters is not None:
+            positive("n_filters", n_filters)
+        self.net = _schnetpack("representation").SchNet(
+            n_atom_basis, positive("n_interactions", n_interactions), *self._radial(n_rbf),
+            n_filters, shared_interactions,
+        )  # fmt: skip
+
+    def _radial(self, n_rbf: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+        layers = _schnetpack("nn")
+        n_rbf = _at_least_two("n_rbf", n_rbf)
+        return layers.GaussianRBF(n_rbf, self.cutoff), layers.CosineCutoff(self.cutoff)
+
+    def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
+        given = {
+            "_atomic_numbers": z, "_Rij": vectors, "_idx_i": index[1], "_idx_j": index[0]
+        }  # fmt: skip
+        return self.net(given)["scalar_representation"]
+
+
+class PaiNN(SchNetPackSchNet):
+    """SchNetPack's PaiNN with Gaussians and a cosine cutoff (Schütt et al. 2021).
+
+    Defaults are SchNetPack's. The rows are the scalar representation; channels = n_atom_basis.
+    """
+
+    def __init__(
+        self,
+        n_atom_basis: int = 128,
+        n_interactions: int = 3,
+        n_rbf: int = 20,
+        cutoff: float = 5.0,
+        shared_interactions: bool = False,
+        shared_filters: bool = False,
+        epsilon: float = 1e-8,
+    ) -> None:
+        Backbone.__init__(self, n_atom_basis, cutoff)
+        if not epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {epsilon}")
+        self.net = _schnetpack("representation").PaiNN(
+            n_atom_basis, positive("n_interactions", n_interactions), *self._radial(n_rbf),
+            shared_interactions=shared_interactions, shared_filters=shared_filters,
+            epsilon=epsilon,
+        )  # fmt: skip
+
+
+def _positive(options: dict[str, Any], names: str) -> None:
+    for name in names.split():
+        positive(name, options[name])
+
+
+def _at_least_two(name: str, value: int) -> int:
+    """The width of Gaussians is the distance of two of them."""
+    if positive(name, value) < 2:
+        raise ValueError(f"{name} must be at least 2, got {value}")
+    return value
 
 
 def _no_graph(*_):
@@ -124,6 +316,28 @@ def _pyg(module: str) -> ModuleType:
     return _library(
         f"torch_geometric.nn.models.{module}", "torch_geometric", "pip install torch_geometric"
     )
+
+
+def _schnetpack(module: str) -> ModuleType:
+    """A module of SchNetPack.
+
+    Its versions up to 2.1.1 import the type variable ``T_co`` from torch's loader, where torch has
+    none from 2.13 on: it is there while they are imported.
+    """
+    loader = torch.utils.data.dataloader
+    missing = not hasattr(loader, "T_co")
+    if missing:
+        loader.T_co = typing.TypeVar("T_co", covariant=True)  # type: ignore[attr-defined]
+    try:
+        return _library(
+            f"schnetpack.{module}", "schnetpack",
+            "pip install h5py hydra-core hydra-colorlog fasteners dirsync torch-ema matscipy "
+            "tensorboardX && pip install --no-deps schnetpack (it asks for an old sympy that it "
+            "does not need)",
+        )  # fmt: skip
+    finally:
+        if missing:
+            del loader.T_co  # type: ignore[attr-defined]
 
 
 def _library(module: str, package: str, install: str) -> ModuleType:
@@ -137,7 +351,13 @@ def _library(module: str, package: str, install: str) -> ModuleType:
         raise ImportError(f"this backbone needs {package}: {install}") from error
 
 
-BACKBONES: dict[str, type[Backbone]] = {"schnet": SchNet}
+BACKBONES: dict[str, type[Backbone]] = {
+    "schnet": SchNet,
+    "schnetpack_schnet": SchNetPackSchNet,
+    "dimenet": DimeNet,
+    "dimenet++": DimeNetPlusPlus,
+    "painn": PaiNN,
+}
 
 
 def backbone(name: str, **options) -> Backbone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,6 +59,7 @@ POOLINGS: dict[str, Callable[..., torch.nn.Module]] = {
     "set_transformer": _set_transformer,
 }
 _PREDICTING = ("weighted", "orbital_weighted")  # their networks give the target themselves
+_OF_THE_MODEL = ("mean", "std", "out_features")  # so these are not theirs
 
 
 def pooling(name: str, channels: int, **options) -> torch.nn.Module:
@@ -121,7 +123,7 @@ class PooledModel(torch.nn.Module):
             "backbone": backbone.name,
             "backbone_options": _plain_values(backbone.options),
             "pooling": pooling if isinstance(pooling, str) else None,
-            "pooling_options": _plain_values(pooling_options or {}),
+            "pooling_options": _plain_values(_with_defaults(pooling, pooling_options or {})),
             "head": head,
             "targets": targets,
         }
@@ -157,7 +159,7 @@ class PooledModel(torch.nn.Module):
         if given in _PREDICTING:
             if self.acts_on == "atom":
                 raise ValueError(f"head must be 'molecule' with pooling {given!r}, got 'atom'")
-            for name in ("mean", "std", "out_features"):
+            for name in _OF_THE_MODEL:
                 if name in options:
                     raise ValueError(f"pooling_options must not have {name}: the model has it")
             options["out_features"] = self.targets
@@ -343,6 +345,17 @@ def buterez_head(width: int, targets: int) -> Perceptron:
         else:
             torch.nn.init.constant_(parameter, 0.01)
     return head
+
+
+def _with_defaults(name: str | torch.nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """With the defaults that the pooling's signature shows: they may change, a checkpoint not."""
+    if not isinstance(name, str) or name not in POOLINGS:
+        return dict(options)
+    shown = list(inspect.signature(POOLINGS[name]).parameters.values())[1:]  # less the channels
+    defaults = {x.name: x.default for x in shown if x.default is not x.empty}
+    if name in _PREDICTING:
+        defaults = {k: x for k, x in defaults.items() if k not in _OF_THE_MODEL}
+    return defaults | dict(options)
 
 
 def _plain_values(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""The two-dimensional basis of distances and angles in DimeNet and DimeNet++."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class SphericalBasis(torch.nn.Module):
+    r"""The two-dimensional basis of DimeNet, with the numbers of PyG's SphericalBasisLayer.
+
+    ::
+
+        b_ln(d, θ) = envelope(d) · N_ln j_l(z_ln d) · Y_l0(θ)      l < num_spherical, n < num_radial
+
+    z_ln: zeros of the spherical Bessel functions j_l; N_ln = (j_{l+1}(z_ln)² / 2)^(-1/2);
+    Y_l0 = sqrt((2l + 1) / 4π) P_l(cos θ). PyG derives 42 formulas with sympy each time a model is
+    made (seconds), which cannot be pickled, and evaluates them at θ = atan2(|a × b|, a·b), whose
+    gradient is NaN for atoms in a line. Here j_l and P_l come from their recurrences, and P_l is
+    a polynomial of the cosine, smooth everywhere.
+    """
+
+    zeros: Tensor  # [L, N]
+    norms: Tensor  # [L, N]
+
+    def __init__(self, num_spherical: int, num_radial: int, envelope: torch.nn.Module) -> None:
+        super().__init__()
+        from torch_geometric.nn.models.dimenet_utils import Jn, Jn_zeros
+
+        zeros = Jn_zeros(num_spherical, num_radial)
+        norms = [(0.5 * Jn(row, l + 1) ** 2) ** -0.5 for l, row in enumerate(zeros)]
+        self.envelope = envelope
+        for name, rows in (("zeros", zeros), ("norms", norms)):
+            rows = torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64)
+            self.register_buffer(name, rows.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, distance: Tensor, cosine: Tensor, idx_kj: Tensor) -> Tensor:
+        """[T, L·N] from distances [E] in units of the cutoff, cosines [T] and the edge of each."""
+        radial = self.envelope(distance)[:, None, None] * self.norms * self._bessel(distance)
+        return (radial[idx_kj] * self._legendre(cosine)[:, :, None]).flatten(1)
+
+    def _bessel(self, distance: Tensor) -> Tensor:
+        """[E, L, N]: j_l(z_ln d) by j_{l+1}(x) = (2l + 1) / x · j_l(x) - j_{l-1}(x)."""
+        rows = []
+        for l, zeros in enumerate(self.zeros):
+            x = distance[:, None] * zeros
+            below, this = x.cos() / x, x.sin() / x  # j_-1, j_0
+            for k in range(l):
+                below, this = this, (2 * k + 1) / x * this - below
+            rows.append(this)
+        return torch.stack(rows, 1)
+
+    def _legendre(self, x: Tensor) -> Tensor:
+        """[T, L]: sqrt((2l + 1) / 4π) P_l(x) by (l + 1) P_{l+1} = (2l + 1) x P_l - l P_{l-1}."""
+        rows = [torch.ones_like(x), x]
+        for l in range(1, len(self.zeros) - 1):
+            rows.append(((2 * l + 1) * x * rows[l] - l * rows[l - 1]) / (l + 1))
+        factors = [((2 * l + 1) / (4 * math.pi)) ** 0.5 for l in range(len(self.zeros))]
+        return torch.stack(rows, 1) * x.new_tensor(factors)
