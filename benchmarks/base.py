@@ -83,7 +83,7 @@ class Base:
             pickle.dump(message, self._process.stdin)
             self._process.stdin.flush()
         except OSError:
-            return "the worker of --base has died"
+            pass  # it has ended; _receive says how
         return self._receive()
 
     def _receive(self):

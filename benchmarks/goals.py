@@ -170,7 +170,7 @@ def _second(rows: list[Row]) -> list[tuple[str, str, str, bool]]:
             text, fine = tables.size(row.peak_bytes), row.peak_bytes <= 1e9
         else:
             text, fine = row.status, False
-        if row.status != "refused":
+        if row.status not in ("refused", "skipped"):
             found.append((name, "<= 1 GB", text, fine))
     return found
 

@@ -8,6 +8,7 @@ that exceeds the limits, crashes or hangs ends its child, not the benchmark.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -20,29 +21,41 @@ import torch
 
 from . import providers
 from .cases import Workload
+from .gate import Gate
 
 _TINY = (5, 3)
 
 
 @dataclass
 class Probe:
-    """How one call went. status: ok, oom, timeout, refused, error."""
+    """How one call went. status: ok, wrong, oom, timeout, refused, error.
+
+    check and error are those of the gate where the call was long; else empty.
+    """
 
     status: str
     reason: str = ""
     peak_bytes: int | None = None
     seconds: float = 0.0
+    check: str = ""
+    error: float | None = None
 
 
-def probe(work: Workload, what: str, name: str, threads: int, cap: int, limit_s: float) -> Probe:
-    """Runs the contender once in a child process on the CPU."""
+def probe(
+    work: Workload, what: str, name: str, threads: int, cap: int, limit_s: float,
+    long_s: float = math.inf,
+) -> Probe:  # fmt: skip
+    """Runs the contender once in a child process on the CPU.
+
+    A call of ``long_s`` seconds or more also goes through the gate there: it need not be repeated.
+    """
     # Freed blocks go back to the system at once, so that the mark counts what was in use.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.preload"])
     here, there = context.Pipe(duplex=False)
     child = context.Process(
-        target=_child, args=(there, work, what, name, threads, cap), daemon=True
+        target=_child, args=(there, work, what, name, threads, cap, long_s), daemon=True
     )
     begin = time.perf_counter()
     child.start()
@@ -82,11 +95,13 @@ def available() -> int:
     return 8 * 2**30
 
 
-def _child(pipe, work: Workload, what: str, name: str, threads: int, cap: int) -> None:
+def _child(
+    pipe, work: Workload, what: str, name: str, threads: int, cap: int, long_s: float
+) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' notices and last words
     torch.set_num_threads(threads)
     try:
-        pipe.send(_measured(work, what, name, cap))
+        pipe.send(_measured(work, what, name, cap, long_s))
     except BaseException as error:
         status, reason = classify(error)
         pipe.send(Probe(status, reason))
@@ -94,7 +109,7 @@ def _child(pipe, work: Workload, what: str, name: str, threads: int, cap: int) -
     os._exit(0)
 
 
-def _measured(work: Workload, what: str, name: str, cap: int) -> Probe:
+def _measured(work: Workload, what: str, name: str, cap: int, long_s: float) -> Probe:
     contender = providers.CONTENDERS[name]
     sizes = work.sizes[:1] if len(set(work.sizes)) == 1 else _TINY
     warm = replace(work, sizes=tuple(min(n, 8) for n in sizes)).make("cpu")
@@ -103,21 +118,27 @@ def _measured(work: Workload, what: str, name: str, cap: int) -> Probe:
     batch = work.make("cpu")
     batch.prepare(what)
     call = contender.prepare(batch)
+    free = resource.getrlimit(resource.RLIMIT_DATA)
     _limit(cap)
     before = _reset()
     begin = time.perf_counter()
     found = batch.run(call, what)
     seconds = time.perf_counter() - begin
     after = _mark()
-    del found
     peak = None if before is None or after is None else max(0, after - before)
-    return Probe("ok", "", peak, seconds)
+    if seconds < long_s:
+        return Probe("ok", "", peak, seconds)
+    resource.setrlimit(resource.RLIMIT_DATA, free)
+    gate = Gate(batch, what)
+    error, wrong = gate.error(found)
+    return Probe("wrong" if wrong else "ok", wrong, peak, seconds, gate.check, error)
 
 
 def _limit(cap: int) -> None:
     """Lets an allocation fail beyond ``cap`` more bytes, before the machine swaps or dies."""
     used = _status("VmData:") or 0
-    resource.setrlimit(resource.RLIMIT_DATA, (used + cap, used + cap))
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (used + cap, hard))
 
 
 def _reset() -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import tables
-from .sheet import Row
+from .sheet import BenchmarkError, Row
 
 # One colour and marker a contender in every figure; ours are dark and thick.
 STYLE = {
@@ -48,7 +48,9 @@ def draw(rows: list[Row], stem: Path, title: str) -> list[Path]:
     batches = [r for r in rows if r.family in ("molecules", "mixed", "long")]
     made += _save(_batches(batches, title, "batches of molecules"), stem, "molecules")
     pooling = [r for r in rows if r.family == "seeds"]
-    made += _save(_batches(pooling, title, "seed pooling"), stem, "seeds")
+    many = len({r.seeds for r in pooling}) > 3
+    drawn = _pooling(pooling, title) if many else _batches(pooling, title, "seed pooling")
+    made += _save(drawn, stem, "seeds")
     modules = [r for r in rows if r.family == "modules"]
     made += _save(_batches(modules, title, "pooling module"), stem, "modules")
     return made
@@ -63,7 +65,11 @@ def _save(figure, stem: Path, name: str) -> list[Path]:
     for kind in ("png", "svg"):
         path = stem.with_name(f"{stem.name}-{name}.{kind}")
         options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 130}
-        figure.savefig(path, bbox_inches="tight", **options)
+        try:
+            figure.savefig(path, bbox_inches="tight", **options)
+        except OSError as error:
+            path.unlink(missing_ok=True)  # a part of a figure is none
+            raise BenchmarkError(f"cannot write {path}: {error.strerror}") from error
         made.append(path)
     plt.close(figure)
     return made
@@ -152,6 +158,54 @@ def _end(time_axis, memory_axis, group: list[Row], last: Row, colour: str) -> No
             words[row.status], (last.x, last.p50_ms), color=colour, fontsize=7,
             xytext=(4, 4), textcoords="offset points",
         )  # fmt: skip
+
+
+def _pooling(rows: list[Row], title: str):
+    """Time against the number of seeds: one row of panels a pass, one column a batch."""
+    rows = [r for r in rows if r.ok and not r.contender.startswith("base:")]
+    columns = tables.grouped(rows, "molecules", "atoms")
+    passes = [what for what in PASS if any(r.what == what for r in rows)]
+    if not rows:
+        return None
+    import matplotlib.pyplot as plt
+
+    size = 4.0 * len(columns), 0.6 + 3.0 * len(passes)
+    figure, axes = plt.subplots(len(passes), len(columns), figsize=size, squeeze=False)
+    handles: dict[str, object] = {}
+    for column, group in enumerate(columns.values()):
+        for i, what in enumerate(passes):
+            axis, own = axes[i][column], [r for r in group if r.what == what]
+            if not own:
+                axis.axis("off")
+                continue
+            for (name,), points in tables.grouped(own, "contender").items():
+                points.sort(key=lambda r: r.seeds)
+                look = _look(name, points)
+                xs, ys = [r.seeds for r in points], [r.p50_ms for r in points]
+                handles.setdefault(look["label"], axis.plot(xs, ys, **look)[0])
+            limit = sorted({(r.seeds, r.limit_ms) for r in own if r.limit_ms})
+            style = {"color": "#555555", "linestyle": (0, (4, 3)), "linewidth": 1}
+            (line,) = axis.plot([x for x, _ in limit], [y for _, y in limit], **style)
+            handles.setdefault("limit of this machine", line)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axis.grid(True, which="major", color="#e4e4e4", linewidth=0.7)
+            axis.spines[["top", "right"]].set_visible(False)
+            batch = own[0].workload.split(f" {own[0].heads}x")[0]
+            axis.set_title(f"{batch}, {PASS[what]}", fontsize=9)
+            axis.set_xlabel("seeds")
+        axes[0][0].set_ylabel("milliseconds (median)")
+    first = rows[0]
+    figure.suptitle(
+        f"seed pooling, {first.heads} x {first.dim}, {first.dtype}\n{title}", fontsize=10
+    )
+    figure.legend(
+        handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.01),
+        ncol=min(4, len(handles)), frameon=False,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.01, 1, 1))
+    return figure
 
 
 def _batches(rows: list[Row], title: str, what: str):

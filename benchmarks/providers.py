@@ -93,13 +93,18 @@ def _flash_kernel(work: Workload, device: str) -> str:
 
 def _loop_kernel(work: Workload, device: str) -> str:
     n = work.sizes[0]
+    return f"torch {torch.__version__}: scaled_dot_product_attention ({_chosen(work, device, n)})"
+
+
+def _chosen(work: Workload, device: str, n: int, masked: bool = False) -> str:
+    """Which kernel torch's scaled_dot_product_attention takes for molecules of n atoms."""
     x = torch.zeros(1, work.heads, n, work.dim, dtype=work.dtype, device=device)
     q = x if work.seeds is None else x[:, :, :1].expand(-1, -1, work.seeds, -1)
+    mask = torch.ones(1, 1, 1, n, dtype=torch.bool, device=device) if masked else None
     try:
-        chosen = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, x, x)).name
+        return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, x, x, mask)).name
     except (AttributeError, RuntimeError, ValueError):
-        chosen = "its choice"
-    return f"torch {torch.__version__}: scaled_dot_product_attention ({chosen})"
+        return "its choice"
 
 
 def _nested_kernel(work: Workload, device: str) -> str:
@@ -127,19 +132,30 @@ def _ours(name: str) -> Contender:
         return lambda q, k, v: attend(q, k, v, molecules, backend=name)
 
     def kernel(work: Workload, device: str) -> str:
-        return f"attnpool_kernels {attnpool_kernels.__version__} {name}{_details(name)}"
+        version = attnpool_kernels.__version__
+        return f"attnpool_kernels {version} {name} ({_details(name, work, device)})"
 
     native = attnpool_kernels.backends.load(name).KIND == "kernel"
     return Contender(f"attnpool:{name}", f"attnpool {name}", prepare, why_not, kernel, ours=native)
 
 
-def _details(name: str) -> str:
-    """What is behind one of our backends: the vector width, or the library it adapts."""
+def _details(name: str, work: Workload, device: str) -> str:
+    """What is behind one of our backends: compiler and vector width, or the library it adapts."""
+    module = attnpool_kernels.backends.load(name)
     if name in ("cpu", "cuda"):
-        info = getattr(torch.ops.attnpool_c, "build_info", None)
-        return f" ({info()})" if name == "cpu" and info is not None else ""
-    package = {"triton": "triton", "xformers": "xformers", "flash_attn": "flash_attn"}.get(name)
-    return f" ({package} {version(package)})" if package else f" (torch {torch.__version__})"
+        missing = module.load()  # build_info is there once the library is
+        return (missing and "not loaded") or torch.ops.attnpool_c.build_info()
+    if name == "flash_attn":
+        capability = torch.cuda.get_device_capability() if device == "cuda" else None
+        major = module.load(capability, work.dim)[0]
+        packages = {2: "flash_attn", 3: "flash_attn_3", 4: "flash_attn_4"}
+        return f"flash_attn {version(packages[major]) or major}" if major else "not installed"
+    if name in ("triton", "xformers"):
+        return f"{name} {version(name) or 'not installed'}"
+    if name == "sdpa":
+        chosen = _chosen(work, device, max(work.sizes), masked=True)
+        return f"torch {torch.__version__}: scaled_dot_product_attention, {chosen}"
+    return f"torch {torch.__version__}"
 
 
 def version(package: str) -> str:

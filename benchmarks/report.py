@@ -1,22 +1,38 @@
 """One self-contained HTML page from result files: ``python -m benchmarks.report [CSV ...]``.
 
-Figures are embedded as SVG, nothing is loaded from anywhere. Without arguments the page shows what
-is committed under ``benchmarks/results``.
+Figures are embedded, nothing is loaded from anywhere. Without arguments the page shows what is
+committed under ``benchmarks/results``. Files of the sweep have the columns of ``sheet.Row``; a
+file with other columns (accuracies) is shown as the table that it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import html
+import json
+import statistics
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from . import goals, plot, sheet, tables
+from . import goals, plot, sheet, summary, tables
 from .sheet import BenchmarkError, Row
 
 HERE = Path(__file__).resolve().parent
+TITLES = {  # in this order
+    "paper": "The scaling study: time and memory against atoms",
+    "molecules": "Batches of molecules, and the performance goals",
+    "quick": "Every contender, at a few sizes",
+    "seeds": "Seed pooling",
+    "modules": "The whole pooling module beside PyG's",
+    "training": "A training step of a whole model",
+    "forces": "Training on forces",
+    "qm7b": "QM7b: test error by pooling",
+}
+CURVES = "-curves"  # files of learning curves are drawn, not tabulated
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c2128; --soft: #59636e; --line: #d8dee4; --ours: #eef6ee; }
@@ -27,7 +43,9 @@ h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; border-top: 2px solid var(--ink
      padding-top: .8rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 p, ul { max-width: 72ch; }
-nav a { margin-right: 1rem; }
+nav ul { columns: 2; }
+.warn { background: #fff4d6; border-left: 4px solid #c98a00; padding: .4rem .8rem; }
+code { font-size: .9em; }
 a { color: #0b57a4; }
 .soft { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; margin: .3rem 0 1rem; }
@@ -60,20 +78,61 @@ derivative" contains both: it is a step of training on forces.</li>
 on a CPU (exact to about half a megabyte, "-" below that), torch's allocator on CUDA.</li>
 <li><b>Limit.</b> The larger of (flops / rate of a matrix product) and (bytes / rate of a copy),
 both rates measured in the same run. A small batch that stays in a cache can be below it.</li>
-<li><b>Exponents.</b> "time ~ n^p" is fitted over the sizes from 512 atoms on. The naive way has 2
-and 2; a flash kernel 2 and 1.</li>
+<li><b>Exponents.</b> "time ~ n^p" is fitted over the sizes from 512 atoms on. In theory the naive
+way has 2 and 2, a flash kernel 2 and 1. A fit above that is a matrix that outgrows the caches, one
+below a part that does not grow.</li>
 <li><b>Words instead of a number</b> are results too: refused (it says why), out of memory (oom),
-timeout, wrong, skipped (a smaller size had already failed).</li>
+timeout, wrong, skipped (a smaller size had already failed, or the time for the suite was
+over).</li>
 </ul>
 """
 
 
+@dataclass
+class Results:
+    """One file: rows of the sweep, or the cells of a table with other columns."""
+
+    path: Path
+    rows: list[Row]
+    runs: list[dict]
+    head: list[str]
+    cells: list[list[str]]
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.path.stem, self.path.stem)
+
+
+def load(path: Path) -> Results:
+    """Raises BenchmarkError for a file that is damaged or cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []  # sheet.read says why
+    plain = [line for line in lines if line and not line.startswith("#")]
+    head = next(csv.reader(plain[:1]), [])
+    if not head or set(head) & {"workload", "contender", "p50_ms"}:
+        return Results(path, *sheet.read(path), [], [])
+    cells = list(csv.reader(plain[1:]))
+    for number, line in enumerate(cells, 1):
+        if len(line) != len(head):
+            raise BenchmarkError(f"{path}, row {number}: {len(line)} fields, expected {len(head)}")
+    comments = [x.removeprefix(sheet.COMMENT) for x in lines if x.startswith(sheet.COMMENT)]
+    try:
+        runs = [json.loads(x) for x in comments]
+    except json.JSONDecodeError:
+        raise BenchmarkError(f"{path}: provenance that is not JSON") from None
+    return Results(path, [], runs, head, cells)
+
+
 def page(paths: list[Path]) -> str:
     """The whole page. Raises BenchmarkError for a file that cannot be read."""
-    loaded = [(path, *sheet.read(path)) for path in paths]
-    loaded.sort(key=lambda x: ["molecules", "quick", x[0].stem].index(x[0].stem))
-    names = [_name(path, runs) for path, _, runs in loaded]
-    links = "".join(f'<a href="#f{i}">{_text(name)}</a>' for i, name in enumerate(names))
+    order = list(TITLES)
+    loaded = [load(path) for path in paths if not path.stem.endswith(CURVES)]
+    known = [x for x in loaded if x.path.stem in order]
+    known.sort(key=lambda x: (order.index(x.path.stem), str(x.path)))
+    loaded = known + [x for x in loaded if x.path.stem not in order]
+    links = "".join(f'<li><a href="#f{i}">{_text(x.title)}</a>' for i, x in enumerate(loaded))
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
@@ -81,15 +140,18 @@ def page(paths: list[Path]) -> str:
         "<h1>attnpool_kernels: time and memory of set attention</h1>",
         "<p class=soft>Exact attention over the atoms of each molecule in a concatenated batch, "
         "against what else can be called from Python today.</p>",
-        f"<nav>{links}</nav>",
-        f"<h2>How to read this page</h2>{HOW}",
     ]
-    if not any(_on_gpu(runs) for _, _, runs in loaded):
-        parts.append("<p><b>Nothing on this page was measured on a GPU.</b></p>")
-    for i, ((_, rows, runs), name) in enumerate(zip(loaded, names)):
-        parts.append(f'<h2 id="f{i}">{_text(name)}</h2>')
-        parts.append(_provenance(runs))
-        parts += _section(rows, runs)
+    if not any(_on_gpu(x.runs) for x in loaded):
+        parts.append("<p class=warn>Nothing on this page was measured on a GPU.</p>")
+    lines = summary.lines([(x.path.stem, x.rows) for x in loaded])
+    if lines:
+        items = "".join(f"<li>{_text(line)}" for line in lines)
+        parts.append(f"<h2>In short</h2><ul>{items}</ul>")
+    parts += [f"<nav><ul>{links}</ul></nav>", f"<h2>How to read this page</h2>{HOW}"]
+    for i, result in enumerate(loaded):
+        parts.append(f'<h2 id="f{i}">{_text(result.title)}</h2>')
+        parts.append(_provenance(result))
+        parts += _section(result) if result.rows else _foreign(result)
     return "\n".join([*parts, "</body></html>"])
 
 
@@ -97,12 +159,8 @@ def _on_gpu(runs: list[dict]) -> bool:
     return any(run.get("options", {}).get("device") == "cuda" for run in runs)
 
 
-def _name(path: Path, runs: list[dict]) -> str:
-    device = runs[-1].get("device", "unknown device") if runs else "unknown device"
-    return f"{path.stem}, {device}"
-
-
-def _section(rows: list[Row], runs: list[dict]) -> list[str]:
+def _section(result: Results) -> list[str]:
+    rows, runs = result.rows, result.runs
     parts = []
     judged = goals.judge(rows) if any(r.suite == "molecules" for r in rows) else []
     if judged:
@@ -118,12 +176,97 @@ def _section(rows: list[Row], runs: list[dict]) -> list[str]:
                     f'<figure><img alt="{label}: time and memory of all contenders" '
                     f'src="data:image/svg+xml;base64,{data}"></figure>'
                 )
+    parts.append(_exponents(rows))
     for family in ("scaling", "constant"):
         parts += _scaling(rows, family)
     parts += _batches(rows)
+    parts += _others(rows)
     parts.append(_refusals(rows))
     parts.append(_kernels(rows))
     return [part for part in parts if part]
+
+
+def _exponents(rows: list[Row]) -> str:
+    """Fitted exponents of every contender and pass beside each other."""
+    chosen = [r for r in rows if r.family == "scaling"]
+    passes = [what for what in plot.PASS if any(r.what == what for r in chosen)]
+    lines = []
+    for (name, dtype), own in tables.grouped(chosen, "contender", "dtype").items():
+        cells = []
+        for what in passes:
+            powers = tables.exponents([r for r in own if r.what == what])
+            cells += [f"{x:.2f}" if x is not None else "-" for x in powers]
+        if any(cell != "-" for cell in cells):
+            lines.append(f"<tr{_ours(own)}>{_cells(name, dtype, *cells)}</tr>")
+    if not lines:
+        return ""
+    head = [f"{plot.PASS[what]}: {kind} ~ n^" for what in passes for kind in ("time", "memory")]
+    return "<h3>Fitted exponents, one molecule, from 512 atoms on</h3>" + _table(
+        ["contender", "dtype", *head], lines
+    )
+
+
+def _others(rows: list[Row]) -> list[str]:
+    """Families without a layout of their own: one line a measurement."""
+    known = ("scaling", "constant", "molecules", "mixed", "long", "seeds", "modules", "overhead")
+    parts = []
+    for (workload, what), group in tables.grouped(
+        [r for r in rows if r.family not in known], "workload", "what"
+    ).items():
+        lines = []
+        for row in group:
+            cells = ["" if x is None else tables.milliseconds(x)
+                     for x in (row.p50_ms, row.p20_ms, row.p80_ms)]  # fmt: skip
+            rate = "" if row.p50_ms is None else f"{1e3 * row.molecules / row.p50_ms:.3g}"
+            peak = "" if row.peak_bytes is None else tables.size(row.peak_bytes)
+            note = "" if row.ok else f"{row.status}: {row.reason}"
+            lines.append(
+                f"<tr{_ours([row])}>{_cells(row.contender, *cells, rate, peak, note)}</tr>"
+            )
+        head = ["contender", "ms, median", "p20", "p80", "molecules/s", "peak bytes", ""]
+        parts.append(f"<h3>{_text(workload)}, {_text(what)}</h3>" + _table(head, lines))
+    return parts
+
+
+def _foreign(result: Results) -> list[str]:
+    """A table of other columns; test errors become one line a model, mean over the splits."""
+    parts = []
+    picture = result.path.with_suffix(".png")
+    if picture.exists():
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(
+            f'<figure><img alt="{_text(result.title)}" src="data:image/png;base64,{data}"></figure>'
+        )
+    rows = [dict(zip(result.head, line)) for line in result.cells]
+    if {"backbone", "pooling", "target", "test_mae", "constant_mae"} <= set(result.head):
+        parts.append(_errors(rows))
+    else:
+        parts.append(_table(result.head, [f"<tr>{_cells(*line)}</tr>" for line in result.cells]))
+    return parts
+
+
+def _errors(rows: list[dict[str, str]]) -> str:
+    targets = {r["target"]: r.get("unit", "") for r in rows}
+    models = dict.fromkeys((r["backbone"], r["pooling"]) for r in rows)
+
+    def cells(chosen: list[dict[str, str]], column: str) -> list[str]:
+        found = []
+        for target in targets:
+            own = [float(r[column]) for r in chosen if r["target"] == target and r[column]]
+            found.append(f"{statistics.fmean(own):.4g}" if own else "")
+        return found
+
+    lines = []
+    for model in models:
+        own = [r for r in rows if (r["backbone"], r["pooling"]) == model]
+        splits = len({r.get("split") for r in own})
+        kind = " class=ours" if model[1] == "abp" else ""
+        lines.append(f"<tr{kind}>{_cells(*model, str(splits), *cells(own, 'test_mae'))}</tr>")
+    lines.append(
+        f"<tr>{_cells('mean of the training set', '', '', *cells(rows, 'constant_mae'))}</tr>"
+    )
+    head = ["backbone", "pooling", "splits", *[f"{t}, {unit}" for t, unit in targets.items()]]
+    return "<p class=soft>Mean absolute test error, mean over the splits</p>" + _table(head, lines)
 
 
 def _goals(judged: list[tuple[str, str, str, bool]]) -> str:
@@ -175,6 +318,8 @@ def _batches(rows: list[Row]) -> list[str]:
             continue
         lines = []
         for (key, what), group in tables.grouped(chosen, "workload", "what").items():
+            if not any(r.ok for r in group):
+                continue
             mine, other = tables.fastest(group, True), tables.fastest(group, False)
             speed = f"{other.p50_ms / mine.p50_ms:.2f}" if mine and other else "-"
             over = f"{mine.ratio:.2f}" if mine and mine.ratio else "-"
@@ -216,9 +361,9 @@ def _kernels(rows: list[Row]) -> str:
     return f"<details><summary>Which kernel of which version ran</summary>{table}</details>"
 
 
-def _provenance(runs: list[dict]) -> str:
-    lines = []
-    for run in runs:
+def _provenance(result: Results) -> str:
+    lines = [f"<p class=soft>Data: <code>{_text('/'.join(result.path.parts[-2:]))}</code></p>"]
+    for run in result.runs:
         versions = ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items())
         rates = run.get("rates", {})
         matmul = ", ".join(f"{k} {v:g}" for k, v in rates.get("matmul_gflops", {}).items())
@@ -227,10 +372,11 @@ def _provenance(runs: list[dict]) -> str:
             f"{run.get('threads', '?')} threads of {run.get('cores', '?')} cores; "
             f"{_text(run.get('system', ''))}; {_text(versions)}; attnpool_kernels "
             f"{_text(run.get('attnpool_kernels', ''))} "
-            f"at {_text(run.get('commit') or 'no commit')}. "
-            f"Measured in the run: matrix product {_text(matmul)} GFLOP/s, copy "
-            f"{rates.get('copy_gbs', 0):g} GB/s.</p>"
-        )
+            f"at {_text(run.get('commit') or 'no commit')}."
+            + (f" Measured in the run: matrix product {_text(matmul)} GFLOP/s, copy "
+               f"{rates['copy_gbs']:g} GB/s." if "copy_gbs" in rates else "")
+            + "</p>"
+        )  # fmt: skip
     return "".join(lines)
 
 
@@ -276,7 +422,12 @@ def main(arguments: list[str] | None = None) -> int:
         text = page(paths)
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(text, encoding="utf-8")
+            part = options.output.with_suffix(".part")
+            try:
+                part.write_text(text, encoding="utf-8")
+                part.replace(options.output)
+            finally:
+                part.unlink(missing_ok=True)
         except OSError as error:
             raise BenchmarkError(f"cannot write {options.output}: {error.strerror}") from error
     except BenchmarkError as error:

@@ -18,7 +18,10 @@ from .sheet import BenchmarkError
 from .sweep import Limits, Sweep
 
 HERE = Path(__file__).resolve().parent
-MINUTES = {"quick": 4.5}  # of the sweep; what is left of quick's five minutes is for the rest
+# Of the sweep; suites put the most telling points first, and the rest becomes "skipped".
+MINUTES = {"quick": 4.5, "paper": 8.0, "molecules": 8.0, "seeds": 8.0, "modules": 8.0}
+# Timed seconds per contender, workload and pass; longest single call in seconds.
+BUDGET = {"quick": (0.12, 4.0), "paper": (0.15, 10.0), "seeds": (0.2, 10.0), "modules": (0.3, 25.0)}
 
 DESCRIPTION = """\
 Time and peak memory of set attention against the number of atoms.
@@ -32,6 +35,7 @@ EPILOG = """\
 examples:
   python -m benchmarks.run                              the quick suite on the CPU, < 5 minutes
   python -m benchmarks.run --suite molecules            real sizes, table of performance goals
+  python -m benchmarks.run --suite paper --minutes inf  the whole scaling study, 8 to 100,000 atoms
   python -m benchmarks.run --device cuda --minutes 6    any CUDA machine, no network needed
   python -m benchmarks.run --tiny                       everything once at toy sizes, < 1 minute
   python -m benchmarks.run --contenders attnpool:cpu,flash --suite seeds
@@ -73,19 +77,20 @@ def parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         metavar="M",
-        help="skip points that would start later than this (quick: 4.5)",
+        help="skip points that would start later than this (default: 8, quick 4.5; inf: all)",
     )
     p.add_argument(
         "--budget",
         type=float,
         metavar="S",
-        help="timed seconds per contender, workload and pass (default: 0.3; quick 0.12)",
+        help="timed seconds per contender, workload and pass (default: 0.12 to 0.3 by suite)",
     )
     p.add_argument(
         "--call",
         type=float,
         metavar="S",
-        help="longest single call before it is a timeout (default: 10; quick 4)",
+        help="longest single call before it is a timeout (default: 10; quick 4, modules 25); "
+        "6 times that for one molecule of 100,000 atoms",
     )
     p.add_argument(
         "--memory",
@@ -209,15 +214,15 @@ def _path(options: argparse.Namespace) -> Path:
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    quick = options.suite == "quick"
-    budget, call, fewest = (0.12, 4.0, 5) if quick else (0.3, 10.0, 5)
+    budget, call = BUDGET.get(options.suite, (0.3, 10.0))
+    fewest = 5
     if options.tiny:
         budget, call, fewest = 0.005, 4.0, 2
     return Limits(
         budget_s=options.budget or budget,
         call_s=options.call or call,
         cap_bytes=int((options.memory or 0) * 1e9),
-        minutes=options.minutes or MINUTES.get(options.suite, float("inf")),
+        minutes=options.minutes or MINUTES[options.suite],
         fewest=fewest,
     )
 

@@ -20,7 +20,7 @@ from . import memory, providers
 from .base import Base
 from .cases import Batch, Workload
 from .gate import Gate, shortened
-from .measure import Rates, Timing, interleave, once, peak_cuda, sampler
+from .measure import Rates, Sampler, Timing, interleave, once, peak_cuda, sampler
 from .providers import Contender
 from .sheet import BenchmarkError, Row, Sheet
 
@@ -36,6 +36,7 @@ class Limits:
     cap_bytes: int = 0  # memory over the inputs; 0: what the machine has
     minutes: float = math.inf  # for all of it
     fewest: int = 5  # samples
+    long_s: float = 4.0  # seconds from which the one call in the child is the measurement (CPU)
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Sweep:
     limits: Limits
     contenders: list[str] | None = None
     base: Base | None = None
-    blocked: dict[tuple, str] = field(default_factory=dict)
+    blocked: dict[tuple, tuple[int, str]] = field(default_factory=dict)
     trusted: dict[tuple, str] = field(default_factory=dict)
 
     def run(self, workloads: Iterable[Workload]) -> None:
@@ -66,9 +67,14 @@ class Sweep:
         progress.end()
 
     def _cost(self, work: Workload, what: str) -> float:
-        flops = work.work(what)[0]
-        names = len(providers.for_workload(work, self.contenders))
-        return names * (self.limits.budget_s + 0.1 + min(self.limits.call_s, flops / 1e11) * 3)
+        """Seconds that a point takes, roughly: for the progress bar."""
+        limits, able = self.limits, providers.for_workload(work, self.contenders)
+        able = [c for c in able if not c.why_not(work, what, self.device)]
+        call = min(
+            limits.call_s * work.patience, 4 * self.rates.limit(*work.work(what), work.dtype)
+        )
+        calls = 1 if call > limits.long_s else 4
+        return 0.1 + len(able) * (limits.budget_s + 0.5 + calls * call)
 
     def _point(self, work: Workload, what: str, done: set, late: bool) -> None:
         rows: dict[str, Row] = {}
@@ -93,12 +99,13 @@ class Sweep:
             self.sheet.add(row)
         if not pending:
             return
+        samplers: dict[str, Sampler] = {}
+        timings: dict[str, Timing] = {}
         if self.device == "cpu":
-            pending = [c for c in pending if self._probe(work, what, rows[c.name])]
+            pending = [c for c in pending if self._probe(work, what, c, rows[c.name], timings)]
         batch = work.make(self.device)
         batch.prepare(what)
         gate = Gate(batch, what)
-        samplers, timings = {}, {}
         for contender in pending:
             made = self._admit(batch, what, contender, gate, rows[contender.name])
             if made is not None:
@@ -115,7 +122,7 @@ class Sweep:
                 else:
                     samplers[row.contender] = sample
                 rows[row.contender] = row
-        slow = {n for n, timing in timings.items() if timing.samples}  # one call was long enough
+        slow = {n for n in samplers if n in timings and timings[n].samples}  # one call may do
         quick = {n: s for n, s in samplers.items() if n not in slow}
         timings |= interleave(quick, self.limits.budget_s, self.limits.fewest)
         few = {n: samplers[n] for n in slow if timings[n].samples[0] < 5.0}
@@ -129,20 +136,34 @@ class Sweep:
         del samplers, batch, gate
         gc.collect()
 
-    def _probe(self, work: Workload, what: str, row: Row) -> bool:
+    def _probe(
+        self, work: Workload, what: str, contender: Contender, row: Row, timings: dict[str, Timing]
+    ) -> bool:
+        """Memory and first call in a child; True where the time is to be taken in this process.
+
+        A call of many seconds is checked and timed in the child, once.
+        """
         limits = self.limits
         cap = limits.cap_bytes or memory.available()
         threads = torch.get_num_threads()
-        longest = limits.call_s * (1 if work.rivals else 6)
+        longest = limits.call_s * work.patience
         limit_s = 1.5 * longest + 5
-        found = memory.probe(work, what, row.contender, threads, cap, limit_s)
+        found = memory.probe(work, what, row.contender, threads, cap, limit_s, limits.long_s)
         row.status, row.reason, row.peak_bytes = found.status, found.reason, found.peak_bytes
+        row.error, row.check = found.error, found.check
         if found.status == "ok" and found.seconds > longest:
             row.status = "timeout"
             row.reason = f"{found.seconds:.1f} s for one call, limit {longest:g} s"
         if row.status in ("oom", "timeout"):
             self._block(row, work.x)
-        return row.status == "ok"
+        if row.status != "ok" or not found.check:
+            return row.status == "ok"
+        if found.check != "all" and what == "double_backward":
+            wrong = self._short(work, what, contender)
+            row.check += ", short all"
+            row.status, row.reason = ("wrong", wrong) if wrong else ("ok", "")
+        timings[row.contender] = Timing([found.seconds])
+        return False
 
     def _admit(self, batch: Batch, what: str, contender: Contender, gate: Gate, row: Row):
         """Checks the numbers of the first call; its seconds and a sampler, or None."""
@@ -208,11 +229,12 @@ class Sweep:
     def _block(self, row: Row, x: int | None) -> None:
         axis = self._axis(row)
         if axis is not None and x is not None:
-            self.blocked.setdefault(axis, f"{row.status} at {x} atoms")
+            self.blocked.setdefault(axis, (x, f"{row.status} at {x} atoms"))
 
     def _blocking(self, row: Row) -> str | None:
-        axis = self._axis(row)
-        return None if axis is None else self.blocked.get(axis)
+        """Where it failed on the same axis: longer calls that are waited for count as well."""
+        x, reason = self.blocked.get(self._axis(row) or (), (math.inf, None))
+        return reason if row.x is not None and row.x >= x else None
 
     def _row(self, work: Workload, what: str, contender: Contender) -> Row:
         flops, size = work.work(what) if not work.module else (None, None)

@@ -17,6 +17,7 @@ from benchmarks import (
     goals,
     measure,
     memory,
+    plot,
     providers,
     report,
     run,
@@ -68,6 +69,18 @@ def test_every_suite_has_distinct_workloads():
         for tiny in (False, True):
             keys = [work.key for work in cases.suite(name, tiny=tiny)]
             assert len(keys) == len(set(keys)) > 0
+
+
+def test_study_of_the_paper():
+    """8 to 100,000 atoms, in rising order, before anything that a time limit may cut."""
+    study = [w for w in cases.suite("paper") if w.family == "scaling"]
+    sizes = [w.x for w in study]
+    assert cases.suite("paper")[: len(study)] == study
+    assert sizes == sorted(sizes) and sizes[0] == 8 and sizes[-1] == 100_000
+    names = {c.name for c in providers.for_workload(study[-1])}
+    assert {"naive", "memory_efficient", "flash", "attnpool:cpu", "attnpool:triton"} <= names
+    assert all(w.passes == PASSES for w in cases.suite("paper", "cuda") if w.family == "scaling")
+    assert run.MINUTES.keys() == cases.SUITES.keys()
 
 
 def test_work_of_a_known_batch():
@@ -175,6 +188,25 @@ def test_timeout_is_a_row(tmp_path):
     limits = Limits(budget_s=0.001, call_s=1e-6)
     rows = _sweep(tmp_path, limits, ["naive"], [work])
     assert rows[64, "naive"].status == "timeout"
+
+
+def test_order_does_not_matter_to_what_failed(tmp_path):
+    """A size that is waited for longer may fail before a smaller one has run."""
+    works = [
+        Workload(f"n={n}", "scaling", (n,), heads=4, dim=8, x=n, passes=("forward",))
+        for n in (2100, 16, 2200)
+    ]
+    limits = Limits(budget_s=0.001, cap_bytes=60_000_000, fewest=2)
+    rows = _sweep(tmp_path, limits, ["naive"], works)
+    assert [rows[n, "naive"].status for n in (2100, 16, 2200)] == ["oom", "ok", "skipped"]
+
+
+def test_long_call_runs_once(tmp_path):
+    work = Workload("n=64", "scaling", (64,), heads=2, dim=8, x=64)
+    limits = Limits(budget_s=0.001, long_s=0.0)
+    for row in _sweep(tmp_path, limits, ["naive"], [work]).values():
+        assert row.status == "ok" and row.samples == 1 and row.p50_ms > 0
+        assert row.check == "all" and row.error < 1e-5
 
 
 def test_wrong_contender_is_not_timed(tmp_path, monkeypatch):
@@ -340,6 +372,36 @@ def test_whole_run_resume_and_report(tmp_path, capsys):
     assert report.main([str(path), "--output", str(page)]) == 0
     text = page.read_text()
     assert text.count("<img") >= 3 and 'src="http' not in text and "torch" in text
+
+
+def test_report_of_accuracies_and_of_unknown_families(tmp_path, capsys):
+    columns = "backbone,pooling,split,target,unit,test_mae,constant_mae"
+    path = tmp_path / "qm7b.csv"
+    lines = [f"schnet,{p},{i},homo,eV,{x},0.5" for p, i, x in
+             (("sum", 0, 0.2), ("sum", 1, 0.4), ("abp", 0, 0.1))]  # fmt: skip
+    path.write_text("\n".join([columns, '# run {"device": "test"}', *lines]))
+    curves = tmp_path / "qm7b-curves.csv"
+    curves.write_text("backbone,epoch\nschnet,1\n")
+    other = sheet.Sheet(tmp_path / "training.csv")
+    other.start({"device": "test"})
+    other.add(replace(_rows()[0], family="training", what="force step", contender="padded"))
+    page = tmp_path / "x.html"
+    files = [str(x) for x in (path, curves, other.path)]
+    assert report.main([*files, "--output", str(page)]) == 0
+    text = page.read_text()
+    assert "<td>0.3</td>" in text and "<td>0.1</td>" in text and "<td>0.5</td>" in text
+    assert "padded" in text and "force step" in text and "epoch" not in text
+    path.write_text(columns + "\nschnet,sum\n")
+    assert report.main([*files, "--output", str(page)]) == 2
+    assert "row 1: 2 fields, expected 7" in capsys.readouterr().err
+    assert page.read_text() == text
+
+
+def test_figure_of_seeds(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [replace(row, family="seeds", seeds=s, x=s) for row in _rows() for s in (1, 2, 4, 8)]
+    made = plot.draw(rows, tmp_path / "x", "test")
+    assert [path.name for path in made] == ["x-seeds.png", "x-seeds.svg"]
 
 
 def _little_qm7b(folder):
