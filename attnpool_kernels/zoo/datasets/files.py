@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import os
 import tarfile
 import tempfile
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
@@ -143,7 +145,7 @@ class Folder:
         if self.cache:
             try:
                 with replacing(cache) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, allow_pickle=False, **arrays | {"key": key})
+                    np.savez(file, **arrays, key=key)  # type: ignore[arg-type]
             except OSError as error:
                 warnings.warn(f"{cache} was not written: {error}", stacklevel=3)
         return arrays
@@ -191,13 +193,25 @@ def fetch(download: Download, folder: Path) -> None:
         _receive(download.url, Path(name))
         try:
             _unpack(Path(name), download, folder)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
             raise ValueError(f"{download.url} gave a damaged archive: {error}") from error
     finally:
         Path(name).unlink(missing_ok=True)
 
 
 def _receive(url: str, path: Path) -> None:
+    try:
+        got, total = _copied(url, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"{url} could not be fetched: {error}; nothing was kept") from error
+    if total is not None and got != total:
+        raise OSError(f"{url} was cut off: {got} of {total} bytes; nothing was kept, try again")
+    if got == 0:
+        raise OSError(f"{url} gave an empty file; nothing was kept")
+
+
+def _copied(url: str, path: Path) -> tuple[int, int | None]:
+    """Bytes received and announced."""
     with urllib.request.urlopen(url) as response, open(path, "wb") as file:
         length = response.headers.get("Content-Length")
         total = None if length is None else int(length)
@@ -205,11 +219,7 @@ def _receive(url: str, path: Path) -> None:
             while block := response.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
-        got = file.tell()
-    if total is not None and got != total:
-        raise OSError(f"{url} was cut off: {got} of {total} bytes; nothing was kept, try again")
-    if got == 0:
-        raise OSError(f"{url} gave an empty file; nothing was kept")
+        return file.tell(), total
 
 
 def _unpack(archive: Path, download: Download, folder: Path) -> None:
