@@ -3,20 +3,24 @@
 The libraries know no shared queries, no rows of nobody, few widths, and have a history of bugs with
 empty sequences. So they get only molecules that have queries and keys, packed without gaps, and
 everything else is 0 with gradient exactly 0 by construction, whatever a library leaves unwritten.
-``pack`` reads sizes on the host: one synchronisation a call.
+``pack`` reads sizes on the host: one synchronisation a call, or one for all layers that share a
+``Ragged`` on the device of the rows. Under ``torch.compile`` an adapter breaks the graph and runs
+as it does without; ``fullgraph=True`` raises.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module, util
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from . import autograd, ragged
 
 if TYPE_CHECKING:
     from .dispatch import Problem
@@ -69,8 +73,30 @@ def reasons(problem: Problem, capability: tuple[int, int] = (8, 0)) -> list[str]
     return found + first_derivative_reasons(problem)
 
 
+def attention(
+    call: Callable[..., tuple[Tensor, Tensor | None]], name: str, *arguments: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``autograd.first_order``, which a compiler must not look into: sizes are read on the host,
+    and the guard against silently wrong second derivatives has to stand outside of its graphs.
+    """
+    return _run(call, name, *arguments)
+
+
+_run: Callable[..., tuple[Tensor, Tensor | None]] = autograd.first_order
+
+
+def _keep_compilers_out() -> None:
+    """Done where a backend is chosen, which runs while a compiler traces; the import of the
+    compiler itself is nothing that a program without one should pay for.
+    """
+    global _run
+    if "torch._dynamo" in sys.modules and _run is autograd.first_order:
+        _run = torch.compiler.disable(_run, reason="adapters read sizes on the host")
+
+
 def first_derivative_reasons(problem: Problem) -> list[str]:
     """Reasons of every library whose backward is opaque and whose dropout is its own."""
+    _keep_compilers_out()
     found = []
     if problem.dropout:
         found.append("dropout: its mask is not the stateless one of this package")
@@ -79,6 +105,24 @@ def first_derivative_reasons(problem: Problem) -> list[str]:
             f"first derivative only, inputs require grad (grad_order={problem.grad_order})"
         )
     return found
+
+
+@dataclass
+class Layout:
+    """What the boundaries of a call say, for any q, k and v with so many rows."""
+
+    q_ptr: Tensor  # [b + 1] int32, of the molecules that have queries and keys
+    k_ptr: Tensor
+    longest_q: int
+    longest_k: int
+    shape: tuple[int, ...]  # of all query rows: (N_q,) or (B, S)
+    rows_q: int  # of any molecule
+    rows_k: int
+    index: Tensor | None  # places of the live molecules' query rows, or of the molecules themselves
+    own: Tensor | None  # places of their key rows; None: the first rows_k
+    live: Tensor | None  # index of the molecules among all; None: all
+    kept: dict = field(default_factory=dict)  # what an adapter makes of it
+    source: tuple = ()  # keeps the boundaries alive
 
 
 @dataclass
@@ -98,6 +142,7 @@ class Packed:
     shape: tuple[int, ...]  # of all rows: (N_q,) or (B, S)
     index: Tensor | None  # places of q's rows, or of the molecules, among them; None: the first
     live: Tensor | None  # index of the molecules among all; None: all
+    kept: dict  # lasts as long as the boundaries: masks and the like
 
     def __len__(self) -> int:
         return self.k_ptr.numel() - 1
@@ -119,37 +164,64 @@ def pack(
     q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor | None, k_ptr: Tensor, repeat: bool = True
 ) -> Packed:
     """Live molecules only. repeat: shared seeds become rows of each molecule."""
-    molecules, seeds = k_ptr.numel() - 1, q.shape[0] if q_ptr is None else 0
-    n_k = _edges(k_ptr, k.shape[0]).diff()
-    n_q = torch.full_like(n_k, seeds) if q_ptr is None else _edges(q_ptr, q.shape[0]).diff()
+    plan = layout(q_ptr, k_ptr, q.shape[0], k.shape[0])
+    if plan.own is None:
+        k, v = k[: plan.rows_k], v[: plan.rows_k]
+    else:
+        k, v = k.index_select(0, plan.own), v.index_select(0, plan.own)
+    if q_ptr is not None:
+        q = q[: plan.rows_q] if plan.index is None else q.index_select(0, plan.index)
+    elif repeat:
+        q = q.expand(plan.k_ptr.numel() - 1, *q.shape).flatten(0, 1)
+    return Packed(
+        q, k, v, plan.q_ptr, plan.k_ptr, plan.longest_q, plan.longest_k, plan.shape, plan.index,
+        plan.live, plan.kept,
+    )  # fmt: skip
+
+
+def layout(q_ptr: Tensor | None, k_ptr: Tensor, rows_q: int, rows_k: int) -> Layout:
+    """Reads the boundaries, once for all layers where a ``Ragged`` holds those of the keys."""
+    kept = ragged.kept(k_ptr)
+    if kept is None or (q_ptr is not None and ragged.kept(q_ptr) is None):
+        return _layout(q_ptr, k_ptr, rows_q, rows_k)
+    # Its tensors may still be under way on their stream; those of inference mode have no gradient.
+    stream = torch.cuda.current_stream(k_ptr.device).cuda_stream if k_ptr.is_cuda else 0
+    place = None if q_ptr is None else (ragged._place(q_ptr), q_ptr._version)
+    key = place, rows_q, rows_k, stream, torch.is_inference_mode_enabled()
+    found = kept.get(key)
+    if found is None:
+        found = kept[key] = _layout(q_ptr, k_ptr, rows_q, rows_k)
+        if q_ptr is not None and q_ptr.data_ptr() != k_ptr.data_ptr():
+            found.source = (q_ptr,)  # its address cannot be that of others as long as it is a key
+    return found
+
+
+def _layout(q_ptr: Tensor | None, k_ptr: Tensor, rows_q: int, rows_k: int) -> Layout:
+    molecules, seeds = k_ptr.numel() - 1, rows_q if q_ptr is None else 0
+    n_k = _edges(k_ptr, rows_k).diff()
+    n_q = torch.full_like(n_k, seeds) if q_ptr is None else _edges(q_ptr, rows_q).diff()
     live = (n_q > 0) & (n_k > 0)
     sizes = torch.stack([live.long(), n_q, n_k, n_q * live, n_k * live])
-    count, rows_q, rows_k = sizes[:3].sum(1).tolist()
-    longest_q, longest_k = sizes[3:].amax(1).tolist() if molecules else (0, 0)
-    shape = (q.shape[0],) if q_ptr is not None else (molecules, seeds)
-    index = chosen = None
-    if count == molecules:
-        k, v = k[:rows_k], v[:rows_k]
-        q = q if q_ptr is None else q[:rows_q]
-    else:
-        chosen = live.nonzero()[:, 0]
-        own = _rows(live, n_k, k.shape[0])
-        k, v = k.index_select(0, own), v.index_select(0, own)
-        index = chosen
-        if q_ptr is not None:
-            index = _rows(live, n_q, q.shape[0])
-            q = q.index_select(0, index)
-        n_q, n_k = n_q[chosen], n_k[chosen]
-    if q_ptr is None and repeat:
-        q = q.expand(count, *q.shape).flatten(0, 1)
-    if max(q.shape[0], k.shape[0]) >= 2**31:
+    most = sizes.amax(1) if molecules else torch.zeros_like(sizes.sum(1))
+    (count, any_q, any_k, own_q, own_k), (*_, longest_q, longest_k) = torch.stack(
+        [sizes.sum(1), most]
+    ).tolist()
+    if max(own_q, own_k) >= 2**31:
         raise NotImplementedError(
-            f"{max(q.shape[0], k.shape[0])} rows: other libraries take int32 boundaries; "
-            "leave backend=None"
+            f"{max(own_q, own_k)} rows: other libraries take int32 boundaries; leave backend=None"
         )
-    return Packed(
-        q, k, v, _boundaries(n_q), _boundaries(n_k), longest_q, longest_k, shape, index, chosen
-    )
+    shape = (rows_q,) if q_ptr is not None else (molecules, seeds)
+    index = own = chosen = None
+    if count < molecules:
+        index = chosen = live.nonzero()[:, 0]
+        own = _rows(live, n_k, rows_k)
+        if q_ptr is not None:
+            index = _rows(live, n_q, rows_q)
+        n_q, n_k = n_q[chosen], n_k[chosen]
+    return Layout(
+        _boundaries(n_q), _boundaries(n_k), longest_q, longest_k, shape, any_q, any_k, index, own,
+        chosen,
+    )  # fmt: skip
 
 
 def _edges(ptr: Tensor, rows: int) -> Tensor:
@@ -204,7 +276,7 @@ def _pieces(batch: Packed) -> Iterator[Packed]:
         (q0, q1), (k0, k1) = q_ptr[[0, -1]].tolist(), k_ptr[[0, -1]].tolist()
         yield replace(
             batch, q=batch.q[q0:q1], k=batch.k[k0:k1], v=batch.v[k0:k1],
-            q_ptr=q_ptr - q0, k_ptr=k_ptr - k0,
+            q_ptr=q_ptr - q0, k_ptr=k_ptr - k0, kept={},
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ one object and check its contents once.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -80,14 +81,16 @@ class Ragged:
     ptr: [B + 1], int32 or int64; molecule i owns rows ptr[i]:ptr[i+1].
 
     Make one with ``from_ptr``, ``from_batch`` or ``from_counts``. Contents on the CPU are checked
-    at once (ValueError); contents on another device are not read, see ``ragged.check``.
+    at once (ValueError); contents on another device are not read, see ``ragged.check``. What
+    adapters to other libraries read from them (the longest molecule) is read once, see ``kept``.
     """
 
-    __slots__ = ("_last", "ptr")
+    __slots__ = ("_kept", "_last", "ptr")
 
     def __init__(self, ptr: Tensor) -> None:
         check_kind(ptr)
         self.ptr = ptr.contiguous()
+        self._kept = None if _traced(ptr) else _keep(self.ptr)
         self._last: int | None = None  # ptr[-1] once the contents have been checked
         if ptr.device.type == "cpu" and not _traced(ptr):
             _check_contents(self.ptr, 2**63 - 1, "ptr")
@@ -181,7 +184,11 @@ class Ragged:
         moved = object.__new__(Ragged)
         moved.ptr = self.ptr.to(device, non_blocking=True)
         moved._last = self._last if moved.ptr.device.type == "cpu" else None
+        moved._kept = None if _traced(moved.ptr) else _keep(moved.ptr)
         return moved
+
+    def __reduce__(self) -> tuple:
+        return Ragged, (self.ptr,)
 
     def __len__(self) -> int:
         return self.ptr.numel() - 1
@@ -189,6 +196,46 @@ class Ragged:
     def __repr__(self) -> str:
         rows = "?" if self._last is None else self._last
         return f"Ragged({len(self)} molecules, {rows} rows, {self.ptr.dtype}, {self.ptr.device})"
+
+
+class _Kept(dict):
+    """What has been computed from the contents of boundaries, while a ``Ragged`` holds them."""
+
+    __slots__ = ("__weakref__", "version")
+    version: int  # of the boundaries: changed in place, they have another
+
+
+_kept: weakref.WeakValueDictionary[tuple, _Kept] = weakref.WeakValueDictionary()
+
+
+def _place(ptr: Tensor) -> tuple:
+    """The same for every tensor on these boundaries, which live as long as their ``Ragged``."""
+    return ptr.data_ptr(), ptr.numel(), ptr.dtype, ptr.device
+
+
+def _keep(ptr: Tensor) -> _Kept | None:
+    if ptr.is_inference():  # has no version: changes in place would go unnoticed
+        return None
+    found = _kept.get(_place(ptr))
+    if found is None or found.version != ptr._version:
+        found = _kept[_place(ptr)] = _Kept()
+        found.version = ptr._version
+    return found
+
+
+def kept(ptr: Tensor) -> dict | None:
+    """A dictionary that lasts as long as the ``Ragged`` of these boundaries does, on any tensor
+    that shares their memory; None where no Ragged holds them or they were changed in place.
+
+    For what is read from the contents once for all layers. Nothing is kept while a CUDA graph is
+    captured: a replay could meet other contents.
+    """
+    if _traced(ptr) or ptr.is_inference():
+        return None
+    if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    found = _kept.get(_place(ptr))
+    return found if found is not None and found.version == ptr._version else None
 
 
 def _integers(name: str, values: Sequence[int]) -> Tensor:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import adapters
-from ..autograd import first_order
 
 if TYPE_CHECKING:
     from ..dispatch import Problem
@@ -72,7 +71,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
     pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return first_order(
+    return adapters.attention(
         _attention, "flash_attn", q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout
     )
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .. import adapters
-from ..autograd import first_order
 
 if TYPE_CHECKING:
     from ..dispatch import Problem
@@ -51,7 +50,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
     pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return first_order(
+    return adapters.attention(
         _attention, "flex", q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout
     )
 
@@ -61,7 +60,10 @@ def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
     if len(batch) == 0:
         out = q.new_zeros(*batch.shape, q.shape[1], v.shape[2])
         return out, torch.full_like(out[..., 0], -torch.inf, dtype=_accumulator(q))
-    q_of, k_of = (_molecules(x, y) for x, y in ((batch.q_ptr, batch.q), (batch.k_ptr, batch.k)))
+    if "flex" not in batch.kept:
+        q_of, k_of = (_molecules(x, y) for x, y in ((batch.q_ptr, batch.q), (batch.k_ptr, batch.k)))
+        batch.kept["flex"] = q_of, _mask(batch, q_of, k_of)
+    q_of, block_mask = batch.kept["flex"]
     score_mod = None
     if bias is not None:
         first = pair_ptr[:-1] if batch.live is None else pair_ptr[:-1][batch.live]
@@ -75,7 +77,7 @@ def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         out, extra = _compiled(q.device.type)(
-            *rows, score_mod=score_mod, block_mask=_mask(batch, q_of, k_of), scale=scale,
+            *rows, score_mod=score_mod, block_mask=block_mask, scale=scale,
             return_aux=request,
         )  # fmt: skip
     out, lse = out[0].transpose(0, 1)[..., : v.shape[2]], extra.lse[0].T

@@ -2,8 +2,8 @@
 
 Half precision on CUDA only; xformers chooses among its operators (since 0.0.35 those of mslk).
 Seeds are repeated for every molecule, widths padded, and the mask takes the counts as Python lists,
-so a call synchronises (see ``adapters``). The first derivative is the library's; it refuses or, by
-call style, silently drops a second one, so ours takes its place or it raises (``autograd``).
+which synchronises (see ``adapters``). The first derivative is the library's; it refuses or, by call
+style, silently drops a second one, so ours takes its place or it raises (``autograd``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .. import adapters
-from ..autograd import first_order
 
 if TYPE_CHECKING:
     from ..dispatch import Problem
@@ -43,7 +42,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
     pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return first_order(
+    return adapters.attention(
         _attention, "xformers", q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout
     )
 
@@ -54,8 +53,10 @@ def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
     place = {"device": q.device} if takes_device else {}
 
     def run(batch: adapters.Packed) -> tuple[Tensor, None]:
-        counts = (x.diff().tolist() for x in (batch.q_ptr, batch.k_ptr))
-        own = mask.from_seqlens(*counts, **place)
+        own = batch.kept.get("xformers")
+        if own is None:
+            counts = (x.diff().tolist() for x in (batch.q_ptr, batch.k_ptr))
+            own = batch.kept["xformers"] = mask.from_seqlens(*counts, **place)
         out = call(batch.q[None], batch.k[None], batch.v[None], attn_bias=own, p=0.0, scale=scale)
         return out[0], None
 

@@ -11,11 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attnpool_kernels import (
     BackendError,
     Problem,
+    Ragged,
     adapters,
     autograd,
     backends,
     dispatch,
     explain,
+    ragged,
     seed_pool,
     set_attention,
     testing,
@@ -213,6 +215,61 @@ def test_garbage_boundaries_stay_inside():
             assert ptr[0] == 0 and ptr[-1] == rows.shape[0] and bool((counts > 0).all())
             assert longest == (counts.max() if len(counts) else 0)
         assert batch.restore(batch.q, 0.0).shape == q.shape
+
+
+# --- once for all layers ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """The number of rows of every reading of boundaries."""
+    found = []
+    read = adapters._layout
+
+    def counted(q_ptr, k_ptr, rows_q, rows_k):
+        found.append((rows_q, rows_k))
+        return read(q_ptr, k_ptr, rows_q, rows_k)
+
+    monkeypatch.setattr(adapters, "_layout", counted)
+    return found
+
+
+def test_layers_that_share_a_ragged_read_it_once(stand_in, readings):
+    sizes, keys = Ragged.from_counts([5, 0, 4]), Ragged.from_counts([3, 2, 6])
+    q, k = (torch.randn(n, 2, 8, dtype=torch.float16, requires_grad=True) for n in (10, 11))
+    one = set_attention(q, q, q, sizes.ptr.clone(), backend=stand_in)
+    for _ in range(3):
+        out = set_attention(q, q, q, sizes, backend=stand_in)
+        assert torch.equal(out, one)
+        torch.autograd.grad(out.sum(), q)
+    assert readings == [(10, 10)] * 2
+    again = Ragged.from_ptr(sizes.ptr)  # the same memory: a layer that makes its own
+    set_attention(q, q, q, again, backend=stand_in)
+    with torch.inference_mode():  # its tensors are of no use to a layer that trains
+        set_attention(q, q, q, sizes, backend=stand_in)
+    torch.autograd.grad(set_attention(q, q, q, sizes, backend=stand_in).sum(), q)
+    assert readings == [(10, 10)] * 3
+    for _ in range(2):
+        set_attention(q, k, k, sizes, keys, backend=stand_in)
+        seed_pool(q[:2], k, k, keys, backend=stand_in)
+        set_attention(q[:9], q[:9], q[:9], sizes, backend=stand_in)
+    assert readings[3:] == [(10, 11), (2, 11), (9, 9)]
+
+
+def test_changed_or_forgotten_boundaries_are_read_again(readings):
+    q = torch.randn(9, 2, 8)
+    sizes = Ragged.from_counts([5, 4])
+    first = set_attention(q, q, q, sizes, backend="sdpa")
+    sizes.ptr[1] = 2
+    second = set_attention(q, q, q, sizes, backend="sdpa")
+    assert len(readings) == 2 and not torch.allclose(first, second)
+    assert torch.equal(second, set_attention(q, q, q, torch.tensor([0, 2, 9]), backend="sdpa"))
+    kept = len(ragged._kept)
+    for counts in ([1, 8], [8, 1], [3, 6]):  # often at the address of the one before
+        own = set_attention(q, q, q, Ragged.from_counts(counts), backend="sdpa")
+        ptr = torch.tensor([0, counts[0], 9])
+        assert torch.equal(own, set_attention(q, q, q, ptr, backend="sdpa"))
+    assert len(ragged._kept) == kept  # nothing outlives its Ragged
 
 
 # --- second derivatives -----------------------------------------------------------------------
