@@ -49,7 +49,7 @@ $(VENV)/.lint: | $(BIN)/python
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(if $(QM7B),--qm7b $(QM7B)) $(ARGS)
 
-## make report     one HTML page from the committed results
+## make report     benchmarks/results/report.html from the committed results
 report: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.report $(ARGS)
 

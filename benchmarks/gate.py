@@ -109,9 +109,12 @@ class Gate:
         place = torch.randint(0, work.seeds or 1, (ROWS,), generator=generator)
         self._picked = (picked, place) if seeds else (picked,)
         out, dq = [], []
+        held: dict[int, tuple[Tensor, Tensor]] = {}  # of one molecule: it may be a giant
         for row, mol, seed in zip(picked.tolist(), molecule.tolist(), place.tolist()):
-            end = int(ends[mol])
-            keys, values = (x[end - work.sizes[mol] : end].double() for x in (k, v))
+            if mol not in held:
+                own = slice(int(ends[mol]) - work.sizes[mol], int(ends[mol]))
+                held = {mol: (k[own].double(), v[own].double())}
+            keys, values = held[mol]
             query = q[seed if seeds else row].double()
             weights = (torch.einsum("hd,jhd->hj", query, keys) * work.dim**-0.5).softmax(1)
             out.append(torch.einsum("hj,jhd->hd", weights, values))

@@ -412,9 +412,12 @@ def _text(x: object) -> str:
 def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.split("\n")[0])
     p.add_argument("csv", nargs="*", type=Path, help="results (default: all committed ones)")
-    p.add_argument("--output", type=Path, default=HERE / "out" / "report.html", metavar="PATH",
-                   help="the page (default: benchmarks/out/report.html)")  # fmt: skip
+    p.add_argument("--output", type=Path, metavar="PATH",
+                   help="the page (default: benchmarks/results/report.html, which is committed; "
+                        "of CSVs that are named benchmarks/out/report.html)")  # fmt: skip
     options = p.parse_args(arguments)
+    if options.output is None:
+        options.output = HERE / ("out" if options.csv else "results") / "report.html"
     try:
         paths = options.csv or sorted((HERE / "results").glob("*/*.csv"))
         if not paths:

@@ -31,7 +31,10 @@ Each is checked against float64 before it is timed. The contenders take turns wi
 peak memory comes from a child process for each point (CPU) or from torch's allocator (CUDA).
 Refusals, wrong results, out of memory and timeouts are rows with their reasons.
 """
-EPILOG = """\
+SUITES = "".join(f"  {name:10} {text}\n" for name, (text, _) in cases.SUITES.items())
+EPILOG = f"""\
+suites, their most telling points first:
+{SUITES}
 examples:
   python -m benchmarks.run                              the quick suite on the CPU, < 5 minutes
   python -m benchmarks.run --suite molecules            real sizes, table of performance goals
@@ -42,6 +45,8 @@ examples:
   python -m benchmarks.run --base v0.1.0 --contenders attnpool:cpu    against another git ref
   python -m benchmarks.run --resume                     goes on where an interrupted run stopped
   python -m benchmarks.report                           one HTML page from committed results
+
+exit code: 0; 1 where one of our kernels was wrong or failed; 2 for what you can repair, in one line
 """
 
 
@@ -50,8 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m benchmarks.run", description=DESCRIPTION, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    suites = "; ".join(f"{name}: {text}" for name, (text, _) in cases.SUITES.items())
-    p.add_argument("--suite", default="quick", metavar="NAME", help=suites + " (default: quick)")
+    p.add_argument("--suite", default="quick", metavar="NAME", help="see below (default: quick)")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     p.add_argument("--contenders", metavar="A,B", help="only these; --list shows the names")
     p.add_argument(
@@ -128,6 +132,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.list:
         _list(workloads, options.device)
         return 0
+    if not any(providers.for_workload(work, names) for work in workloads):
+        raise BenchmarkError(
+            f"{', '.join(names or [])}: no part in suite {options.suite}; see --list"
+        )
     path = _path(options)
     table = sheet.Sheet(path, options.resume)
     # Only the names of files: a record is published, a folder is nobody else's business.
@@ -245,7 +253,8 @@ def _title(about: dict) -> str:
 def _list(workloads: list[cases.Workload], device: str) -> None:
     work = workloads[0]
     print(f"contenders for {work.key} on {device}; a reason where one cannot run")
-    for contender in providers.CONTENDERS.values():
+    own = [c for c in providers.CONTENDERS.values() if c.module == work.module]
+    for contender in own:
         lines = []
         for what in cases.PASSES:
             reasons = contender.why_not(work, what, device)
@@ -253,6 +262,8 @@ def _list(workloads: list[cases.Workload], device: str) -> None:
         if len({line.split(": ", 1)[1] for line in lines}) == 1:
             lines = [lines[0].split(": ", 1)[1]]
         print(f"  {contender.name:20} {contender.title}\n" + "\n".join(f"      {x}" for x in lines))
+    others = [name for name, c in providers.CONTENDERS.items() if c.module != work.module]
+    print(f"in {'the other suites' if work.module else '--suite modules'}: {', '.join(others)}")
 
 
 if __name__ == "__main__":

@@ -322,6 +322,7 @@ def test_full_disk_keeps_earlier_rows(tmp_path):
         (["--suite", "slow"], "unknown suite 'slow'; there are quick"),
         (["--contenders", "naive,fast"], "unknown contender 'fast'; there are attnpool:"),
         (["--contenders", ","], "names none"),
+        (["--contenders", "pyg"], "pyg: no part in suite quick"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--qm7b", "nowhere.npz"], "no such file"),
         (["--minutes", "0"], "must be positive"),
