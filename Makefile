@@ -6,6 +6,7 @@ TORCH  ?= torch==2.13.0
 PIP    ?=
 BUILD  ?= auto
 QM7B   ?= $(wildcard ../shared/data/qm7b.npz)
+CONFIG ?= qm7b_small_abp
 ARGS   ?=
 DEVICE ?= cuda
 
@@ -13,7 +14,7 @@ BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench report test test-fast test-gpu bench-gpu lint format aot wheel clean
+.PHONY: help bench report train zoo test test-fast test-gpu bench-gpu lint format aot wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -37,7 +38,14 @@ $(VENV)/.bench: $(VENV)/.package
 	$(INSTALL) "$(TORCH)" matplotlib psutil ase
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.bench
+# schnetpack pins a sympy that torch cannot use, so it comes without its dependencies.
+$(VENV)/.zoo: $(VENV)/.package
+	$(INSTALL) "$(TORCH)" torch_geometric ase lightning "jsonargparse[signatures]" tensorboard \
+	  h5py hydra-core hydra-colorlog fasteners dirsync torch-ema matscipy tensorboardX
+	$(INSTALL) --no-deps schnetpack==2.1.1
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo
 	$(INSTALL) "$(TORCH)" pytest pytest-benchmark hypothesis pybind11 triton==3.9.0 torch_geometric
 	@touch $@
 
@@ -52,6 +60,15 @@ bench: $(VENV)/.bench
 ## make report     benchmarks/results/report.html from the committed results
 report: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+## make train      trains CONFIG=qm7b_small_abp or another that `make zoo` lists
+train: $(VENV)/.zoo
+	$(BIN)/python -m attnpool_kernels.zoo fit --config $(CONFIG) \
+	  $(if $(findstring qm7b,$(CONFIG)),$(addprefix --data.path ,$(QM7B))) $(ARGS)
+
+## make zoo        the command line of the models: ARGS="predict molecules.xyz runs/..."
+zoo: $(VENV)/.zoo
+	$(BIN)/python -m attnpool_kernels.zoo $(or $(ARGS),configs)
 
 ## make test       everything that can be proved without a GPU
 test: $(VENV)/.test

@@ -141,7 +141,11 @@ class MoleculeData(LightningDataModule):
     def _load(self, download: bool = False) -> MoleculeSet:
         if isinstance(self.dataset, MoleculeSet):
             return self.dataset
-        from .datasets import load
+        from .datasets import DATASETS, load
+
+        if self.dataset not in DATASETS:
+            known = ", ".join(DATASETS)
+            raise ValueError(f"dataset must be one of {known}, got {self.dataset!r}")
 
         return load(self.dataset, self.path, download=download, **self.options)
 

@@ -139,9 +139,11 @@ def check_elements(frames: Sequence[ase.Atoms], known: Sequence[int]) -> None:
             )
 
 
-def predict(task: PoolingTask, frames: Sequence[ase.Atoms], batch_size: int = 128) -> torch.Tensor:
+def predicted(
+    task: PoolingTask, frames: Sequence[ase.Atoms], batch_size: int = 128
+) -> torch.Tensor:
     """Predictions [B, T], float64, in the units of ``task.targets``."""
-    molecules = Molecules.from_ase(frames).to(dtype=torch.float32)
+    molecules = Molecules.from_ase(frames)
     parts = torch.arange(len(molecules)).split(batch_size)
     with torch.no_grad():
         found = [task(molecules.select(part).to(task.device)) for part in parts]

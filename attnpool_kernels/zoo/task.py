@@ -212,10 +212,15 @@ class PoolingTask(LightningModule):
         ]
         if self.forces:
             unit = f"{self.targets[0].unit}/Å"
-            row = {"target": "forces", "unit": unit, "mae": float(found["forces"]), "rmse": None}
+            row: dict[str, Any] = {
+                "target": "forces",
+                "unit": unit,
+                "mae": float(found["forces"]),
+                "rmse": None,
+            }
             self.results.append(row)
         for row in self.results:
-            self.log(f"test/mae/{row['target']}", float(row["mae"]), sync_dist=True)
+            self.log(f"test/mae/{row['target']}", row["mae"], sync_dist=True)
 
     def _predicted(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """This process' share of the loss, predictions [B, T], and forces."""

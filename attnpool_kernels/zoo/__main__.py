@@ -1,0 +1,172 @@
+"""``python -m attnpool_kernels.zoo fit | test | predict | configs``: see ``--help``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+PROGRAM = "python -m attnpool_kernels.zoo"
+CONFIGS = Path(__file__).parent / "configs"
+HELP = {
+    "fit": "train a model",
+    "test": "errors of a trained model",
+    "predict": "table for an .xyz or SDF file",
+    "configs": "list the packaged configurations",
+}
+
+
+def config_names() -> dict[str, Path]:
+    """The packaged configurations by name."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+
+
+def listing() -> str:
+    """The packaged configurations, each with the comment in its first line."""
+    known = config_names()
+    width = max(len(name) for name in known)
+    lines = [
+        f"  {name:{width}}  {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
+        for name, path in known.items()
+    ]
+    return "\n".join(["configurations (fit --config NAME):", *lines])
+
+
+def config_file(name: str) -> str:
+    """A file, or the packaged configuration of that name; ValueError with the known names."""
+    if Path(name).is_file():
+        return name
+    known = config_names()
+    if name not in known:
+        raise ValueError(f"config must be a file or one of {', '.join(known)}, got {name!r}")
+    return str(known[name])
+
+
+def with_config_files(argv: Sequence[str]) -> list[str]:
+    """The arguments with the names of packaged configurations replaced by their files."""
+    found = list(argv)
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            found[i + 1] = config_file(argv[i + 1])
+        elif argument.startswith("--config="):
+            found[i] = "--config=" + config_file(argument.removeprefix("--config="))
+    return found
+
+
+def parsers() -> dict[str, ArgumentParser]:
+    """The command line, by "", and those of its commands, from signatures and docstrings."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    from . import run
+    from .data import MoleculeData
+    from .task import PoolingTask
+
+    class Help(DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text  # the list of configurations has lines of its own
+
+    def command(name: str, arguments: str, description: str) -> ArgumentParser:
+        usage = f"{PROGRAM} {name} {arguments}"
+        return ArgumentParser(usage=usage, description=description, formatter_class=Help)
+
+    fit = command(
+        "fit", "--config NAME|FILE [options]", "Trains a model; keeps the best by validation loss."
+    )
+    fit.add_argument(
+        "--config", action="config",
+        help="YAML file or name of a packaged configuration; what follows it overrides it",
+    )  # fmt: skip
+    fit.add_function_arguments(run.fit, skip={"task", "data", "trainer", "config"})
+    fit.add_argument("--seed", type=int, default=0, help="of the weights and of the order")
+    fit.add_class_arguments(PoolingTask, "task")
+    fit.add_class_arguments(MoleculeData, "data", skip={"dataset"})
+    fit.add_argument("--data.dataset", type=str, required=True, help="name of the data set")
+    fit.add_class_arguments(run.TrainerOptions, "trainer")
+    fit.link_arguments("task.targets", "data.targets")
+    fit.link_arguments("seed", "data.seed")
+
+    test = command(
+        "test", "--ckpt_path RUN|FILE [options]", "Errors on the molecules that are for testing."
+    )
+    test.add_function_arguments(run.evaluate, skip={"trainer"})
+    test.add_class_arguments(run.TrainerOptions, "trainer", skip=run.FIT_ONLY)
+
+    predict = command(
+        "predict", "MOLECULES RUN|FILE [options]", "Table of what a model predicts for a file."
+    )
+    predict.add_function_arguments(run.predict, as_positional=True)
+
+    parser = ArgumentParser(
+        prog=PROGRAM,
+        description="Trains, tests and applies models of molecules with any pooling.",
+        epilog=listing(), formatter_class=Help,
+    )  # fmt: skip
+    commands = parser.add_subcommands(required=True, metavar="COMMAND")
+    made = {"fit": fit, "test": test, "predict": predict, "configs": ArgumentParser()}
+    for name, made_command in made.items():
+        commands.add_subcommand(name, made_command, help=HELP[name])
+    return {"": parser, **made}
+
+
+def quiet() -> None:
+    """Silences what Lightning says that is no news here, and nothing else."""
+    # Devices that are absent, seeds, and offers of the vendor's services are infos.
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # The folder of a run holds its checkpoints and its configuration by design.
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
+    # torch has renamed what Lightning asks for; the answer is the same.
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
+    # Small trials on a GPU machine's CPU are meant.
+    warnings.filterwarnings("ignore", r"(GPU|MPS) available but not used")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv == ["configs"]:
+            print(listing())
+            return 0
+        argv = with_config_files(argv)
+        quiet()
+        return _run(argv)
+    except (ValueError, OSError, ImportError) as error:  # what our own checks raise
+        if os.environ.get("ATTNPOOL_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    from lightning.pytorch import seed_everything
+
+    from . import run
+
+    made = parsers()
+    found = made[""].parse_args(argv)
+    command = found.subcommand
+    options = found[command]
+    if command == "configs":
+        print(listing())
+    elif command == "predict":
+        run.predict(**options.as_dict())
+    elif command == "test":
+        run.evaluate(**vars(made["test"].instantiate_classes(options)))
+    else:
+        config = made["fit"].dump(options, skip_default=False)
+        seed_everything(options.seed, workers=True)  # before the weights are made
+        given = vars(made["fit"].instantiate_classes(options))
+        run.fit(**{k: v for k, v in given.items() if k not in ("config", "seed")}, config=config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
