@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from types import ModuleType
 
-from ..molecules import MoleculeSet
+from ..molecules import MoleculeSet, Target
 from .contents import checked
 from .files import Folder
 
@@ -32,6 +32,11 @@ class DataSet:
     def where(self) -> str:
         """How to get the files."""
         return self.module.WHERE
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The targets, in the order of the source."""
+        return self.module.TARGETS
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -74,7 +79,8 @@ def load(
             ``./data/<name>``, then ``./data``.
         download: fetch files that are not there into ``path``; possible for qm8, qm9 and md17.
         drop_missing: leave out molecules without a value for every target instead of raising.
-        sha256: digest that the file must have, or digests by file name.
+        sha256: digest that the main file must have (the first that ``read`` names), or digests by
+            file name.
         cache: keep what took long to parse beside the file, as ``<file>.cache.npz``.
         options: of the set; see ``read`` of its module, e.g. ``datasets.md17.read``.
 
@@ -89,4 +95,6 @@ def load(
             known = ", ".join(row.options) or "none"
             raise ValueError(f"{name} has no option {option!r}; its options: {known}")
     folder = Folder(name, row.where, path, download, sha256, cache)
-    return checked(name, row.module.read(folder, **options), drop_missing)
+    contents = row.module.read(folder, **options)
+    folder.all_checked()
+    return checked(name, contents, drop_missing)

@@ -12,7 +12,7 @@ import torch
 from ..molecules import Molecules, MoleculeSet, Split, Target
 from .splits import kept
 
-# CODATA as ASE holds them: 27.2114 eV, 0.0433641 eV and 0.529177 Å.
+# CODATA 2014, as ASE has it: 27.211386024 eV, 0.0433641039 eV and 0.5291772106 Å.
 HARTREE = ase.units.Hartree
 KCAL_PER_MOL = ase.units.kcal / ase.units.mol
 BOHR = ase.units.Bohr
@@ -65,6 +65,9 @@ def checked(name: str, contents: Contents, drop_missing: bool) -> MoleculeSet:
     """
     molecules, targets, path = contents.molecules, contents.targets, contents.path
     splits = contents.splits
+    empty = int((molecules.ptr.diff() == 0).sum())
+    if empty:
+        raise ValueError(f"{path} has {empty} molecules without atoms")
     wrong = int(((molecules.z < 1) | (molecules.z > 118)).sum())
     if wrong:
         raise ValueError(f"{path} has {wrong} atoms whose atomic number is not from 1 to 118")

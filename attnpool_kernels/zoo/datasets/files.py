@@ -12,8 +12,8 @@ import hashlib
 import http.client
 import os
 import tarfile
-import tempfile
 import urllib.request
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -46,7 +46,7 @@ class Folder:
         name: of the data set. where: how to get its files, the end of the error for a missing one.
         path: folder or file; None: ``data/<name>``, then ``data``, of the working directory.
         download: whether files that are missing may be fetched, into the folder.
-        sha256: digest of the main file, or of several by name.
+        sha256: digest of the main file (the first that is read), or of any files by their names.
         cache: whether what was parsed is kept beside the file, as ``<file>.cache.npz``.
     """
 
@@ -60,7 +60,7 @@ class Folder:
         cache: bool = True,
     ) -> None:
         self.name, self.where, self.download, self.cache = name, where, download, cache
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).expanduser()
         if self.path is None:
             self.places = [Path("data") / name, Path("data")]
         else:
@@ -68,6 +68,7 @@ class Folder:
             if not self.path.exists() and not download:
                 raise FileNotFoundError(f"{self.path} does not exist; {where}")
         self._sha256 = sha256
+        self._checked: list[str] = []
 
     @property
     def file(self) -> Path | None:
@@ -116,14 +117,26 @@ class Folder:
         """ValueError for an empty file and for a wrong digest; the digest that was asked for."""
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty; {self.where}")
-        wanted = self._sha256
-        if isinstance(wanted, Mapping):
-            wanted = wanted.get(path.name)
+        if isinstance(self._sha256, Mapping):
+            wanted = self._sha256.get(path.name)
+        else:
+            wanted = None if self._checked else self._sha256
+        self._checked.append(path.name)
         if wanted is not None:
             found = digest(path)
             if found != wanted.lower():
                 raise ValueError(f"sha256 of {path} must be {wanted}, got {found}")
         return wanted
+
+    def all_checked(self) -> None:
+        """ValueError for digests of files that were not read."""
+        if isinstance(self._sha256, Mapping):
+            unread = sorted(set(self._sha256) - set(self._checked))
+            if unread:
+                raise ValueError(
+                    f"sha256 must name files that are read, {', '.join(self._checked)}; "
+                    f"got {', '.join(unread)}"
+                )
 
     def cached(
         self, path: Path, version: int, build: Callable[[], dict[str, np.ndarray]]
@@ -154,21 +167,12 @@ class Folder:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file in the folder of ``path``, renamed to it at the end unless that raises."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that others cannot read
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:
@@ -187,16 +191,15 @@ def fetch(download: Download, folder: Path) -> None:
         with replacing(folder / download.files[0]) as temporary:
             _receive(download.url, temporary)
         return
-    handle, name = tempfile.mkstemp(suffix=".part", dir=folder)
-    os.close(handle)
+    archive = folder / f".{uuid.uuid4().hex}.part"
     try:
-        _receive(download.url, Path(name))
+        _receive(download.url, archive)
         try:
-            _unpack(Path(name), download, folder)
+            _unpack(archive, download, folder)
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
             raise ValueError(f"{download.url} gave a damaged archive: {error}") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        archive.unlink(missing_ok=True)
 
 
 def _receive(url: str, path: Path) -> None:

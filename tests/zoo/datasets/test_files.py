@@ -133,6 +133,14 @@ def test_digests(tmp_path):
     Folder("set", "", path, sha256={"x": digest, "y": "0"}).check(path)
     with pytest.raises(ValueError, match=f"must be 0, got {digest}"):
         Folder("set", "", path, sha256={"x": "0"}).check(path)
+    folder = Folder("set", "", path, sha256={"x": digest, "z": "0"})
+    folder.check(path)
+    with pytest.raises(ValueError, match="must name files that are read, x; got z"):
+        folder.all_checked()
+    folder = Folder("set", "", path, sha256=digest)
+    folder.check(path)
+    (tmp_path / "companion").write_bytes(b"another")
+    folder.check(tmp_path / "companion")  # one digest is of the main file
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="is empty"):
         Folder("set", "", path).check(path)

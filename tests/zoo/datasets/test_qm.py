@@ -1,6 +1,7 @@
 """QM8, QM9 and QMugs in small, in the formats of their sources."""
 
 import csv
+import dataclasses
 import os
 
 import numpy as np
@@ -104,6 +105,22 @@ def test_qm8_as_published_list(tmp_path):
     assert same_structures(data.molecules, atoms, rtol=1e-6)
     with pytest.raises(ValueError, match="position_unit must be angstrom or bohr, got 'nm'"):
         load("qm8", tmp_path, position_unit="nm")
+
+
+def test_qm8_download(tmp_path, monkeypatch):
+    import tarfile
+
+    atoms, y = molecules(), np.random.default_rng(0).random((18, 16))
+    write_sdf(tmp_path / "qm8.sdf", atoms)
+    write_csv(tmp_path / "qm8.sdf.csv", QM8_HEADER, y)
+    with tarfile.open(tmp_path / "gdb8.tar.gz", "w:gz") as archive:
+        for name in qm8.GDB8.files:
+            archive.add(tmp_path / name, name)
+    source = dataclasses.replace(qm8.GDB8, url=(tmp_path / "gdb8.tar.gz").as_uri())
+    monkeypatch.setattr(qm8, "GDB8", source)
+    data = load("qm8", tmp_path / "new", download=True, cache=False)
+    assert same_structures(data.molecules, atoms)
+    assert sorted(os.listdir(tmp_path / "new")) == ["qm8.sdf", "qm8.sdf.csv"]
 
 
 def test_qm8_wrong_tables(tmp_path):

@@ -179,6 +179,15 @@ def test_wrong_files(tmp_path):
     write_npz(path, rows, z=z)
     with pytest.raises(ValueError, match="1 atoms whose atomic number is not from 1 to 118"):
         load("qm7b", path)
+    ends = np.cumsum([0] + [len(r[0]) for r in rows])
+    for ptr, message in (
+        (np.r_[ends[:3], ends[2:-2], ends[-1]], "1 molecules without atoms"),
+        (np.r_[ends[:3], ends[1], ends[4:]], "ptr must"),
+        (np.r_[ends[:-1], ends[-1] - 1], r"ptr\[-1\] must be the number of atoms"),
+    ):
+        write_npz(path, rows, ptr=ptr)
+        with pytest.raises(ValueError, match=message):
+            load("qm7b", path)
     write_npz(path, rows, ptr=np.cumsum([0] + [len(r[0]) for r in rows])[1:])
     with pytest.raises(ValueError, match="ptr must begin with 0"):
         load("qm7b", path)
@@ -191,6 +200,9 @@ def test_the_published_digest(tmp_path):
         load("qm7b", path)
     found = str(raised.value).split('sha256="')[1].split('"')[0]
     assert len(load("qm7b", path, sha256=found)) == qm7b.COUNT
+    assert len(load("qm7b", path, sha256={"qm7b.npz": found})) == qm7b.COUNT
+    with pytest.raises(ValueError, match=r"name files that are read, qm7b.npz; got qm7.npz"):
+        load("qm7b", path, sha256={"qm7b.npz": found, "qm7.npz": found})
     with pytest.raises(ValueError, match=r"sha256 of .* must be 00, got"):
         load("qm7b", path, sha256="00")
 
