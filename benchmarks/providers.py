@@ -23,7 +23,7 @@ from attnpool_kernels import dispatch
 from . import baselines
 from .cases import PASSES, Batch, Workload
 
-# Compiles for seconds in every fresh process, which the quick suite has no time for on a CPU.
+# Traces for seconds in every fresh process, which no suite has the time for on a CPU.
 SLOW_TO_START = ("attnpool:flex",)
 
 Reasons = Callable[[Workload, str, str], list[str]]

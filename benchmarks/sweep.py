@@ -87,7 +87,7 @@ class Sweep:
             if reasons:
                 row.status, row.reason = "refused", "; ".join(reasons)
             elif self._starts_slowly(contender):
-                row.status, row.reason = "skipped", "compiles for seconds: name it in --contenders"
+                row.status, row.reason = "skipped", "traces for seconds: name it in --contenders"
             elif late:
                 row.status, row.reason = "skipped", f"over {self.limits.minutes:g} minutes"
             elif self._blocking(row) is not None:
@@ -218,8 +218,8 @@ class Sweep:
         return contender.ours or named
 
     def _starts_slowly(self, contender: Contender) -> bool:
-        quick = self.suite == "quick" and self.device == "cpu" and self.contenders is None
-        return quick and contender.name in providers.SLOW_TO_START
+        asked = self.contenders is not None or self.device != "cpu"
+        return not asked and contender.name in providers.SLOW_TO_START
 
     def _axis(self, row: Row) -> tuple | None:
         if row.x is None or row.family not in ("scaling", "constant"):

@@ -84,9 +84,9 @@ def scaling(rows: list[Row], family: str = "scaling") -> str:
         chosen, "what", "dtype", "heads", "dim"
     ).items():
         xs = sorted({row.x for row in group if row.x is not None})
-        shown = (
-            xs if len(xs) <= 9 else [x for i, x in enumerate(xs) if i % 2 == len(xs) % 2 or x == 8]
-        )
+        # Every second size where there are many, with the smallest and the largest.
+        odd = (len(xs) - 1) % 2
+        shown = xs if len(xs) <= 10 else [x for i, x in enumerate(xs) if i % 2 == odd or i == 0]
         head = ["milliseconds | bytes over the inputs", *map(str, shown), "time ~", "memory ~"]
         lines = [head]
         for (name,), own in grouped(group, "contender").items():
