@@ -146,9 +146,7 @@ def _scaling(rows: list[Row], title: str, family: str):
 def _end(time_axis, memory_axis, group: list[Row], last: Row, colour: str) -> None:
     """A word where a contender's line ends because it ran out of memory or time."""
     words = {"oom": "out of memory", "timeout": "too slow"}
-    for row in group:
-        if row.status not in words or row.x is None:
-            continue
+    for row in [r for r in group if r.status in words][:1]:
         if row.status == "oom" and last.peak_bytes:
             memory_axis.annotate(
                 words[row.status], (last.x, last.peak_bytes / 1e6), color=colour, fontsize=7,

@@ -55,6 +55,7 @@ th, td { padding: .2rem .45rem; border-bottom: 1px solid var(--line); text-align
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: normal; }
 tr.ours td { background: var(--ours); font-weight: 600; }
+small { color: var(--soft); font-weight: 400; }
 td.off { color: var(--soft); font-weight: 400; }
 td.yes { color: #116329; } td.no { color: #b35900; font-weight: 600; }
 table.text td, table.text th { text-align: left; white-space: normal; }
@@ -290,17 +291,16 @@ def _scaling(rows: list[Row], family: str) -> list[str]:
             at = {r.x: r for r in own}
             if not any(r.ok for r in own):
                 continue
-            powers = [f"n^{p:.2f}" if p is not None else "-" for p in tables.exponents(own)]
             cells = "".join(_result(at.get(x)) for x in xs)
-            lines.append(f"<tr{_ours(own)}>{_cells(name, *powers)}{cells}</tr>")
+            lines.append(f"<tr{_ours(own)}>{_cells(name)}{cells}</tr>")
         if lines:
             title = (
                 "one molecule" if family == "scaling" else f"{group[0].atoms} atoms, equal sizes"
             )
             parts.append(
                 f"<h3>{title}, {tables.WORDS[what]}, {heads} x {dim} {dtype}</h3>"
-                "<p class=soft>milliseconds | peak memory in bytes, by atoms per molecule</p>"
-                + _table(["contender", "time ~", "memory ~", *map(str, xs)], lines)
+                "<p class=soft>milliseconds, peak memory in bytes below; by atoms per molecule</p>"
+                + _table(["contender", *[f"{x:,}" for x in xs]], lines)
             )
     return parts
 
@@ -327,9 +327,10 @@ def _batches(rows: list[Row]) -> list[str]:
             cells = "".join(_result(at.get(name)) for name in names)
             what = what.replace("double_backward", "second derivative")
             lines.append(f"<tr>{_cells(key, what, speed, over)}{cells}</tr>")
-        head = ["workload", "pass", "speed-up over the fastest other", "ours / limit", *names]
+        head = ["workload", "pass", "speed-up", "x limit", *names]
         parts.append(
-            f"<h3>{title}</h3><p class=soft>milliseconds | peak memory in bytes</p>"
+            f"<h3>{title}</h3><p class=soft>Milliseconds, peak memory in bytes below. Speed-up: "
+            "over the fastest other; x limit: our time over the limit of the machine.</p>"
             + _table(head, lines)
         )
     return parts
@@ -381,11 +382,14 @@ def _provenance(result: Results) -> str:
 
 
 def _result(row: Row | None) -> str:
+    """Milliseconds with the memory under them, or the word for what happened."""
     if row is None:
         return "<td></td>"
     off = "" if row.ok else " class=off"
     tip = f' title="{_text(row.reason)}"' if row.reason else ""
-    return f"<td{off}{tip}>{_text(tables._cell(row).replace('|', ' | '))}</td>"
+    time, _, memory = tables._cell(row).partition("|")
+    below = f"<br><small>{_text(memory)}</small>" if memory else ""
+    return f"<td{off}{tip}>{_text(time)}{below}</td>"
 
 
 def _ours(rows: list[Row]) -> str:
