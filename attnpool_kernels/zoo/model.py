@@ -94,7 +94,7 @@ class PooledModel(torch.nn.Module):
         targets: T.
         pooling_options: of the named pooling.
         head: what the head acts on, the pooled row or every atom's row.
-        mean, std: [T] of the targets over the training set.
+        mean, std: as for ``set_statistics``; the mean of an extensive model is that of an atom.
 
     Raises ValueError: an unknown name or option, by name.
     """
@@ -194,7 +194,7 @@ class PooledModel(torch.nn.Module):
                     f"atoms must be the average number of atoms, which an extensive model "
                     f"(head='atom', pooling='sum') needs, got {atoms}"
                 )
-            mean = mean / atoms
+            mean = mean.to(self.mean.dtype) / atoms
         self.mean.copy_(mean)
         self.std.copy_(std)
 
@@ -208,7 +208,14 @@ class PooledModel(torch.nn.Module):
 
     def forward(self, molecules: Molecules) -> Tensor:
         """[B, T] in the targets' units."""
-        return self._predicted(molecules, self._atoms(molecules))
+        ragged, x = self._atoms(molecules)
+        if self.head is None:
+            y = self.pooling(x, ragged)
+        elif self.acts_on == "molecule":
+            y = self.head(self.pooling(x, ragged))
+        else:
+            y = self.pooling(self.head(x), ragged)
+        return self._scaled(molecules, ragged, y)
 
     def with_weights(self, molecules: Molecules) -> tuple[Tensor, Tensor]:
         """Predictions [B, T] and weights [N] of the atoms, of the weighted averages.
@@ -238,16 +245,6 @@ class PooledModel(torch.nn.Module):
     def _atoms(self, molecules: Molecules) -> tuple[Ragged, Tensor]:
         ragged = molecules.ragged
         return ragged, self.backbone(molecules.z, molecules.pos, ragged)
-
-    def _predicted(self, molecules: Molecules, made: tuple[Ragged, Tensor]) -> Tensor:
-        ragged, x = made
-        if self.head is None:
-            y = self.pooling(x, ragged)
-        elif self.acts_on == "molecule":
-            y = self.head(self.pooling(x, ragged))
-        else:
-            y = self.pooling(self.head(x), ragged)
-        return self._scaled(molecules, ragged, y)
 
     def _scaled(self, molecules: Molecules, ragged: Ragged, y: Tensor) -> Tensor:
         each = self.atomref[molecules.z]
@@ -381,6 +378,8 @@ def _width(pool: torch.nn.Module, channels: int) -> int:
     training = pool.training
     with torch.no_grad():
         one = torch.zeros(1, channels, dtype=weight.dtype, device=weight.device)
-        width = pool.eval()(one, Ragged.from_counts([1]).to(weight.device)).shape[1]
+        pooled = pool.eval()(one, Ragged.from_counts([1]).to(weight.device))
     pool.train(training)
-    return width
+    if pooled.dim() != 2:
+        raise ValueError(f"pooling must give one row a molecule, got {pooled.dim() - 1} dimensions")
+    return pooled.shape[1]

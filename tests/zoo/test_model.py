@@ -1,0 +1,268 @@
+"""Backbone, pooling and head together: symmetries, forces, second derivatives, configurations."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from attnpool_kernels import Ragged
+from attnpool_kernels.nn import SumPooling
+from attnpool_kernels.zoo.backbones import BACKBONES
+from attnpool_kernels.zoo.graph import edges
+from attnpool_kernels.zoo.model import POOLINGS, PooledModel, build
+from attnpool_kernels.zoo.molecules import Molecules
+
+from .test_backbones import SMALL, atoms, small
+
+ABP = {"hidden": 16, "heads": 4, "seeds": 3}
+OPTIONS = {"abp": ABP, "seed": {"heads": 2, "seeds": 2, "reduce": "concat"}}
+OPTIONS |= {"weighted": {"hidden": [8]}, "orbital_weighted": {"hidden": (8, 4)}}
+AVERAGES = ("weighted", "orbital_weighted")
+
+
+def model(backbone="schnet", pooling="abp", head="molecule", **options):
+    options.setdefault("pooling_options", ABP if pooling == "abp" else OPTIONS.get(pooling))
+    return PooledModel(small(backbone), pooling, head=head, **options).double()
+
+
+def molecules(*counts, spread=1.5):
+    z, pos, ragged = atoms(list(counts), spread)
+    return Molecules(z, pos, ragged.ptr)
+
+
+def changed(given, **values):
+    return dataclasses.replace(given, **values)
+
+
+def close(a, b, tolerance=1e-12):
+    """Within the tolerance relative to the largest element."""
+    assert a.shape == b.shape and bool(b.isfinite().all())
+    assert float((a - b).detach().abs().max()) <= tolerance * max(
+        1.0, float(b.detach().abs().max())
+    )
+
+
+@pytest.mark.parametrize("pooling", ["sum", "abp"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_symmetries(name, pooling):
+    """40 atoms within the cutoff: with 32 neighbours at most the order of the atoms would count."""
+    net = model(name, pooling, "atom" if pooling == "sum" else "molecule").eval()
+    given = molecules(40, 6)
+    neighbours = edges(given.pos, given.ptr, net.backbone.cutoff)[1].bincount()
+    assert int(neighbours.max()) > 32
+    energy, forces = net.energy_and_forces(given)
+    assert float(forces.abs().max()) > 1e-4 and float((energy[0] - energy[1]).abs()) > 1e-4
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    rotation[0] *= torch.linalg.det(rotation)
+    turned = changed(given, pos=given.pos @ rotation + torch.tensor([3.0, -2.0, 1.0]))
+    found = net.energy_and_forces(turned)
+    close(found[0], energy)
+    close(found[1], forces @ rotation)
+    order = torch.cat([torch.randperm(40), 40 + torch.randperm(6)])
+    found = net.energy_and_forces(changed(given, z=given.z[order], pos=given.pos[order]))
+    close(found[0], energy)
+    close(found[1], forces[order])
+    swapped = net.energy_and_forces(given.select([1, 0]))
+    close(swapped[0], energy.flip(0))
+    alone = net.energy_and_forces(given.select([1]))
+    close(alone[0], energy[1:])
+    close(alone[1], forces[40:])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_forces_and_the_gradient_of_their_loss(name):
+    net, given = model(name), molecules(5, 1, 8)
+    energy, forces = net.energy_and_forces(given)
+    assert not given.pos.requires_grad and energy.requires_grad and not forces[5].any()
+    direction, step = torch.randn_like(given.pos), 1e-4
+    up, down = (net(changed(given, pos=given.pos + s * direction)) for s in (step, -step))
+    slope = (up - down).sum() / (2 * step)
+    close(slope, -(forces * direction).sum(), 1e-6)
+    for loss in (energy, forces):  # DistributedDataParallel waits for parameters without gradient
+        torch.autograd.grad(loss.square().sum(), [*net.backbone.parameters()], retain_graph=True)
+
+    other = model(name, pooling_options=ABP | {"backend": "reference"})
+    other.load_state_dict(net.state_dict())
+    gradients = []
+    for made in (net, other):
+        energy, forces = made.energy_and_forces(given)
+        loss = energy.square().mean() + 10 * (forces - 0.1).square().mean()
+        names, parameters = zip(*made.named_parameters())
+        gradients.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
+    for parameter, found, wanted in zip(names, *gradients):
+        scale = float(wanted.abs().max())
+        if not parameter.endswith("in_proj_bias"):  # holds the keys' bias, whose gradient is 0
+            assert scale > 0 or not found.any(), parameter
+        assert float((found - wanted).abs().max()) <= 1e-10 * max(scale, 1e-3), parameter
+    assert sum(bool(x.any()) for x in gradients[0]) > 0.8 * len(names)
+
+
+@pytest.mark.parametrize("head", ["molecule", "atom"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_pooling(pooling, head):
+    if head == "atom" and pooling in AVERAGES:
+        with pytest.raises(ValueError, match="head must be 'molecule'"):
+            model(pooling=pooling, head=head)
+        return
+    options = {"heads": 1, "hidden": 8} if head == "atom" and pooling == "abp" else {}
+    options = {} if head == "atom" and pooling == "seed" else OPTIONS.get(pooling, {}) | options
+    net = model(pooling=pooling, head=head, pooling_options=options, targets=2)
+    given = molecules(4, 1, 7)
+    net.set_statistics(torch.tensor([3.0, -5.0]), torch.tensor([0.5, 2.0]), atoms=4)
+    y = net(given)
+    assert y.shape == (3, 2) and bool(y.isfinite().all())
+    y.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
+    assert sum(bool(p.grad.any()) for p in net.backbone.parameters()) > 10
+    close(net(given.select([2])), y[2:])
+
+
+def test_extensive():
+    """Two molecules far apart in one are worth their sum, with statistics and references."""
+    net = model(pooling="sum", head="atom").eval()
+    net.set_statistics(torch.tensor([-70.0]), torch.tensor([3.0]), atoms=14.0)
+    net.set_atomref(torch.randn(100, 1))
+    given = molecules(6, 9)
+    moved = given.pos + 1e3 * (torch.arange(15) < 6)[:, None]
+    one = Molecules(given.z, moved, torch.tensor([0, 15]))
+    assert net.extensive and float(net.mean) == -5.0
+    close(net(one), net(given).sum(0, keepdim=True))
+    close(net.energy_and_forces(one)[1], net.energy_and_forces(given)[1], 1e-9)
+    other = model(pooling="sum", head="molecule")  # a sum of vectors in front of a head is not
+    assert not other.extensive and (other(one) - other(given).sum(0)).abs() > 1e-3
+    with pytest.raises(ValueError, match="atoms"):
+        net.set_statistics(torch.tensor([-70.0]), torch.tensor([3.0]))
+
+
+@pytest.mark.parametrize("head", ["molecule", "atom"])
+def test_statistics_and_references(head):
+    net, given = model(pooling="sum", head=head), molecules(5, 5)
+    before = net(given)
+    net.set_statistics(torch.tensor([2.0]), torch.tensor([3.0]), atoms=5.0)
+    close(net(given), 3 * before + 2)
+    references = torch.arange(100.0)[:, None]
+    net.set_atomref(references)
+    close(net(given), 3 * before + 2 + given.z.view(2, 5).sum(1, keepdim=True))
+    made = PooledModel(
+        net.backbone, "mean", mean=torch.tensor([1.0]), std=torch.tensor([2.0])
+    )  # fmt: skip
+    assert float(made.mean) == 1 and float(made.std) == 2
+
+
+def test_inference_mode_and_no_grad():
+    net, given = model(), molecules(4, 3)
+    wanted = net.energy_and_forces(given)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            copied = Molecules(given.z.clone(), given.pos.clone(), given.ptr.clone())
+            energy, forces = net.eval().energy_and_forces(copied)
+        close(forces, wanted[1].detach())
+        assert not energy.requires_grad and not forces.requires_grad
+    with pytest.raises(ValueError, match="targets"):
+        model(targets=2).energy_and_forces(given)
+
+
+def test_orbital_weighted_average():
+    net, given = model(pooling="orbital_weighted"), molecules(4, 2)
+    net.set_statistics(torch.tensor([-6.0]), torch.tensor([0.5]))
+    y, weights = net.with_weights(given)
+    close(y, net(given))
+    close(torch.stack([weights[:4].sum(), weights[4:].sum()]), torch.ones(2, dtype=torch.float64))
+    target = torch.tensor([[-5.0], [-7.0]], dtype=torch.float64)
+    known = changed(given, y=target, coefficients=torch.full((6,), 0.25, dtype=torch.float64))
+    wanted = 0.1 * ((y - target) / 0.5).square().mean() + (weights - 0.25).square().mean()
+    close(net.orbital_loss(known), wanted)
+    for without in (changed(known, y=None), changed(known, coefficients=None)):
+        with pytest.raises(ValueError, match="coefficients"):
+            net.orbital_loss(without)
+    with pytest.raises(ValueError, match="pooling"):
+        model(pooling="sum").with_weights(given)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_config_and_checkpoint(tmp_path, pooling):
+    net = model(pooling=pooling).float()
+    net.set_statistics(torch.tensor([3.0]), torch.tensor([0.5]))
+    torch.save({"config": net.config, "state": net.state_dict()}, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=True)
+    again = build(read["config"])
+    again.load_state_dict(read["state"])
+    given = molecules(4, 3).to(dtype=torch.float32)
+    assert torch.equal(again(given), net(given)) and again.config == net.config
+    assert torch.equal(copy.deepcopy(net)(given), net(given))
+
+
+def test_state_dict_of_another_model():
+    state = model().state_dict()
+    other = model(pooling_options=ABP | {"seeds": 7})
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"pooling_options\.seeds is 3 there and 7 here$"):
+        other.load_state_dict(state)
+    assert all(torch.equal(x, before[k]) for k, x in other.state_dict().items() if "extra" not in k)
+    other = PooledModel(small("schnet", cutoff=4.0), "abp", pooling_options=ABP)
+    with pytest.raises(ValueError, match=r"backbone_options\.cutoff is 5\.0 there and 4\.0 here$"):
+        other.load_state_dict(state)  # no tensor tells the two apart
+    model(pooling_options=ABP | {"backend": "reference"}).load_state_dict(state)  # the same model
+
+
+def test_module_as_pooling():
+    net, named = model(pooling=SumPooling()), model(pooling="sum")
+    net.load_state_dict({**named.state_dict(), "_extra_state": net.get_extra_state()})
+    given = molecules(4, 3)
+    close(net(given), named(given))
+    with pytest.raises(ValueError, match="pooling must be made by name"):
+        _ = net.config
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"pooling": "median"}, "pooling must be one of sum, .*'median'"),
+        ({"pooling_options": {"head": 2}}, "pooling 'abp': .*'head'"),
+        ({"pooling_options": {"heads": 3}}, "pooling 'abp': heads"),
+        ({"pooling": "sum", "pooling_options": {"seeds": 2}}, "pooling 'sum': .*'seeds'"),
+        ({"pooling": "weighted", "pooling_options": {"mean": 2}}, "pooling_options.*mean"),
+        (
+            {"pooling": "set_transformer", "pooling_options": {"reduce": "none"}},
+            "pooling must give",
+        ),
+        ({"pooling": "seed", "head": "atom", "pooling_options": {"out_features": 2}}, "width"),
+        ({"pooling": SumPooling(), "pooling_options": {"seeds": 2}}, "pooling_options"),
+        ({"backbone": "egnn"}, "backbone must be one of"),
+        ({"backbone_options": {"width": 2}}, "'width'"),
+        ({"head": "both"}, "head must be one of molecule, atom"),
+        ({"targets": 0}, "targets must be at least 1"),
+        ({"target": 2}, "keys of a config are .*'target'"),
+    ],
+)
+def test_bad_config(config, match):
+    pytest.importorskip("torch_geometric")
+    known = {"backbone": "schnet", "backbone_options": SMALL["schnet"], "pooling": "abp"}
+    with pytest.raises(ValueError, match=match):
+        PooledModel.from_config(known | config)
+    for missing in ("backbone", "pooling"):
+        with pytest.raises(ValueError, match=f"config must name a {missing}"):
+            PooledModel.from_config({k: x for k, x in known.items() if k != missing})
+
+
+def test_bad_statistics():
+    net = model(pooling="sum", targets=2)
+    two = torch.ones(2)
+    for mean, std, match in (
+        (torch.ones(1), two, "mean must have shape"),
+        (two, torch.ones(1), "std must have shape"),
+        (two, torch.tensor([1.0, 0.0]), "std must be positive"),
+        (two * torch.nan, two, "mean must be finite"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            net.set_statistics(mean, std)
+    with pytest.raises(ValueError, match="atomref must have shape"):
+        net.set_atomref(torch.zeros(100, 1))
+
+
+def test_boundaries_in_int32_and_no_molecules():
+    net, given = model(), molecules(4, 3)
+    close(net(changed(given, ptr=given.ptr.int())), net(given))
+    nothing = Molecules(given.z[:0], given.pos[:0], Ragged.from_counts([]).ptr)
+    assert net(nothing).shape == (0, 1)
