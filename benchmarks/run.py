@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
+import signal
 import sys
 import time
 import warnings
@@ -112,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     warnings.filterwarnings("ignore")  # prototype notices of nested tensors and the like
     logging.disable(logging.WARNING)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # the same clean end
     try:
         return _run(options)
     except BenchmarkError as error:
