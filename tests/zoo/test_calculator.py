@@ -175,6 +175,55 @@ def test_refused_properties():
         atoms.get_stress()
 
 
+def trained(tmp_path, **changes):
+    """The folder of a run on a file of MD17's format, and its task."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from attnpool_kernels.zoo.task import MoleculeData, PoolingTask
+
+    rng = np.random.default_rng(0)
+    atoms = molecule("CH3CH2OH")
+    places = atoms.positions + 0.05 * rng.standard_normal((12, 9, 3))
+    np.savez(
+        tmp_path / "frames.npz", z=atoms.numbers, R=places, E=-97000 + rng.standard_normal(12),
+        F=20 * rng.standard_normal(places.shape),
+    )  # fmt: skip
+    data = MoleculeData(
+        "md17", str(tmp_path / "frames.npz"), options={"train": 8, "val": 2}, batch_size=4
+    )
+    keys = ("backbone", "backbone_options", "pooling", "pooling_options")
+    task = PoolingTask(
+        **{key: CONFIG[key] for key in keys}, targets=["energy"], forces=True, loss="mse"
+    )
+    keep = ModelCheckpoint(tmp_path / "run", "best", monitor="val/loss")
+    trainer = Trainer(
+        max_epochs=1, callbacks=[keep], accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        inference_mode=False, **changes,
+    )  # fmt: skip
+    trainer.fit(task, data)
+    return tmp_path / "run", task
+
+
+def test_checkpoint_of_a_training_on_forces(tmp_path):
+    folder, task = trained(tmp_path)
+    atoms = ethanol(PooledCalculator(folder))
+    energy, forces = task.model.eval().energy_and_forces(Molecules.from_ase([atoms]))
+    assert atoms.get_potential_energy() == pytest.approx(energy.item(), abs=1e-6)
+    assert -4300 < energy.item() < -4100  # -97000 kcal/mol are -4206 eV
+    np.testing.assert_allclose(atoms.get_forces(), forces.numpy(), atol=1e-6)
+    other = ase.Atoms("N2", [[0, 0, 0], [0, 0, 1.1]])
+    other.calc = PooledCalculator(folder / "best.ckpt")
+    with pytest.raises(ValueError, match=r"knows \(H, C, O\), got N"):
+        other.get_potential_energy()
+    found = torch.load(folder / "best.ckpt", weights_only=True)
+    found["zoo"]["targets"] = [["energy", "kcal/mol"]]
+    torch.save(found, folder / "best.ckpt")
+    with pytest.raises(ValueError, match="got energy in 'kcal/mol'"):
+        PooledCalculator(folder)
+
+
 def test_refused_models(tmp_path):
     with pytest.raises(ValueError, match="one target, the energy, got 2"):
         PooledCalculator(model(targets=2))
