@@ -90,7 +90,7 @@ class Ragged:
     def __init__(self, ptr: Tensor) -> None:
         check_kind(ptr)
         self.ptr = ptr.contiguous()
-        self._kept = None if _traced(ptr) else _keep(self.ptr)
+        self._kept = _keep(self.ptr)
         self._last: int | None = None  # ptr[-1] once the contents have been checked
         if ptr.device.type == "cpu" and not _traced(ptr):
             _check_contents(self.ptr, 2**63 - 1, "ptr")
@@ -184,7 +184,7 @@ class Ragged:
         moved = object.__new__(Ragged)
         moved.ptr = self.ptr.to(device, non_blocking=True)
         moved._last = self._last if moved.ptr.device.type == "cpu" else None
-        moved._kept = None if _traced(moved.ptr) else _keep(moved.ptr)
+        moved._kept = _keep(moved.ptr)
         return moved
 
     def __reduce__(self) -> tuple:
@@ -213,8 +213,14 @@ def _place(ptr: Tensor) -> tuple:
     return ptr.data_ptr(), ptr.numel(), ptr.dtype, ptr.device
 
 
+def _plain(ptr: Tensor) -> bool:
+    """Whether changes in place leave a trace: a tensor of inference mode has no version."""
+    wrapped = not _traced(ptr) and torch._C._functorch.is_functorch_wrapped_tensor(ptr)
+    return not (_traced(ptr) or wrapped or ptr.is_inference())
+
+
 def _keep(ptr: Tensor) -> _Kept | None:
-    if ptr.is_inference():  # has no version: changes in place would go unnoticed
+    if not _plain(ptr):
         return None
     found = _kept.get(_place(ptr))
     if found is None or found.version != ptr._version:
@@ -230,7 +236,7 @@ def kept(ptr: Tensor) -> dict | None:
     For what is read from the contents once for all layers. Nothing is kept while a CUDA graph is
     captured: a replay could meet other contents.
     """
-    if _traced(ptr) or ptr.is_inference():
+    if not _plain(ptr):
         return None
     if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
         return None

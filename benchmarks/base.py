@@ -49,7 +49,10 @@ class Base:
         if (self._tree / "setup.py").exists():
             print(f"building {self.ref} ...", file=sys.stderr, flush=True)
             command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            built = subprocess.run(command, cwd=self._tree, capture_output=True, text=True)
+            own = {"ATTNPOOL_BUILD": device, **os.environ}  # no CUDA kernels for a run on the CPU
+            built = subprocess.run(
+                command, cwd=self._tree, env=own, capture_output=True, text=True, check=False
+            )
             if built.returncode:
                 last = (built.stderr.strip().splitlines() or ["no output"])[-1]
                 print(f"--base: {self.ref} was not built: {last}", file=sys.stderr)
