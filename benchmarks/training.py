@@ -152,7 +152,7 @@ CONTENDERS = {
         Contender("sum", "sum", lambda size: SumPooling(), None, "ragged", False, STEPS),
         Contender("abp", "ABP, attnpool", _abp(), _abp(PaddedABP), "ragged", True, STEPS),
         Contender("abp_masked", "ABP, padded to the batch, masked", _abp(PaddedABP), _abp(),
-                  "padded", False, STEPS),
+                  "padded", False, ("force",)),
         Contender("abp_original", f"ABP, padded to {LONGEST} as the original",
                   _abp(PaddedABP, pad_to=LONGEST), _abp(phantom=LONGEST), "padded", False,
                   ("energy",)),
@@ -418,8 +418,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--molecules", type=int, default=128, help="in the batch (default: 128)")
     p.add_argument("--budget", type=float, default=3.0, metavar="S",
                    help="timed seconds per contender and step (default: 3)")  # fmt: skip
-    p.add_argument("--minutes", type=float, default=4.0, metavar="M",
-                   help="begin with no contender later than this (default: 4)")  # fmt: skip
+    p.add_argument("--minutes", type=float, default=3.5, metavar="M",
+                   help="begin with no contender later than this (default: 3.5)")  # fmt: skip
     p.add_argument("--samples", type=int, default=3, metavar="N", help="at least (default: 3)")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     p.add_argument("--qm7b", type=Path, metavar="PATH", help="qm7b.npz for the real molecules")

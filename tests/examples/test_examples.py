@@ -10,7 +10,8 @@ import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {"pyg_gin": "torch_geometric", "pyg_schnet": "torch_geometric",
-         "schnetpack_forces": "schnetpack", "plain_torch": None}  # fmt: skip
+         "schnetpack_forces": "schnetpack", "plain_torch": "",
+         "md_forces": "torch_geometric ase"}  # fmt: skip
 
 
 def test_every_example_is_tested():
@@ -19,8 +20,9 @@ def test_every_example_is_tested():
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_example(name, capsys):
-    if NEEDS[name] is not None and importlib.util.find_spec(NEEDS[name]) is None:
-        pytest.skip(f"{NEEDS[name]} is not installed")
+    for package in NEEDS[name].split():
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     loader = torch.utils.data.dataloader
     if not hasattr(loader, "T_co"):  # a name that schnetpack 2.1 imports and newer torch lacks
         loader.T_co = typing.TypeVar("T_co", covariant=True)
