@@ -200,10 +200,12 @@ def _check(options: argparse.Namespace) -> list[str] | None:
         raise BenchmarkError(f"device cuda: torch {torch.__version__} sees no CUDA device here")
     for name in ("threads", "minutes", "budget", "call", "memory"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nan too
             raise BenchmarkError(f"--{name} must be positive, got {value:g}")
     if options.qm7b is not None and not options.qm7b.is_file():
         raise BenchmarkError(f"--qm7b {options.qm7b}: there is no such file")
+    if options.qm7b is not None and not options.no_molecules:
+        molecules.load(options.qm7b)  # a damaged file is known now, not after the suite
     if options.contenders is None:
         return None
     names = [name for name in options.contenders.split(",") if name]
