@@ -30,7 +30,8 @@ def compiled(backend, **options):
 @pytest.mark.parametrize(("backend", "tracked"), [("sdpa", True), ("flex", False)])
 def test_one_break_of_the_graph(backend, tracked):
     attend, fast = compiled(backend)
-    for ptr in (PTR, Ragged.from_ptr(PTR)):
+    own = Ragged.from_ptr(PTR)
+    for ptr in (PTR, own, own):
         inputs = [torch.randn(9, 2, 8, requires_grad=tracked) for _ in range(3)]
         found, exact = (f(*inputs, ptr) for f in (fast, attend))
         assert torch.allclose(found, exact, atol=1e-6)
