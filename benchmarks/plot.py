@@ -223,7 +223,8 @@ def _batches(rows: list[Row], title: str, what: str):
     seen: dict[str, object] = {}
     names = []
     for y, ((workload, kind), group) in enumerate(groups.items()):
-        names.append(f"{workload}, {PASS[kind]}")
+        short = workload.replace(" float32", "").replace(" separate", "")  # what most have
+        names.append(f"{short}, {PASS[kind]}")
         for row in group:
             if not row.ok or row.contender.startswith("base:"):
                 continue
