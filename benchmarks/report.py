@@ -58,6 +58,7 @@ tr.ours td { background: var(--ours); font-weight: 600; }
 small { color: var(--soft); font-weight: 400; }
 td.off { color: var(--soft); font-weight: 400; }
 td.yes { color: #116329; } td.no { color: #b35900; font-weight: 600; }
+table.wrap td { white-space: normal; }
 table.text td, table.text th { text-align: left; white-space: normal; }
 figure { margin: .6rem 0 1.2rem; } figure img { width: 100%; height: auto; }
 details > summary { cursor: pointer; color: #0b57a4; margin: .6rem 0; }
@@ -208,24 +209,26 @@ def _exponents(rows: list[Row]) -> str:
 
 
 def _others(rows: list[Row]) -> list[str]:
-    """Families without a layout of their own: one line a measurement."""
+    """Families without a layout of their own: one table, one line a measurement."""
     known = ("scaling", "constant", "molecules", "mixed", "long", "seeds", "modules", "overhead")
     parts = []
-    for (workload, what), group in tables.grouped(
-        [r for r in rows if r.family not in known], "workload", "what"
-    ).items():
+    chosen = [r for r in rows if r.family not in known]
+    for (family,), group in tables.grouped(chosen, "family").items():
         lines = []
         for row in group:
-            cells = ["" if x is None else tables.milliseconds(x)
-                     for x in (row.p50_ms, row.p20_ms, row.p80_ms)]  # fmt: skip
-            rate = "" if row.p50_ms is None else f"{1e3 * row.molecules / row.p50_ms:.3g}"
-            peak = "" if row.peak_bytes is None else tables.size(row.peak_bytes)
-            note = "" if row.ok else f"{row.status}: {row.reason}"
+            cells = [
+                "" if x is None else tables.milliseconds(x)
+                for x in (row.p50_ms, row.p20_ms, row.p80_ms)
+            ]
+            cells.append("" if row.p50_ms is None else f"{1e3 * row.molecules / row.p50_ms:.3g}")
+            cells.append("" if row.peak_bytes is None else tables.size(row.peak_bytes))
+            cells.append(row.check if row.ok else f"{row.status}: {row.reason}")
             lines.append(
-                f"<tr{_ours([row])}>{_cells(row.contender, *cells, rate, peak, note)}</tr>"
+                f"<tr{_ours([row])}>{_cells(row.workload, row.what, row.contender, *cells)}</tr>"
             )
-        head = ["contender", "ms, median", "p20", "p80", "molecules/s", "peak bytes", ""]
-        parts.append(f"<h3>{_text(workload)}, {_text(what)}</h3>" + _table(head, lines))
+        head = ["workload", "what", "contender", "ms, median", "p20", "p80", "molecules/s",
+                "peak bytes", "check"]  # fmt: skip
+        parts.append(f"<h3>{_text(family)}</h3>" + _table(head, lines, "wrap"))
     return parts
 
 
