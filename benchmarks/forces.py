@@ -33,6 +33,7 @@ from attnpool_kernels.zoo.molecules import Molecules, Split
 
 from . import sheet
 from .measure import Timing
+from .providers import version
 from .sheet import BenchmarkError, Row
 
 HERE = Path(__file__).resolve().parent
@@ -260,6 +261,8 @@ def _main(options: argparse.Namespace) -> int:
         k: v for k, v in vars(options).items() if isinstance(v, str | int | float) and k != "data"
     }
     about = sheet.provenance("cpu", {"command": "python -m benchmarks.forces", **chosen})
+    chemistry = {package: version(package) for package in ("ase", "tblite")}
+    about["versions"] |= {package: x for package, x in chemistry.items() if x}
     out.start(about)
     print(f"{name}: {len(data)} frames; {MODEL}; {about['device']}, {about['threads']} threads")
     parts = split(len(data))
