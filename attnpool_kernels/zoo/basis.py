@@ -18,8 +18,8 @@ class SphericalBasis(torch.nn.Module):
     z_ln: zeros of the spherical Bessel functions j_l; N_ln = (j_{l+1}(z_ln)² / 2)^(-1/2);
     Y_l0 = sqrt((2l + 1) / 4π) P_l(cos θ). PyG derives 42 formulas with sympy each time a model is
     made (seconds), which cannot be pickled, and evaluates them at θ = atan2(|a × b|, a·b), whose
-    gradient is NaN for atoms in a line. Here j_l and P_l come from their recurrences, and P_l is
-    a polynomial of the cosine, smooth everywhere.
+    second derivative is NaN for atoms in a line. Here j_l and P_l come from their recurrences, and
+    P_l is a polynomial of the cosine, smooth everywhere.
     """
 
     zeros: Tensor  # [L, N]
