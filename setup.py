@@ -31,6 +31,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 MODE = os.environ.get("ATTNPOOL_BUILD", "auto")
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CPUS = int(os.environ.get("MAX_JOBS") or CPUS)  # what torch's own builds read
 
 # Sources of csrc/cpu that are compiled once per vector width; the rest of csrc/cpu once.
 WIDTH_SOURCES = ("product", "forward", "backward", "double_backward", "kernels")
@@ -187,14 +188,18 @@ class BuildLibraries(build_ext):
         library = LIBRARIES[ext.name]
         folder = Path(self.build_temp).absolute() / library.name
         folder.mkdir(parents=True, exist_ok=True)
-        headers = [x for x in (HERE / "csrc").rglob("*") if x.suffix in (".h", ".cuh")]
-        newest_header = max(x.stat().st_mtime for x in headers)
+
+        def changed(source):
+            """When the source or a header of csrc/, csrc/cuda/ or its own folder changed last."""
+            folders = {HERE / "csrc", HERE / "csrc" / "cuda", source.parent}
+            headers = [x for y in folders for x in y.glob("*.*h")]
+            return max(x.stat().st_mtime for x in [source, *headers])
 
         def compiled(item):
             name, command = item
             target, note = folder / f"{name}.o", folder / f"{name}.command"
             command = [*command, "-o", str(target)]
-            newest = max(newest_header, (HERE / command[-3]).stat().st_mtime)
+            newest = changed(HERE / command[-3])
             fresh = (
                 target.exists()
                 and note.exists()

@@ -20,8 +20,9 @@ void run(const char* name, Launch launch, const Call& call, const Tensor& q, boo
   STD_TORCH_CHECK(a.head_dim <= MAX_DIM && a.value_dim <= MAX_DIM,
                   "CUDA kernels: head and value widths must be 1 to ", MAX_DIM, ", got ",
                   a.head_dim, " and ", a.value_dim);
-  STD_TORCH_CHECK(a.query_rows <= MAX_ROWS && a.key_rows <= MAX_ROWS,
-                  "CUDA kernels: at most ", MAX_ROWS, " rows");
+  STD_TORCH_CHECK(
+      a.query_rows <= MAX_ROWS && a.key_rows <= MAX_ROWS && a.molecules <= MAX_ROWS,
+      "CUDA kernels: at most ", MAX_ROWS, " rows and molecules");
   KernelParams p{};
   static_cast<AttnParams&>(p) = a;
   const int64_t bytes = a.dtype == Dtype::float64 ? 8 : a.dtype == Dtype::float32 ? 4 : 2;

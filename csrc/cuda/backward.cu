@@ -45,11 +45,11 @@ struct BackwardTiles {
         v(k + Plan::TILE), lse(reinterpret_cast<Acc<T>*>(v + Plan::TILE)),
         norm(lse + Plan::ROWS), delta(norm + Plan::ROWS) {}
 
-  ATTN_DEVICE void load_queries(const KernelParams& p, const Tile& tile, const Span& span,
-                                int64_t first, int64_t head, int thread, bool statistics) const {
+  ATTN_DEVICE void load_queries(const KernelParams& p, const Rows& tile, const Range& span,
+                                int first, int head, int thread, bool statistics) const {
     const int live = rows_from(span.size, first, Plan::ROWS);
     const int rows = round_up(live, Plan::STEP);
-    const int64_t row = span.first + first;
+    const int row = span.first + first;
     load_rows<T, D, Plan::GROUP_THREADS>(q, rows, p.q, p.vector_loads & VECTOR_Q, 0, row, live,
                                          head, int(p.head_dim), thread);
     load_rows<T, D, Plan::GROUP_THREADS>(dout, rows, p.dout, p.vector_loads & VECTOR_DOUT,
@@ -64,7 +64,7 @@ struct BackwardTiles {
     }
   }
 
-  ATTN_DEVICE void load_keys(const KernelParams& p, const Span& span, int64_t first, int64_t head,
+  ATTN_DEVICE void load_keys(const KernelParams& p, const Range& span, int first, int head,
                              int thread) const {
     const int live = rows_from(span.size, first, Plan::ROWS);
     const int rows = round_up(live, Plan::STEP);
@@ -125,11 +125,11 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
-  const int64_t head = place.head;
+  const int head = place.head;
   if (place.tile >= query_tile_count(p, ROWS)) return;
-  const Tile tile = find_query_tile(p, place.tile, ROWS);
+  const Rows tile = find_query_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
-  const int keys = static_cast<int>(tile.other.size), tile_query = static_cast<int>(tile.first);
+  const int keys = tile.other.size, tile_query = tile.first;
   const bool whole = tile.real && tile.own.size <= ROWS && keys <= ROWS;
   if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
 
@@ -145,7 +145,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
 
   const Pairs<T> pairs(p, tile.molecule, head, keys);
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const int64_t first_query = tile.own.first + tile.first;
+  const int first_query = tile.own.first + tile.first;
   // Of rows slot + g and slot + g + 8.
   A delta[2] = {0, 0}, norm[2] = {0, 0}, lse[2] = {-A(INFINITY), -A(INFINITY)};
   if (keys > 0) {
@@ -250,7 +250,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     clear(dk);
     clear(dv);
     add_key_gradients(dk, dv, tiles, pairs, slot, live, 0, 0, begin);
-    const int64_t first_key = tile.other.first + slot;
+    const int first_key = tile.other.first + slot;
     const int count = keys - slot;
     store_rows<T>(p.dk, 0, first_key, count, head, begin, int(p.head_dim), dk, pairs.scale,
                   pairs.scale);
@@ -267,17 +267,17 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
-  const int64_t head = place.head;
+  const int head = place.head;
   if (place.tile >= tile_count(key_axis(p), ROWS)) return;
-  const Tile tile = find_key_tile(p, place.tile, ROWS);
+  const Rows tile = find_key_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
-  const int queries = static_cast<int>(tile.other.size), tile_key = static_cast<int>(tile.first);
+  const int queries = tile.other.size, tile_key = tile.first;
   clear_pairs_of_nobody(p, p.dbias, tile, head, thread, Plan::GROUP_THREADS);
   const bool whole = tile.real && tile.own.size <= ROWS && queries <= ROWS;
   if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
 
   const BackwardTiles<T, D> tiles(place.memory(memory));
-  const Pairs<T> pairs(p, tile.molecule, head, static_cast<int>(tile.own.size));
+  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
   if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A dk[M][4], dv[M][4];
@@ -294,7 +294,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
                           tile_key, begin);
     }
     if (slot >= live) continue;
-    const int64_t first_key = tile.own.first + tile.first + slot;
+    const int first_key = tile.own.first + tile.first + slot;
     store_rows<T>(p.dk, 0, first_key, live - slot, head, begin, int(p.head_dim), dk, pairs.scale,
                   pairs.scale);
     store_rows<T>(p.dv, 0, first_key, live - slot, head, begin, int(p.value_dim), dv, A(1), A(1));

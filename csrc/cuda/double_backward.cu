@@ -59,18 +59,18 @@ struct DoubleBackwardTiles {
         delta(norm + Plan::ROWS), t(delta + Plan::ROWS), y(t + Plan::ROWS) {}
 
   ATTN_DEVICE static void load(T* tile, const KernelParams& p, const View& x, uint32_t flag,
-                               int64_t molecule, int64_t row, int live, int64_t head,
-                               int64_t units, int thread) {
+                               int molecule, int row, int live, int head, int64_t units,
+                               int thread) {
     if (x.data)
       load_rows<T, D, Plan::GROUP_THREADS>(tile, round_up(live, 16), x,
                                            p.vector_loads & flag, molecule, row, live, head,
                                            int(units), thread);
   }
 
-  ATTN_DEVICE void load_queries(const KernelParams& p, const Tile& tile, const Span& span,
-                                int64_t first, int64_t head, int thread, bool statistics) const {
+  ATTN_DEVICE void load_queries(const KernelParams& p, const Rows& tile, const Range& span,
+                                int first, int head, int thread, bool statistics) const {
     const int live = rows_from(span.size, first, Plan::ROWS);
-    const int64_t row = span.first + first;
+    const int row = span.first + first;
     load(q, p, p.q, VECTOR_Q, 0, row, live, head, p.head_dim, thread);
     load(dout, p, p.dout, VECTOR_DOUT, tile.molecule, row, live, head, p.value_dim, thread);
     load(a, p, p.ddq, VECTOR_DDQ, 0, row, live, head, p.head_dim, thread);
@@ -85,10 +85,10 @@ struct DoubleBackwardTiles {
     }
   }
 
-  ATTN_DEVICE void load_keys(const KernelParams& p, const Span& span, int64_t first, int64_t head,
+  ATTN_DEVICE void load_keys(const KernelParams& p, const Range& span, int first, int head,
                              int thread) const {
     const int live = rows_from(span.size, first, Plan::ROWS);
-    const int64_t row = span.first + first;
+    const int row = span.first + first;
     load(k, p, p.k, VECTOR_K, 0, row, live, head, p.head_dim, thread);
     load(v, p, p.v, VECTOR_V, 0, row, live, head, p.value_dim, thread);
     load(b, p, p.ddk, VECTOR_DDK, 0, row, live, head, p.head_dim, thread);
@@ -179,11 +179,11 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
-  const int64_t head = place.head;
+  const int head = place.head;
   if (place.tile >= query_tile_count(p, ROWS)) return;
-  const Tile tile = find_query_tile(p, place.tile, ROWS);
+  const Rows tile = find_query_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
-  const int keys = static_cast<int>(tile.other.size), tile_query = static_cast<int>(tile.first);
+  const int keys = tile.other.size, tile_query = tile.first;
   const bool whole = tile.real && tile.own.size <= ROWS && keys <= ROWS;
   if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
 
@@ -199,7 +199,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
 
   const Pairs<T> pairs(p, tile.molecule, head, keys);
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const int64_t first_query = tile.own.first + tile.first;
+  const int first_query = tile.own.first + tile.first;
   Row<A> row[2];  // of rows slot + g and slot + g + 8
   ATTN_UNROLL
   for (int half = 0; half < 2; ++half)
@@ -308,7 +308,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
     clear(gk);
     clear(gv);
     add_key_gradients(gk, gv, p, tiles, pairs, slot, live, 0, 0, begin);
-    const int64_t first_key = tile.other.first + slot;
+    const int first_key = tile.other.first + slot;
     const int count = keys - slot;
     store_rows<T>(p.gk, 0, first_key, count, head, begin, int(p.head_dim), gk, pairs.scale,
                   pairs.scale);
@@ -325,17 +325,17 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
-  const int64_t head = place.head;
+  const int head = place.head;
   if (place.tile >= tile_count(key_axis(p), ROWS)) return;
-  const Tile tile = find_key_tile(p, place.tile, ROWS);
+  const Rows tile = find_key_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
-  const int queries = static_cast<int>(tile.other.size), tile_key = static_cast<int>(tile.first);
+  const int queries = tile.other.size, tile_key = tile.first;
   clear_pairs_of_nobody(p, p.gbias, tile, head, thread, Plan::GROUP_THREADS);
   const bool whole = tile.real && tile.own.size <= ROWS && queries <= ROWS;
   if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
 
   const DoubleBackwardTiles<T, D> tiles(place.memory(memory));
-  const Pairs<T> pairs(p, tile.molecule, head, static_cast<int>(tile.own.size));
+  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
   if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A gk[M][4], gv[M][4];
@@ -352,7 +352,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
                           tile_key, begin);
     }
     if (slot >= live) continue;
-    const int64_t first_key = tile.own.first + tile.first + slot;
+    const int first_key = tile.own.first + tile.first + slot;
     store_rows<T>(p.gk, 0, first_key, live - slot, head, begin, int(p.head_dim), gk, pairs.scale,
                   pairs.scale);
     store_rows<T>(p.gv, 0, first_key, live - slot, head, begin, int(p.value_dim), gv, A(1), A(1));

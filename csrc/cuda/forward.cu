@@ -31,9 +31,9 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
-  const int64_t head = place.head;
+  const int head = place.head;
   if (place.tile >= query_tile_count(p, Plan::ROWS)) return;
-  const Tile tile = find_query_tile(p, place.tile, Plan::ROWS);
+  const Rows tile = find_query_tile(p, place.tile, Plan::ROWS);
   const int live = rows_from(tile.own.size, tile.first, Plan::ROWS);
   if (live == 0) return;  // a surplus tile; the same for the whole group
 
@@ -41,8 +41,8 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
   T* b_k = b_q + Plan::ROWS * S;
   T* b_v = b_k + 2 * KEYS * S;
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  const int keys = static_cast<int>(tile.other.size), tile_query = static_cast<int>(tile.first);
-  const int64_t first_query = tile.own.first + tile.first;
+  const int keys = tile.other.size, tile_query = tile.first;
+  const int first_query = tile.own.first + tile.first;
   const auto load_keys = [&](int first, int stage) {
     const int rows = rows_from(keys, first, KEYS);
     load_rows<T, D, Plan::GROUP_THREADS>(b_k + stage * KEYS * S, KEYS, p.k,

@@ -17,6 +17,9 @@ int for_width(const KernelParams& p, void* stream) {
 
 template <template <typename, int> class RUN>
 int for_instance(const KernelParams& p, void* stream) {
+#ifdef ATTN_ONLY_TYPE  // one instance alone, for a report within seconds
+  return RUN<ATTN_ONLY_TYPE, ATTN_ONLY_WIDTH>::run(p, stream);
+#else
   switch (p.dtype) {
     case Dtype::float16: return for_width<RUN, Half>(p, stream);
     case Dtype::bfloat16: return for_width<RUN, Bfloat16>(p, stream);
@@ -24,6 +27,7 @@ int for_instance(const KernelParams& p, void* stream) {
     case Dtype::float64: return for_width<RUN, double>(p, stream);
   }
   return -1;
+#endif
 }
 
 }  // namespace attnpool

@@ -12,7 +12,7 @@ int launch_backward(const KernelParams& p, void* stream);
 int launch_double_backward(const KernelParams& p, void* stream);
 
 constexpr int64_t MAX_DIM = 128;                // of head_dim and value_dim
-constexpr int64_t MAX_ROWS = INT32_MAX - 1024;  // of queries and of keys; offsets have 64 bits
+constexpr int64_t MAX_ROWS = INT32_MAX - 1024;  // queries, keys, molecules; offsets: 64 bits
 constexpr int64_t SUM_CHUNK = 64;               // molecules of one part of d(seeds)
 
 }  // namespace attnpool

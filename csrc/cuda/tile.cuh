@@ -17,9 +17,9 @@ ATTN_HD constexpr int larger(int a, int b) { return a > b ? a : b; }
 ATTN_HD constexpr int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 
 // Rows first ... of `rows`, at most `most` of them.
-ATTN_DEVICE int rows_from(int64_t rows, int64_t first, int most) {
-  const int64_t left = rows - first;
-  return left <= 0 ? 0 : left < most ? static_cast<int>(left) : most;
+ATTN_DEVICE int rows_from(int rows, int first, int most) {
+  const int left = rows - first;
+  return left <= 0 ? 0 : left < most ? left : most;
 }
 
 // ---- who and where ------------------------------------------------------------------------
@@ -28,8 +28,8 @@ ATTN_DEVICE int rows_from(int64_t rows, int64_t first, int most) {
 // owns the 16 rows from `slot` on.
 template <typename Plan>
 struct Place {
-  int group, thread, slot;
-  int64_t tile, head;
+  int group, thread, slot, head;
+  int64_t tile;
 
   ATTN_DEVICE explicit Place(const KernelParams& p)
       : group(threadIdx.x / Plan::GROUP_THREADS), thread(threadIdx.x % Plan::GROUP_THREADS),
@@ -37,7 +37,7 @@ struct Place {
     const uint32_t work = blockIdx.x * Plan::GROUPS + group;
     const uint32_t heads = static_cast<uint32_t>(p.heads);
     tile = work / heads;
-    head = work % heads;
+    head = static_cast<int>(work % heads);
   }
   ATTN_DEVICE unsigned char* memory(unsigned char* of_block) const {
     return of_block + group * Plan::GROUP_BYTES;
@@ -57,20 +57,39 @@ ATTN_DEVICE int64_t molecule_of_tile(const Axis& axis, int64_t tile, int tile_ro
   return low;
 }
 
-ATTN_DEVICE Tile find_query_tile(const AttnParams& a, int64_t tile, int tile_rows) {
+// A Tile in 32 bits, enough for MAX_ROWS: in 64, what lives through a whole kernel takes so many
+// registers that others spill. Offsets into tensors are computed in 64.
+struct Range {
+  int first, size;
+};
+struct Rows {
+  int molecule, first;
+  Range own, other;
+  bool real;
+
+  ATTN_DEVICE explicit Rows(const Tile& tile)
+      : molecule(int(tile.molecule)),
+        first(int(tile.first < INT32_MAX ? tile.first : INT32_MAX)),  // a surplus tile
+        own{int(tile.own.first), int(tile.own.size)},
+        other{int(tile.other.first), int(tile.other.size)}, real(tile.real) {}
+};
+
+ATTN_DEVICE Rows find_query_tile(const AttnParams& a, int64_t tile, int tile_rows) {
   if (a.shared_seeds) {
     const int64_t each = tiles_of_seeds(a.query_rows, tile_rows);
-    return query_tile(a, tile / each, tile % each, tile_rows);
+    return Rows(query_tile(a, tile / each, tile % each, tile_rows));
   }
   const Axis axis = query_axis(a);
   const int64_t molecule = molecule_of_tile(axis, tile, tile_rows);
-  return query_tile(a, molecule, tile - first_tile(axis, molecule, tile_rows), tile_rows);
+  const int64_t index = tile - first_tile(axis, molecule, tile_rows);
+  return Rows(query_tile(a, molecule, index, tile_rows));
 }
 
-ATTN_DEVICE Tile find_key_tile(const AttnParams& a, int64_t tile, int tile_rows) {
+ATTN_DEVICE Rows find_key_tile(const AttnParams& a, int64_t tile, int tile_rows) {
   const Axis axis = key_axis(a);
   const int64_t molecule = molecule_of_tile(axis, tile, tile_rows);
-  return key_tile(a, molecule, tile - first_tile(axis, molecule, tile_rows), tile_rows);
+  const int64_t index = tile - first_tile(axis, molecule, tile_rows);
+  return Rows(key_tile(a, molecule, index, tile_rows));
 }
 
 // ---- global to shared and back ---------------------------------------------------------------
@@ -78,14 +97,15 @@ ATTN_DEVICE Tile find_key_tile(const AttnParams& a, int64_t tile, int tile_rows)
 // Rows first ... first + live - 1 of a tensor into a tile, then zeros up to row `rows`. Complete
 // after copy_commit, copy_wait and a barrier.
 template <typename T, int D, int THREADS>
-ATTN_DEVICE void load_rows(T* tile, int rows, const View& x, bool by_16_bytes, int64_t molecule,
-                           int64_t first, int live, int64_t head, int units, int thread) {
+ATTN_DEVICE void load_rows(T* tile, int rows, const View& x, bool by_16_bytes, int molecule,
+                           int first, int live, int head, int units, int thread) {
   constexpr int WIDTH = 16 / sizeof(T), CHUNKS = D / WIDTH;
-  const T* base = static_cast<const T*>(x.data) + molecule * x.molecule + head * x.head;
+  const T* base = address<const T>(x, molecule, first, head);
+  ATTN_ROLLED  // nothing waits for a copy here, and the addresses of several take registers
   for (int i = thread; i < rows * CHUNKS; i += THREADS) {
     const int row = i / CHUNKS, unit = i % CHUNKS * WIDTH;
     T* to = tile + row * STRIDE<T, D> + unit;
-    const T* from = base + (first + row) * x.row + unit * x.unit;
+    const T* from = base + row * x.row + unit * x.unit;
     const bool wanted = row < live && unit < units;
     if (by_16_bytes) {
       copy_async(to, wanted ? from : x.data, wanted);
@@ -100,8 +120,8 @@ ATTN_DEVICE void load_rows(T* tile, int rows, const View& x, bool by_16_bytes, i
 // Units begin ... begin + 8 N - 1 of the 16 rows of a slot, times a factor for rows g and g + 8.
 // A factor of 0 means an empty row, which is 0 even where the sum is not finite.
 template <typename Out, typename A, int N>
-ATTN_DEVICE void store_rows(const View& x, int64_t molecule, int64_t first, int live, int64_t head,
-                            int begin, int units, const A (&c)[N][4], A upper, A lower) {
+ATTN_DEVICE void store_rows(const View& x, int molecule, int first, int live, int head, int begin,
+                            int units, const A (&c)[N][4], A upper, A lower) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   ATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -122,8 +142,8 @@ ATTN_DEVICE void store_rows(const View& x, int64_t molecule, int64_t first, int 
 
 // d(q) of a slot: to the tensor, or with shared seeds to the partial result of this molecule.
 template <typename T, int N>
-ATTN_DEVICE void store_query_gradient(const KernelParams& p, const View& dq, int64_t molecule,
-                                      int64_t first, int live, int64_t head, int begin,
+ATTN_DEVICE void store_query_gradient(const KernelParams& p, const View& dq, int molecule,
+                                      int first, int live, int head, int begin,
                                       const Acc<T> (&c)[N][4], Acc<T> upper, Acc<T> lower) {
   const int units = static_cast<int>(p.head_dim);
   if (!p.shared_seeds) {
@@ -249,13 +269,12 @@ ATTN_DEVICE void multiply_weights(Acc<T> (&c)[M][4], const Acc<T> (&p)[N][4], co
 template <typename T>
 struct Pairs {
   const KernelParams& p;
-  int64_t molecule, head;
-  int keys;
+  int molecule, head, keys;
   Span rows;  // of bias
   PhiloxKey key;
   Acc<T> scale, keep_scale;
 
-  ATTN_DEVICE Pairs(const KernelParams& params, int64_t molecule_, int64_t head_, int keys_)
+  ATTN_DEVICE Pairs(const KernelParams& params, int molecule_, int head_, int keys_)
       : p(params), molecule(molecule_), head(head_), keys(keys_), rows{0, 0}, key{0, 0},
         scale(static_cast<Acc<T>>(params.scale)),
         keep_scale(static_cast<Acc<T>>(params.keep_scale)) {
@@ -325,8 +344,8 @@ struct Pairs {
 
 // Zeros for the rows of dbias behind the last molecule's, by the first tile of the virtual molecule
 // behind the last one.
-ATTN_DEVICE void clear_pairs_of_nobody(const KernelParams& p, const View& dbias, const Tile& tile,
-                                       int64_t head, int thread, int threads) {
+ATTN_DEVICE void clear_pairs_of_nobody(const KernelParams& p, const View& dbias, const Rows& tile,
+                                       int head, int thread, int threads) {
   if (!dbias.data || tile.molecule != p.molecules || tile.first != 0) return;
   const int64_t first = span_between(p.pair_ptr[p.molecules], p.pairs, p.pairs).first;
   for (int64_t row = first + thread; row < p.pairs; row += threads) {
@@ -338,8 +357,7 @@ ATTN_DEVICE void clear_pairs_of_nobody(const KernelParams& p, const View& dbias,
 
 // Where the statistics of a query row lie (KernelParams), four numbers a row and head.
 template <typename T>
-ATTN_DEVICE Acc<T>* statistics_of(const KernelParams& p, int64_t molecule, int64_t row,
-                                  int64_t head) {
+ATTN_DEVICE Acc<T>* statistics_of(const KernelParams& p, int molecule, int row, int head) {
   const int64_t rows = p.shared_seeds ? molecule * p.query_rows + row : row;
   return static_cast<Acc<T>*>(p.statistics) + (rows * p.heads + head) * 4;
 }

@@ -9,10 +9,9 @@ import numpy as np
 
 from .machine import (
     FLOAT,
-    LOCAL_WINDOW,
-    SHARED_WINDOW,
     SINT,
     UINT,
+    WINDOWS,
     Block,
     f32_to_bf16,
     handles,
@@ -27,6 +26,7 @@ from .parser import (
     Instruction,
     Pair,
     PtxError,
+    Symbol,
     Type,
     Vector,
     parse_type,
@@ -46,7 +46,7 @@ def unsigned(kind: Type) -> Type:
 def load(b: Block, i: Instruction, lanes) -> None:
     kind, targets = i.types[-1], parts(i.operands[0])
     size, place = kind.bits // 8, i.operands[1]
-    if "param" in i.opcode:
+    if "param" in i.opcode and isinstance(place.base, Symbol):
         raw = b.arguments[place.base.name]
         for n, target in enumerate(targets):
             piece = raw[place.offset + n * size : place.offset + (n + 1) * size]
@@ -145,9 +145,9 @@ def move(b: Block, i: Instruction, lanes) -> None:
 
 @handles("cvta")
 def convert_address(b: Block, i: Instruction, lanes) -> None:
-    window = {"local": LOCAL_WINDOW, "shared": SHARED_WINDOW}.get(b.space(i), 0)
+    window = np.uint64(WINDOWS.get(b.space(i), 0))
     value = b.read(i.operands[1], U64, lanes)
-    value = value & np.uint64(~window) if "to" in i.opcode else value | np.uint64(window)
+    value = value & ~window if "to" in i.opcode else value | window
     b.write(i.operands[0], value, U64, lanes)
 
 
@@ -199,9 +199,9 @@ def half_bits(values: np.ndarray, kind: Type) -> np.ndarray:
 
 def flushed(i: Instruction, value: np.ndarray) -> np.ndarray:
     """.ftz: subnormal results become zero."""
-    if "ftz" in i.opcode and value.dtype == np.float32:
-        value = np.where(np.abs(value) < np.finfo(np.float32).tiny, value * 0, value)
-    return value
+    if "ftz" not in i.opcode or value.dtype != np.float32:
+        return value
+    return np.where(np.abs(value) < np.finfo(np.float32).tiny, value * 0, value)
 
 
 BINARY = {
@@ -283,9 +283,11 @@ def unary(b: Block, i: Instruction, lanes) -> None:
         call = {
             "popc": lambda n: n.bit_count(),
             "clz": lambda n: width - n.bit_length(),
-            "bfind": lambda n: n.bit_length() - 1,
+            "bfind": lambda n: n.bit_length() - 1,  # -1 where no bit is set
+            "shiftamt": lambda n: width - n.bit_length() if n else -1,
             "brev": lambda n: int(f"{n:0{width}b}"[::-1], 2),
-        }[name]
+        }["shiftamt" if "shiftamt" in i.opcode else name]
+        x = np.where(x < 0, ~x, x) if name == "bfind" and kind.kind == "s" else x  # not the sign
         value = np.array([call(int(n)) & (2**width - 1) for n in x.view(UINT[width])], UINT[width])
         b.write(i.operands[0], value, U32 if name != "brev" else unsigned(kind), lanes)
         return
@@ -360,6 +362,18 @@ def extract(b: Block, i: Instruction, lanes) -> None:
     bits = (x >> position) & ((1 << length) - 1)
     negative = (kind.kind == "s") & ((bits >> np.maximum(length - 1, 0)) & 1 == 1)
     b.write(i.operands[0], np.where(negative, bits - (1 << length), bits), kind, lanes)
+
+
+@handles("bfi")
+def insert(b: Block, i: Instruction, lanes) -> None:
+    """Bits 0 ... length - 1 of the first operand into the second, from a position on."""
+    kind = i.types[-1]
+    x, into = (b.read(o, kind, lanes) for o in i.operands[1:3])
+    position, length = (b.read(o, U32, lanes).tolist() for o in i.operands[3:5])
+    mask = [(2 ** (n & 255) - 1) << (at & 255) for at, n in zip(position, length)]
+    new = [(int(bits) << (at & 255)) & m for bits, at, m in zip(x, position, mask)]
+    value = [(int(old) & ~m | n) & (2**kind.bits - 1) for old, m, n in zip(into, mask, new)]
+    b.write(i.operands[0], np.array(value, UINT[kind.bits]), kind, lanes)
 
 
 @handles("setp", "set")

@@ -31,9 +31,11 @@ UINT = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SINT = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 MASK64 = 2**64 - 1
-LOCAL_WINDOW = 1 << 56  # generic addresses of local and shared memory, where no tensor can be
-SHARED_WINDOW = 1 << 57
+# Generic addresses of the other memories, where no tensor can be.
+WINDOWS = {"local": 1 << 56, "shared": 1 << 57, "param": 1 << 58}
 
+# Instructions of whole warps: the lanes of a diverged warp wait for each other there.
+TOGETHER = {"shfl", "vote", "redux", "match", "mma", "ldmatrix", "stmatrix"}
 HANDLERS = {}  # opcode's first word -> handler(block, instruction, lanes)
 
 
@@ -107,7 +109,9 @@ class Block:
         self.index, self.grid, self.threads = index, grid, threads
         self.thread = np.arange(threads)
         self.pc = np.zeros(threads, np.int64)
-        self.waiting = np.full(threads, -1)  # barrier where a thread waits
+        self.waiting = np.full(threads, -1)  # program counter of the barrier where a thread waits
+        self.barrier = np.zeros(threads, np.int64)  # its number
+        self.wanted = np.zeros(threads, np.int64)  # how many threads it is for; 0: all
         self.alive = np.ones(threads, bool)
         self.registers: dict[str, np.ndarray] = {}
         # 0xFF is NaN in every float type: reading what nobody wrote shows
@@ -116,6 +120,12 @@ class Block:
         self.open_copies = [[] for _ in range(-(-threads // 32))]  # cp.async not yet committed
         self.copy_groups = [[] for _ in range(-(-threads // 32))]  # committed, not yet landed
         self.steps = 0
+        self.parameters, self.parameter_at = np.zeros(0, np.uint8), {}
+        for name, raw in arguments.items():
+            self.parameters = _padded(self.parameters, 16)
+            self.parameter_at[name] = self.parameters.size
+            piece = np.frombuffer(raw, np.uint8)
+            self.parameters = np.concatenate([self.parameters, piece])
 
     # registers -----------------------------------------------------------------------------------
     def special(self, name: str):
@@ -145,6 +155,8 @@ class Block:
             value = self.kernel.shared[operand.name]
         elif isinstance(operand, Symbol) and operand.name in self.kernel.local:
             value = self.kernel.local[operand.name]
+        elif isinstance(operand, Symbol) and operand.name in self.parameter_at:
+            value = self.parameter_at[operand.name]
         else:
             raise PtxError(f"not implemented: operand {operand}")
         return np.full(self.threads, value, UINT[width])
@@ -191,9 +203,9 @@ class Block:
     def resolve(self, addresses: np.ndarray, space: str):
         """Space and address inside it; a generic address names its space by its window."""
         if space == "generic" and addresses.size:
-            window = int(addresses[0]) & (LOCAL_WINDOW | SHARED_WINDOW)
-            space = {LOCAL_WINDOW: "local", SHARED_WINDOW: "shared"}.get(window, "global")
-            addresses = addresses & np.uint64(LOCAL_WINDOW - 1)
+            first = int(addresses[0])
+            space = next((x for x, bit in WINDOWS.items() if first & bit), "global")
+            addresses = addresses & np.uint64(WINDOWS["local"] - 1)
         return space, addresses
 
     def _place(self, addresses, nbytes: int, space: str, lanes, what: str):
@@ -202,7 +214,9 @@ class Block:
         space, addresses = self.resolve(addresses, space)
         if space == "global":
             return space, addresses
-        size = self.shared.size if space == "shared" else self.local.shape[1]
+        size = {"shared": self.shared.size, "local": self.local.shape[1]}.get(
+            space, self.parameters.size
+        )
         if addresses.size and int(addresses.max()) + nbytes > size:
             last = int(addresses.max())
             raise PtxError(f"{space} memory out of bounds, {last}+{nbytes} > {size}: {what}")
@@ -215,6 +229,8 @@ class Block:
             return self.shared[place]
         if space == "local":
             return self.local[self.thread[lanes][:, None], place]
+        if space == "param":
+            return self.parameters[place]
         data = np.empty((len(addresses), nbytes), np.uint8)
         for buffer, mine, offsets in self.memory.each_buffer(place, nbytes, what):
             data[mine] = buffer[offsets]
@@ -226,6 +242,8 @@ class Block:
             self.shared[place] = data
         elif space == "local":
             self.local[self.thread[lanes][:, None], place] = data
+        elif space == "param":
+            raise PtxError(f"a kernel cannot write its parameters: {what}")
         else:
             for buffer, mine, offsets in self.memory.each_buffer(place, data.shape[1], what):
                 buffer[offsets] = data[mine]
@@ -233,9 +251,14 @@ class Block:
     # execution -----------------------------------------------------------------------------------
     def step(self, group: np.ndarray) -> None:
         live = group & self.alive & (self.waiting < 0)
-        pc = int(self.pc[live].min())
+        code, places = self.kernel.code, self.pc[live]
+        pc = int(places.min())
+        if code[pc].opcode[0] in TOGETHER and places.max() != pc:
+            # its other lanes may still be on their way, in a block that lies behind
+            on_their_way = (x for x in np.unique(places) if code[x].opcode[0] not in TOGETHER)
+            pc = int(next(on_their_way, pc))
         active = live & (self.pc == pc)
-        i = self.kernel.code[pc]
+        i = code[pc]
         self.steps += 1
         self.pc[active] = pc + 1
         lanes = active
@@ -252,9 +275,13 @@ class Block:
             self.alive[lanes] = False
         elif name in ("bar", "barrier"):
             if "warp" not in i.opcode:  # a warp steps together: its own barriers are no-ops
-                if "sync" not in i.opcode or len(i.operands) != 1:
+                if "sync" not in i.opcode or not 1 <= len(i.operands) <= 2:
                     raise not_implemented(i)
-                self.waiting[active] = pc
+                self.barrier[lanes] = self.read(i.operands[0], U32, lanes)
+                self.wanted[lanes] = (
+                    0 if len(i.operands) == 1 else self.read(i.operands[1], U32, lanes)
+                )
+                self.waiting[lanes] = pc
         elif lanes.any():
             self._execute(i, slice(None) if lanes.all() else lanes)
 
@@ -281,10 +308,30 @@ class Block:
                 while (group & self.alive & (self.waiting < 0)).any():
                     self.step(group)
             if self.alive.any():
-                barriers = set(self.waiting[self.alive].tolist())
-                if len(barriers) > 1:
-                    raise PtxError(f"threads of one block wait at barriers {sorted(barriers)}")
-                self.waiting[:] = -1
+                self._release()
+
+    def _release(self) -> None:
+        """Opens the barriers that have all their threads; every living thread waits at one."""
+        opened = False
+        for number in np.unique(self.barrier[self.alive]):
+            here = self.alive & (self.barrier == number) & (self.waiting >= 0)
+            wanted = set(self.wanted[here].tolist())
+            count = self.alive.sum() if wanted == {0} else max(wanted)
+            if number > 15 or len(wanted) > 1 or (count % 32 and wanted != {0}):
+                raise PtxError(f"invalid barrier {number} for {sorted(wanted)} threads")
+            if here.sum() == count:
+                places = sorted(set(self.waiting[here].tolist()))
+                if len(places) > 1:
+                    raise PtxError(f"threads of one barrier wait at barriers {places}")
+                self.waiting[here] = -1
+                opened = True
+        if not opened:
+            places = sorted(set(self.waiting[self.alive].tolist()))
+            raise PtxError(f"threads of one block wait at barriers {places}")
+
+
+def _padded(data: np.ndarray, align: int) -> np.ndarray:
+    return np.concatenate([data, np.zeros(-data.size % align, np.uint8)])
 
 
 def launch(

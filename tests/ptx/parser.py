@@ -6,6 +6,7 @@ Grammar as in NVIDIA's "Parallel Thread Execution ISA"; what nvcc and Triton wri
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -111,24 +112,49 @@ class Kernel:
             self.local_bytes = _aligned(self.local_bytes, int(align))
             self.local[symbol] = self.local_bytes
             self.local_bytes += int(size)
-        for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+(%[a-zA-Z_]+)", body):
-            self.widths[prefix] = parse_type(kind).bits
         for symbol, values in re.findall(_INITIALISED, text):
             self.constant[symbol] = bytes(int(v, 0) for v in values.split(","))
         self._parse(body)
 
     def _parse(self, body: str) -> None:
         body = re.sub(r"^\s*\.(loc|file|section|pragma)[^\n]*$", "", body, flags=re.M)
-        body = re.sub(r"^\s*[{}]\s*$", "", body, flags=re.M)
-        for statement in body.split(";"):
-            text = " ".join(statement.split())
+        scopes: list[dict[str, str]] = [
+            {}
+        ]  # registers declared in a scope of their own -> new name
+        for text in _statements(body):
+            if text == "{":
+                scopes.append({})
+                continue
+            if text == "}":
+                scopes.pop()
+                continue
             while label := re.match(r"([\w$]+):\s*", text):
                 self.labels[label[1]] = len(self.code)
                 text = text[label.end() :]
                 if text.startswith(".branchtargets"):
                     self.tables[label[1]] = split(text.partition(" ")[2])
-            if text and not text.startswith("."):
+            if text.startswith(".reg"):
+                self._declare(text, scopes)
+            elif text and not text.startswith("."):
+                for scope in reversed(scopes[1:]):
+                    for name, new in scope.items():
+                        text = re.sub(rf"(?<![\w%$]){re.escape(name)}(?![\w$])", new, text)
                 self.code.append(_instruction(text))
+        if len(scopes) != 1:
+            raise PtxError("unbalanced braces")
+
+    def _declare(self, text: str, scopes: list[dict[str, str]]) -> None:
+        """.reg: notes the width; in an inner scope the same name may mean another register."""
+        kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text).groups()
+        for entry in split(names):
+            name, _, count = entry.rstrip(">").partition("<")
+            prefix = name
+            if len(scopes) > 1:
+                number = str(len(self.widths))
+                prefix = f"%_{number.translate(str.maketrans('0123456789', 'abcdefghij'))}_"
+                each = [f"{name}{n}" for n in range(int(count))] if count else [name]
+                scopes[-1].update({x: f"{prefix}{n}" for n, x in enumerate(each)})
+            self.widths[re.match(r"%[a-zA-Z_]+", prefix)[0]] = parse_type(kind).bits
 
     def width(self, register: str) -> int:
         """Bits of a register's storage."""
@@ -137,6 +163,24 @@ class Kernel:
 
 _VARIABLE = r"\.{}\s+\.align\s+(\d+)\s+\.[busf]8\s+([\w$]+)\[(\d*)\]"
 _INITIALISED = r"\.(?:global|const)\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\d*\]\s*=\s*\{([^}]*)\}"
+
+
+def _statements(body: str) -> Iterator[str]:
+    """Statements without their semicolon, and the braces of scopes; not those of vectors."""
+    start, inside = 0, False  # inside: of a vector
+    for match in re.finditer(r"[{};]", body):
+        if match[0] == "{" and body[start : match.start()].strip().rpartition(":")[2]:
+            inside = True
+        elif match[0] == "}" and inside:
+            inside = False
+        else:
+            if text := " ".join(body[start : match.start()].split()):
+                yield text
+            if match[0] != ";":
+                yield match[0]
+            start = match.end()
+    if body[start:].strip():
+        raise PtxError(f"no semicolon: {body[start:].strip()[:60]}")
 
 
 def _aligned(offset: int, align: int) -> int:

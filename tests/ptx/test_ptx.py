@@ -62,6 +62,50 @@ def test_barrier_that_some_threads_miss_is_reported():
         run(divergent)
 
 
+GROUPS = """
+ shl.b32 %r4, %r2, 2; mov.u32 %r5, stage; add.s32 %r6, %r5, %r4; shr.u32 %r9, %r2, 6;
+ add.s32 %r9, %r9, 1; setp.gt.u32 %p2, %r2, 63; @%p2 bra WORK; bar.sync %r9, COUNT;
+ WORK: ld.global.b32 %r3, [%rd4]; st.shared.b32 [%r6], %r3; bar.sync %r9, COUNT;
+ xor.b32 %r7, %r6, 128; ld.shared.b32 %r8, [%r7]; st.global.b32 [%rd5], %r8; ret; }
+"""
+
+
+def test_barriers_of_groups_that_do_not_wait_for_each_other():
+    head = HEAD.replace("stage[256]", "stage[512]")
+    x, y = torch.arange(128.0), torch.zeros(128)
+    for seed in range(1, 4):
+        kernel = ptx.Kernel(head + GROUPS.replace("COUNT", "64"))
+        ptx.launch(kernel, (1,), 128, [x, y, 128], [x, y], schedule="warp", seed=seed)
+        assert torch.equal(y, x.reshape(2, 2, 32).flip(1).reshape(-1))
+    for count, message in (("96", "wait at barriers"), ("60", "invalid barrier")):
+        kernel = ptx.Kernel(head + GROUPS.replace("COUNT", count))
+        with pytest.raises(ptx.PtxError, match=message):
+            ptx.launch(kernel, (1,), 128, [x, y, 128], [x, y], schedule="warp", seed=1)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("bfind.shiftamt.u32 %r3, %r2", lambda i: 31 - (i.bit_length() - 1) if i else -1),
+        ("bfind.u32 %r3, %r2", lambda i: i.bit_length() - 1),
+        ("bfi.b32 %r3, %r2, -1, 30, 4", lambda i: (i & 3) * 2**30 + 2**30 - 1 - (i & 2) * 2**31),
+        ("bfi.b32 %r3, %r2, 0, 4, 3", lambda i: (i & 7) << 4),
+        ("mov.b64 %rd6, n; cvta.param.u64 %rd6, %rd6; ld.b32 %r3, [%rd6]", lambda i: 64),
+        ("mov.b64 %rd6, n; ld.param.b32 %r3, [%rd6+0]", lambda i: 64),
+        ("mov.b32 %r3, 5; { .reg .b32 %r<9>; mov.b32 %r3, 6; }", lambda i: 5),
+        ("{ .reg .b32 a; .reg .b32 b<2>; mov.b32 a, 1; add.s32 b1, a, %r2; mov.b32 %r3, b1; }",
+         lambda i: i + 1),
+        ("{ cvt.u16.u32 %h1, %r2;} { mov.b32 %r3, {0,%h1};}", lambda i: i << 16),
+    ],
+)  # fmt: skip
+def test_single_instructions(body, expected):
+    head = HEAD.replace(".reg .b64", ".reg .b16 %h<4>; .reg .b64")
+    x, y = torch.zeros(64), torch.zeros(64, dtype=torch.int32)
+    store = "; cvta.to.global.u64 %rd7, %rd5; st.global.b32 [%rd7], %r3; ret; }"
+    ptx.launch(ptx.Kernel(head + body + store), (1,), 64, [x, y, 64], [x, y])
+    assert y.tolist() == [expected(i) for i in range(64)]
+
+
 def test_missing_wait_of_an_asynchronous_copy_shows():
     body = """
      shl.b32 %r4, %r2, 2; mov.u32 %r5, stage; add.s32 %r6, %r5, %r4;
@@ -71,6 +115,18 @@ def test_missing_wait_of_an_asynchronous_copy_shows():
     x, y = run(body.replace("WAIT", "cp.async.wait_group 0;"))
     assert torch.equal(y, x)
     assert run(body.replace("WAIT", ""))[1].isnan().all()
+
+
+def test_lanes_of_a_diverged_warp_meet_at_a_shuffle():
+    """The block of the odd lanes lies behind the shuffle, as nvcc may place it."""
+    body = """
+     mov.u32 %r9, 7; and.b32 %r3, %r2, 1; setp.eq.u32 %p2, %r3, 1; @%p2 bra ODD;
+     MEET: shfl.sync.bfly.b32 %r4, %r9, 1, 31, -1; st.global.b32 [%rd5], %r4; ret;
+     ODD: add.s32 %r9, %r9, 1; bra MEET; }
+    """
+    y = torch.zeros(64, dtype=torch.int32)
+    ptx.launch(ptx.Kernel(HEAD + body), (1,), 64, [y, y, 64], [y], schedule="warp", seed=1)
+    assert y.tolist() == [8, 7] * 32
 
 
 @pytest.mark.parametrize(
