@@ -290,7 +290,7 @@ def peak(contender: str, size: Size, what: str, data: Data, limit_s: float) -> m
     """Peak bytes of one step in a child process."""
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # freed blocks go back at once
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.preload", "torch_geometric.nn"])
+    context.set_forkserver_preload(["benchmarks.preload", "attnpool_kernels.zoo.pyg"])
     here, there = context.Pipe(duplex=False)
     arguments = (there, contender, size, what, data, torch.get_num_threads())
     child = context.Process(target=_child, args=arguments, daemon=True)
