@@ -253,8 +253,8 @@ def stepper(contender: Contender, size: Size, what: str) -> Callable[[Data], Non
 def compare(contender: Contender, size: Size, what: str, data: Data) -> tuple[float, str]:
     """Error of float32 outputs, and "" or what is wrong.
 
-    In float64 outputs and gradients of all parameters must equal those of ``contender.like`` to
-    SAME relative to the largest gradient norm; float32 outputs must be CLOSE to float64.
+    In float64 outputs and the gradient of all parameters must equal those of ``contender.like`` to
+    SAME, relative to their norms; float32 outputs must be CLOSE to float64.
     """
     if contender.like is None:
         return 0.0, ""
