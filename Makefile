@@ -9,12 +9,13 @@ QM7B   ?= $(wildcard ../shared/data/qm7b.npz)
 CONFIG ?= qm7b_small_abp
 ARGS   ?=
 DEVICE ?= cuda
+JOBS   ?= 2
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench report train zoo test test-fast test-gpu bench-gpu lint format aot wheel clean
+.PHONY: help bench report train zoo test test-fast test-gpu bench-gpu lint format aot triton-matrix wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -46,7 +47,8 @@ $(VENV)/.zoo: $(VENV)/.package
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo
-	$(INSTALL) "$(TORCH)" pytest pytest-benchmark hypothesis pybind11 triton==3.9.0 torch_geometric
+	$(INSTALL) "$(TORCH)" pytest pytest-benchmark hypothesis pybind11 triton==3.9.0 torch_geometric \
+	  abi3audit auditwheel
 	@touch $@
 
 $(VENV)/.lint: | $(BIN)/python
@@ -90,9 +92,15 @@ bench-gpu: $(VENV)/.bench
 lint: $(VENV)/.lint $(VENV)/.torch
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-## make aot        compiles every entry of the Triton tile table for every architecture; slow
+## make aot        compiles every entry of the Triton tile table for every architecture that the
+##                 committed table lacks, and updates it; JOBS=8 at a time, an hour on two cores
 aot: $(VENV)/.test
-	PYTHONPATH=. $(BIN)/python tests/backends/aot.py check --all
+	PYTHONPATH=. $(BIN)/python tests/backends/aot.py update --jobs $(JOBS)
+	PYTHONPATH=. $(BIN)/python tests/backends/aot.py check
+
+## make triton-matrix  the Triton backend with Triton 3.6.0, 3.7.1 and 3.9.0, and a table; minutes
+triton-matrix: $(VENV)/.test
+	$(BIN)/python tests/backends/triton_versions.py --pip "$(PIP)" $(ARGS)
 
 ## make wheel      a wheel with the CUDA library in dist/ (nvcc 12.8 or later; no GPU needed), audited
 wheel: $(VENV)/.torch

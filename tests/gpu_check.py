@@ -29,6 +29,12 @@ from attnpool_kernels import BackendError, Problem, backends, set_attention, tes
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# beyond testing.CASES: long molecules and keys of few seeds in parts have kernels of their own
+SCHEDULES = (
+    testing.Case("long molecules", (300, 18, 255, 256), heads=2, dim=32, lse=True),
+    testing.Case("parts of seeds", (600, 18, 0, 513), heads=2, dim=32, seeds=4, lse=True),
+    testing.Case("parts and options", (600, 18), heads=2, seeds=3, bias="pair", dropout=0.3),
+)
 TINY = ("molecules", "empty among them", "four seeds", "bias", "dropout")
 
 
@@ -46,7 +52,7 @@ def able(device: str, dtype: torch.dtype, kind: str | None = None) -> list[str]:
 def matrix(options) -> str:
     """Values, gradients and second gradients of every backend on every case."""
     failures, count = [], 0
-    cases = [c for c in testing.CASES if not options.tiny or c.name in TINY]
+    cases = [c for c in (*testing.CASES, *SCHEDULES) if not options.tiny or c.name in TINY]
     for dtype in options.dtypes:
         for name in able(options.device, dtype):
             exact = getattr(backends.load(name), "GRAD_ORDER", 2)
@@ -95,7 +101,7 @@ def kernels_on(options):
 
 
 def mixed(device, dtype=torch.float32, **changes):
-    counts = (18, 0, 33, 1, 64, 17, 130)
+    counts = (18, 0, 33, 1, 64, 17, 130, 700)
     case = testing.Case("mixed", counts, heads=4, dim=32, lse=True)
     return replace(case, **changes).make(dtype, device)
 

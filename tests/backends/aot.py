@@ -2,20 +2,26 @@
 
 The launches are recorded from the real host code, run on CPU tensors, and compiled for an
 architecture as Triton's launcher would specialise them. The gate looks at registers, spills and
-shared memory (cuobjdump) and at the instructions (PTX). ``triton_resources.json`` keeps what was
-found, per Triton version, so that a change of it shows in review. While the hash of sources and
-table is unchanged, a check recompiles a sample only.
+shared memory (cuobjdump) and at the instructions (PTX; for gfx942 the assembly).
+``triton_resources.json`` keeps what was found, per Triton version, so that a change of it shows in
+review. An entry carries a digest of what was compiled (sources, signature, constants, options), so
+that no stale entry goes unnoticed and an update compiles what has changed only. No entry may spill
+but those listed there under "spills", each with its bytes and the reason.
 
-    python tests/backends/aot.py check [--all]        exit code 1 on a finding
-    python tests/backends/aot.py update [--minutes M] compile what the snapshot lacks, rewrite it
+    python tests/backends/aot.py check                digests of the table, and a sample compiled
+    python tests/backends/aot.py check --all          everything compiled; exit code 1 on a finding
+    python tests/backends/aot.py update [--minutes M] compile what the table lacks, rewrite it
     python tests/backends/aot.py report               the table with predicted occupancy
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -23,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,31 +44,20 @@ from attnpool_kernels.backends.triton import tuning
 
 SNAPSHOT = pathlib.Path(__file__).with_name("triton_resources.json")
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
+GFX942 = 942
+# KiB of shared memory that a block may have, by architecture
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, GFX942: 64}
+NVIDIA = tuple(sm for sm in SHARED_LIMIT if sm != GFX942)
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 DTYPES = {
-    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32,
-    "fp64": torch.float64,
+    "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16,
+    "tf32": torch.float32,
 }  # fmt: skip
-
-
-# rows of the table and where they are compiled: what shares another row's tiles on two
-ROWS = {"bf16": SHARED_LIMIT, "fp32": SHARED_LIMIT, "fp64": SHARED_LIMIT, "fp16": (80, 90),
-        "tf32": (80, 90)}  # fmt: skip
 WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
-SAMPLE = 40  # every 40th variant where nothing has changed
-# Bytes of spills that are let pass: what ptxas trades for occupancy by itself; with bias and
-# dropout at once; and where no tile is without.
-MINOR_SPILL, OPTIONS_SPILL = 48, 256
-SPILLS = {
-    (row, 256, name): 320
-    for row in ("fp16", "bf16", "fp32", "tf32")
-    for name in ("double_backward_query", "double_backward_key")
-}
-SPILLS |= {("fp64", width, name): 1024 for width in tuning.WIDTHS for name in tuning.PASSES}
+SAMPLE = 150  # every 150th variant where nothing has changed
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,8 @@ class Variant:
 
     @property
     def key(self) -> str:
-        options = " options" if self.options else ""
-        return f"{self.row} {self.width} {self.pass_name} sm_{self.sm}{options}"
+        chip = "gfx942" if self.sm == GFX942 else f"sm_{self.sm}"
+        return f"{self.row} {self.width} {self.pass_name} {chip}{' options' * self.options}"
 
 
 @dataclass(frozen=True)
@@ -137,8 +132,16 @@ class Launch:
         return ASTSource(self.kernel, signature, constants, attributes)
 
     def compile(self, architecture: int):
-        target = GPUTarget("cuda", architecture, 32)
-        return triton.compile(self.source(), target=target, options=self.options)
+        target, options = GPUTarget("cuda", architecture, 32), self.options
+        if architecture == GFX942:
+            target = GPUTarget("hip", "gfx942", 64)
+            del options["maxnreg"]
+        return triton.compile(self.source(), target=target, options=options)
+
+    def digest(self) -> str:
+        """Of everything that the machine code follows from, but Triton and the architecture."""
+        text = self.source().hash() + repr(sorted(self.options.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
@@ -160,41 +163,54 @@ def on_launch(call: Callable[[Launch], None]) -> Iterator[None]:
 def as_device(capability: tuple[int, int], row: str, **changes: Any) -> Iterator[None]:
     """The tile table's view of a GPU, with changes to its entries; the tensors stay on the CPU."""
     tile, precision = tuning.tile, tuning.precision
-    tuning.tile = lambda name, _, row, width: tile(name, capability, row, width) | changes
-    tuning.precision = lambda dtype: row
+
+    def changed(pass_name, _, row, width, options):
+        entry = tile(pass_name, capability, row, width, options)
+        return None if entry is None else entry | changes
+
+    tuning.tile, tuning.precision = changed, lambda dtype: row
     try:
         yield
     finally:
         tuning.tile, tuning.precision = tile, precision
 
 
-def launches(
-    architecture: int, row: str, width: int, passes=tuning.PASSES, options: bool = False
-) -> list[Launch]:
-    """The launches of three passes; options: with bias, dropout and a cotangent of lse."""
+def launches(variant: Variant) -> list[Launch]:
+    """The kernels of a pass; options: with bias, dropout and a cotangent of lse."""
     found: list[Launch] = []
-    q, out = torch.zeros(16, 16, width, dtype=DTYPES[row]), None
-    lse = torch.zeros(16, 16, dtype=torch.float64 if row == "fp64" else torch.float32)
-    out, ptr = torch.zeros_like(q), torch.tensor([0, 16])
-    bias = torch.zeros(256, 16, dtype=q.dtype) if options else None
-    pairs = torch.tensor([0, 256]) if options else None
+    few = variant.pass_name in tuning.FEW_PASSES
+    long = variant.pass_name in tuning.LONG_PASSES
+    rows = tuning.SPLIT + 16 if few else tuning.LONG if long else 16
+    dtype, options = DTYPES[variant.row], variant.options
+    k = torch.empty(rows, 16, variant.width, dtype=dtype)
+    q = k[: tuning.FEW] if few else k
+    out = k.new_empty(1, *q.shape) if few else torch.empty_like(k)
+    kind = torch.float64 if variant.row == "fp64" else torch.float32
+    lse, ptr = torch.empty(out.shape[:-1], dtype=kind), torch.tensor([0, rows])
+    bias = torch.empty(len(q) * rows, 16, dtype=dtype) if options else None
+    pairs = torch.tensor([0, len(q) * rows]) if options else None
     seed = torch.zeros(1, dtype=torch.int64) if options else None
     dropout, dlse = (0.1, lse) if options else (0.0, None)
-    problem = (q, q, q, bias, ptr, ptr, pairs, seed)
-    capability = divmod(architecture, 10)
-    with as_device(capability, row), on_launch(found.append):
-        if "forward" in passes:
-            backend.forward(*problem, 0.125, dropout)
-        if {"backward_query", "backward_key"} & set(passes):
-            backend.backward(*problem, out, lse, q, dlse, 0.125, dropout, options)
-        if {"double_backward_query", "double_backward_key"} & set(passes):
-            backend.double_backward(
-                *problem, out, lse, q, dlse, q, q, q, bias, 0.125, dropout)  # fmt: skip
-    return [launch for launch in found if pass_of(launch) in passes]
-
-
-def pass_of(launch: Launch) -> str:
-    return launch.name.removesuffix("_kernel").replace("forward_forward", "forward")
+    problem = (q, k, k, bias, None if few else ptr, ptr, pairs, seed)
+    known, scale = (*problem, out, lse, out, dlse), 0.125
+    # gfx942 has no tiles of its own, and a tensor core for exact float32
+    capability = (9, 0) if variant.sm == GFX942 else divmod(variant.sm, 10)
+    exact = {"PRECISION": "ieee"} if variant.sm == GFX942 else {}
+    with as_device(capability, variant.row, **exact), on_launch(found.append):
+        if "double_backward" in variant.pass_name:
+            backend.double_backward(*known, q, k, k, bias, scale, dropout)
+        elif "backward" in variant.pass_name:
+            backend.backward(*known, scale, dropout, options)
+        else:
+            backend.forward(*problem, scale, dropout)
+    found = [launch for launch in found if not launch.name.endswith("sum_parts_kernel")]
+    if few:
+        return found
+    kernel = variant.pass_name.removesuffix("_long")
+    kernel = {"forward": "forward_forward"}.get(kernel, kernel) + "_kernel"
+    shortest = tuning.LONG if long else 0
+    found = [launch for launch in found if launch.name == kernel]
+    return [launch for launch in found if launch.arguments.get("SHORTEST", 0) == shortest]
 
 
 def tool(name: str, *arguments: Any) -> str:
@@ -203,7 +219,14 @@ def tool(name: str, *arguments: Any) -> str:
 
 
 def resources(compiled) -> Record:
-    """Registers and local memory of the cubin; shared memory; the unit that multiplies."""
+    """Registers and local memory of the machine code; shared memory; the unit that multiplies."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        names = ("vgpr_count", "private_segment_fixed_size", "group_segment_fixed_size")
+        numbers = [int(re.search(rf"\.{name}: +(\d+)", text)[1]) for name in names]
+        return Record(*numbers, "mfma" if "v_mfma" in text else "fma")
+    ptx = compiled.asm["ptx"]
+    unit = next((unit for unit in ("tcgen05.mma", "wgmma", "mma.sync") if unit in ptx), "fma")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -212,111 +235,150 @@ def resources(compiled) -> Record:
     if not found:
         raise RuntimeError(f"cuobjdump: {usage.strip()[:200]}")
     registers, stack, shared, local = map(int, found.groups())
-    ptx = compiled.asm["ptx"]
-    unit = next((unit for unit in ("tcgen05.mma", "wgmma", "mma.sync") if unit in ptx), "fma")
     return Record(registers, stack + local, max(shared, compiled.metadata.shared), unit)
 
 
 def findings(variant: Variant, launch: Launch, compiled, record: Record) -> list[str]:
     """What the gate does not let pass."""
-    ptx, warps = compiled.asm["ptx"], launch.options["num_warps"]
-    wanted = {"tf32": ".tf32", "tf32x3": ".tf32"}.get(launch.arguments["PRECISION"])
-    allowed = OPTIONS_SPILL if variant.options else MINOR_SPILL
-    allowed = SPILLS.get((variant.row, variant.width, variant.pass_name), allowed)
+    warps = launch.options["num_warps"]
+    dots = "PRECISION" in launch.arguments
+    allowed = known_spills().get(variant.key, [0])[0]
+    amd = variant.sm == GFX942
+    text = compiled.asm["amdgcn" if amd else "ptx"]
+    wanted = {"tf32": ".tf32", "tf32x3": ".tf32"}.get(launch.arguments.get("PRECISION"))
+    half = variant.row in ("fp16", "bf16")
+    atomics = r"atomic_(add|fadd|pk_add)_(f|bf)" if amd else r"\b(atom|red)\.[^;]*\.b?f(16|32|64)"
     tests = {
         f"{record.stack} bytes of spills": record.stack > allowed,
         "shared memory over the limit": record.shared > SHARED_LIMIT[variant.sm] * 1024,
-        "registers of a block": record.registers * warps * 32 > 65536,
-        "no tensor core instruction": variant.row in ("fp16", "bf16") and record.unit == "fma",
+        "registers of a block": not amd and record.registers * warps * 32 > 65536,
+        "no tensor core instruction": dots and (half or amd) and record.unit == "fma",
         "not mma.sync, which CI can execute": record.unit in ("wgmma", "tcgen05.mma"),
-        "no tf32 instruction": wanted is not None and wanted not in ptx,
-        "tf32 in another precision": wanted is None and ".tf32" in ptx,
-        "float atomics": re.search(r"\b(atom|red)\.[^;]*\.(f16|f32|f64|bf16)", ptx) is not None,
-        "no wide loads": variant.row != "fp64" and not re.search(WIDE, ptx),
+        "no tf32 instruction": wanted is not None and wanted not in text,
+        "tf32 in another precision": wanted is None and ".tf32" in text,
+        "float atomics": re.search(atomics, text) is not None,
+        "no wide loads": dots and not amd and variant.row != "fp64" and not re.search(WIDE, text),
     }
     return [name for name, bad in tests.items() if bad]
 
 
 def examine(variant: Variant) -> tuple[Record, list[str]]:
-    """Compiles a variant: (what it needs, what the gate finds)."""
-    (launch,) = launches(
-        variant.sm, variant.row, variant.width, [variant.pass_name], variant.options
-    )
-    compiled = launch.compile(variant.sm)
-    record = resources(compiled)
-    return record, findings(variant, launch, compiled, record)
+    """Compiles the kernels of a variant: (the most that one needs, what the gate finds)."""
+    records, found = [], []
+    for launch in launches(variant):
+        compiled = launch.compile(variant.sm)
+        records.append(resources(compiled))
+        found += findings(variant, launch, compiled, records[-1])
+    worst = [max(numbers) for numbers in zip(*(record.line()[:3] for record in records))]
+    return Record(*worst, records[0].unit), list(dict.fromkeys(found))
+
+
+def digest(variant: Variant) -> str:
+    return "".join(launch.digest() for launch in launches(variant))
 
 
 def variants() -> Iterator[Variant]:
-    """Every entry of the table on every architecture; what shares its tiles on two of them."""
-    for row in ROWS:
-        for sm in ROWS[row]:
-            for width in tuning.WIDTHS:
-                for name in tuning.PASSES:
-                    yield Variant(sm, row, width, name)
-    for row in ("bf16", "fp32"):
-        for width in tuning.WIDTHS:
-            for name in tuning.PASSES:
-                yield Variant(90, row, width, name, options=True)
+    """Every entry of the table on every architecture, the likeliest to be used first.
 
-
-def source_hash() -> str:
-    folder = pathlib.Path(backend.__file__).parent
-    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))
-                    if path.name != "__init__.py")  # fmt: skip
-    return hashlib.sha256(text).hexdigest()[:16]
+    Tiles of long sets serve calls without options only; few seeds are compiled with all of them.
+    """
+    widths = (32, 64, 128, 16, 256)
+    everywhere = [(row, w, sm) for w, row, sm in itertools.product(widths, DTYPES, NVIDIA)]
+    amd = [(row, width, GFX942) for row in ("bf16", "fp32", "fp64") for width in tuning.WIDTHS]
+    for passes, options, where in (
+        (tuning.PASSES, False, everywhere),
+        (tuning.PASSES, True, everywhere),
+        (tuning.FEW_PASSES, True, everywhere),
+        (tuning.LONG_PASSES, False, everywhere),
+        (tuning.PASSES, False, amd),
+    ):
+        for row, width, sm in where:
+            for name in passes:
+                capability = (9, 0) if sm == GFX942 else divmod(sm, 10)
+                if row == "fp64" and backend._version() < backend._FLOAT64:
+                    continue
+                if tuning.tile(name, capability, row, width, options) is not None:
+                    yield Variant(sm, row, width, name, options)
 
 
 def read_snapshot() -> dict[str, Any]:
-    """{hash, entries} of this Triton version."""
+    """{entries: {key: [registers, spill, shared, unit, digest]}, spills: {key: [bytes, reason]}}"""
     known = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
-    return known.get(triton.__version__, {"hash": None, "entries": {}})
+    return known.get(triton.__version__, {"entries": {}, "spills": {}})
 
 
-def write_snapshot(entries: dict[str, list], complete: bool) -> None:
+@functools.cache
+def known_spills() -> dict[str, list]:
+    return read_snapshot()["spills"]
+
+
+def write_snapshot(entries: dict[str, list]) -> None:
     known = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
-    digest = source_hash() if complete else f"incomplete {source_hash()}"
-    known[triton.__version__] = {"hash": digest, "entries": dict(sorted(entries.items()))}
+    spills = read_snapshot()["spills"]
+    known[triton.__version__] = {
+        "entries": {key: entries[key] for key in sorted(entries)},
+        "spills": {key: spills[key] for key in sorted(spills)},
+    }
     text = json.dumps(known, indent=1)
-    text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\"[^\"]+\")\s+\]", r"[\1, \2, \3, \4]", text)
+    text = re.sub(
+        r"\[\s+([^\[\]]+?)\s+\]", lambda m: f"[{re.sub(chr(10) + ' +', ' ', m[1])}]", text
+    )
     SNAPSHOT.write_text(text + "\n")
 
 
-def check(everything: bool) -> int:
-    """Number of findings in a sample, or in all variants where the sources have changed."""
-    snapshot = read_snapshot()
+def stale(chosen: Iterable[Variant]) -> list[Variant]:
+    """Variants that the table lacks, or has for other sources, tiles or options."""
+    entries = read_snapshot()["entries"]
+    return [v for v in chosen if v.key not in entries or entries[v.key][-1] != digest(v)]
+
+
+def examined(chosen: list[Variant], jobs: int) -> Iterator[tuple[Variant, Record, list[str]]]:
+    if jobs > 1:
+        with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+            for variant, found in zip(chosen, pool.map(examine, chosen, chunksize=4)):
+                yield variant, *found
+    else:
+        for variant in chosen:
+            yield variant, *examine(variant)
+
+
+def check(everything: bool, jobs: int) -> int:
+    """Number of findings in a sample, or in all variants."""
+    entries, bad = read_snapshot()["entries"], 0
     chosen = list(variants())
-    if not everything and snapshot["hash"] == source_hash():
-        chosen = [v for i, v in enumerate(chosen) if i % SAMPLE == 0]
-    bad = 0
-    for variant in chosen:
-        record, found = examine(variant)
-        before = snapshot["entries"].get(variant.key)
-        if before is not None and before != record.line():
-            print(f"changed: {variant.key}: {before} -> {record.line()}")
-        bad += len(found)
-        for finding in found:
-            print(f"FINDING {variant.key}: {finding} {record.line()}")
-    print(f"triton {triton.__version__}: {len(chosen)} variants, {bad} findings")
-    return bad
-
-
-def update(minutes: float) -> int:
-    """Compiles the variants that the snapshot lacks, as far as the time goes."""
-    snapshot, end = read_snapshot(), time.monotonic() + 60 * minutes
-    fresh = snapshot["hash"] in (source_hash(), f"incomplete {source_hash()}")
-    entries, bad = dict(snapshot["entries"]) if fresh else {}, 0
-    missing = [v for v in variants() if v.key not in entries]
-    for done, variant in enumerate(missing):
-        if time.monotonic() > end:
-            print(f"{len(missing) - done} of {len(missing)} variants left for another call")
-            break
-        record, found = examine(variant)
-        entries[variant.key] = record.line()
+    lacking = [v.key for v in chosen if v.key not in entries]
+    outdated = [v.key for v in stale(v for v in chosen if v.key in entries)]
+    for key in outdated:
+        print(f"STALE {key}: run update")
+    for variant, record, found in examined(chosen if everything else chosen[::SAMPLE], jobs):
+        before = entries.get(variant.key)
+        if before is not None and before[:-1] != record.line():
+            print(f"changed: {variant.key}: {before[:-1]} -> {record.line()}")
         bad += len(found)
         for finding in found:
             print(f"FINDING {variant.key}: {finding} {record.line()}", flush=True)
-    write_snapshot(entries, complete=all(v.key in entries for v in variants()))
+    print(f"triton {triton.__version__}: {len(chosen)} variants, {len(lacking)} not in the table, "
+          f"{len(outdated)} stale, {bad} findings")  # fmt: skip
+    return bad + len(outdated)
+
+
+def update(minutes: float, jobs: int) -> int:
+    """Compiles the variants that the table lacks, as far as the time goes."""
+    end, bad, chosen = time.monotonic() + 60 * minutes, 0, list(variants())
+    keys = {v.key for v in chosen}
+    entries = {key: x for key, x in read_snapshot()["entries"].items() if key in keys}
+    missing = stale(chosen)
+    for done, (variant, record, found) in enumerate(examined(missing, jobs)):
+        entries[variant.key] = [*record.line(), digest(variant)]
+        bad += len(found)
+        for finding in found:
+            print(f"FINDING {variant.key}: {finding} {record.line()}", flush=True)
+        if done % 50 == 49:
+            write_snapshot(entries)
+        if time.monotonic() > end:
+            print(f"{len(missing) - done - 1} of {len(chosen)} variants left for another call")
+            break
+    write_snapshot(entries)
     return bad
 
 
@@ -325,15 +387,16 @@ def report() -> int:
     warps_limit = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
     entries = read_snapshot()["entries"]
     for variant in variants():
-        if variant.key in entries:
-            registers, stack, shared, unit = entries[variant.key]
+        if variant.key in entries and variant.sm != GFX942:
+            registers, stack, shared, unit, _ = entries[variant.key]
             tile = tuning.tile(
-                variant.pass_name, divmod(variant.sm, 10), variant.row, variant.width)  # fmt: skip
+                variant.pass_name, divmod(variant.sm, 10), variant.row, variant.width,
+                variant.options)  # fmt: skip
             warps = tile["num_warps"]
             blocks = min(
                 65536 // (max(registers, 24) * 32 * warps), 32, warps_limit[variant.sm] // warps,
                 SHARED_LIMIT[variant.sm] * 1024 // (shared + 1024))  # fmt: skip
-            print(f"{variant.key:42s} {tile['BLOCK_M']:3d} x {tile['BLOCK_N']:3d} {warps} warps "
+            print(f"{variant.key:50s} {tile['BLOCK_M']:3d} x {tile['BLOCK_N']:3d} {warps} warps "
                   f"{registers:4d} registers {shared:6d} B shared {unit:9s} {blocks:3d} blocks = "
                   f"{blocks * warps:3d} warps of a multiprocessor; {stack} B spilled")  # fmt: skip
     return 0
@@ -343,7 +406,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", choices=("check", "update", "report"))
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    call = {"check": lambda: check(given.all), "update": lambda: update(given.minutes)}
+    call = {
+        "check": lambda: check(given.all, given.jobs),
+        "update": lambda: update(given.minutes, given.jobs),
+    }
     sys.exit(bool(call.get(given.mode, report)()))

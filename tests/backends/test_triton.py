@@ -41,6 +41,13 @@ def test_reasons(change, reason, monkeypatch):
     assert found == [] if reason is None else len(found) == 1 and reason in found[0]
 
 
+@needs_triton
+def test_amd_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    (found,) = backend.why_not(Problem(**H100))
+    assert "never ran there" in found
+
+
 def test_every_reason_is_listed(monkeypatch):
     monkeypatch.setattr(backend, "_why_no_triton", lambda: "triton is not installed")
     problem = Problem("cpu", torch.int8, 0, 512, capability=(6, 1))
@@ -78,8 +85,9 @@ def test_unknown_capability_falls_back_with_one_warning():
 
     tuning._known.cache_clear()
     with pytest.warns(UserWarning, match="no Triton tiles for sm_121, using those of sm_120"):
-        assert tuning.tile("forward", (12, 1), "bf16", 16) == tuning.tile(
-            "forward", (12, 0), "bf16", 16)  # fmt: skip
+        assert tuning.tile("forward", (12, 1), "bf16", 16, False) == (
+            tuning.tile("forward", (12, 0), "bf16", 16, False)
+        )
 
 
 def recorded(counts, heads=2, dim=16, **options):
@@ -120,6 +128,41 @@ def test_one_kernel_does_small_molecules(seeds):
     for launch in recorded((4,), seeds=seeds):
         if launch.name.endswith("key_kernel"):
             assert launch.arguments["COMPLETE"] == 32
+
+
+@needs_triton
+def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
+    """Fake CUDA tensors: the whole path is one graph, with this backend's name as a constant.
+
+    Without autograd, whose C++ side needs a device guard that a torch without CUDA lacks.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from attnpool_kernels import seed_pool, set_attention
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=keep)
+    def model(x, seeds, bias, ptr):
+        x = set_attention(x, x, x, ptr, bias=bias, dropout=0.1)
+        return seed_pool(seeds, x, x, ptr)
+
+    with FakeTensorMode():
+        seeds, bias = torch.empty(3, 2, 16, device="cuda"), torch.empty(50, 2, device="cuda")
+        for rows, molecules in ((10, 3), (24, 6)):
+            x = torch.empty(rows, 2, 16, device="cuda")
+            ptr = torch.zeros(molecules + 1, dtype=torch.int64, device="cuda")
+            out = model(x, seeds, bias, ptr)
+            assert out.shape == (molecules, 3, 2, 16) and out.device.type == "cuda"
+    assert len(graphs) == 1
+    calls = [n for n in graphs[0].graph.nodes if "attnpool" in str(n.target)]
+    assert [call.args[-1] for call in calls] == ["triton", "triton"]
 
 
 @needs_triton

@@ -20,7 +20,7 @@ from triton_guard import GuardError, guard, padded
 
 import attnpool_kernels.backends.triton as backend
 from attnpool_kernels import testing
-from attnpool_kernels.backends.triton import tiles
+from attnpool_kernels.backends.triton import tiles, tuning
 from attnpool_kernels.dispatch import Problem
 from attnpool_kernels.testing import Case
 
@@ -29,9 +29,18 @@ HALF = (
     Case("everything", (18, 5), bias="pair", dropout=0.3, lse=True, dim=12, value_dim=20),
     Case("other keys", (4, 0, 37, 2), q_counts=(6, 5, 0, 34), dim=24, heads=1, nobody=1),
     Case("seeds", (18, 3, 0, 40), seeds=3, bias="float32", heads=1, dim=16, nobody=2),
+    Case("more seeds", (20, 6), seeds=19, dim=8, heads=1, nobody=1),
     Case("many seeds", (20, 6), seeds=33, dim=8, heads=1),
     Case("expanded", (18,), layout="expanded"),
     Case("large logits", (18, 11), logits=30.0),
+)
+# a long molecule from 40 rows on, keys of few seeds in parts of 32: molecules below, at, above
+SCHEDULES = (
+    Case("parts of seeds", (18, 0, 65, 33, 32), seeds=3, heads=1, dim=16, nobody=40),
+    Case("parts and options", (5, 65), seeds=2, bias="pair", dropout=0.3, lse=True),
+    Case("far logits in parts", (70,), seeds=5, heads=1, logits=30.0),
+    Case("far logits", (40,), heads=1, logits=30.0),
+    Case("long ones", (39, 41, 5), heads=1, dim=16, nobody=40, lse=True),
 )
 MATRIX = [(case, torch.float32) for case in testing.CASES]
 MATRIX += [
@@ -56,6 +65,45 @@ def run(batch: testing.Batch, seed: int | None = 1) -> dict[str, torch.Tensor]:
 )
 def test_error_budget(case, dtype):
     testing.judge(case, dtype, run)
+
+
+@pytest.fixture
+def short_limits(monkeypatch):
+    monkeypatch.setattr(tuning, "LONG", 40)
+    monkeypatch.setattr(tuning, "SPLIT", 32)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in SCHEDULES]
+    + [(case, torch.bfloat16) for case in SCHEDULES[1::3]],
+    ids=lambda x: getattr(x, "name", str(x).removeprefix("torch.")),
+)
+def test_error_budget_of_schedules(short_limits, case, dtype):
+    testing.judge(case, dtype, run)
+
+
+def test_schedule_of_a_molecule_depends_on_itself_only(short_limits):
+    """The same bits alone, where few launches are, and beside molecules of other schedules."""
+    for seeds in (None, 3):
+        case = Case("mixed", (7, 45), heads=1, dim=16, seeds=seeds, lse=True)
+        batch, start = case.make(torch.float32), 0
+        together = run(batch)
+        for at, n in enumerate(case.counts):
+            rows = slice(start, start + n)
+            mine = slice(at, at + 1) if seeds else rows
+            alone = Case("alone", (n,), 1, 16, seeds=seeds, lse=True).make(torch.float32)
+            for name in ("k", "v", "ddk", "ddv"):
+                setattr(alone, name, getattr(batch, name)[rows])
+            for name in ("dout", "dlse"):
+                setattr(alone, name, getattr(batch, name)[mine])
+            for name in ("q", "ddq"):
+                setattr(alone, name, getattr(batch, name)[slice(None) if seeds else rows])
+            for name, x in run(alone).items():
+                if not (seeds and name in ("dq", "gq")):  # sums over the molecules
+                    where = rows if name[1:] in ("k", "v") else mine
+                    assert torch.equal(x, together[name][where]), (seeds, n, name)
+            start += n
 
 
 MIXED = Case("mixed", (20, 0, 7, 41), heads=1, dim=16, bias="pair", lse=True)
@@ -114,8 +162,8 @@ def test_nan_stays_in_its_molecule(poisoned):
 
 @pytest.mark.parametrize("seeds", [None, 3])
 @pytest.mark.parametrize("draw", range(4))
-def test_no_content_of_ptr_reaches_memory_outside(seeds, draw):
-    case = Case("garbage", (9, 4, 21), heads=1, seeds=seeds, bias="pair")
+def test_no_content_of_ptr_reaches_memory_outside(monkeypatch, seeds, draw):
+    case = Case("garbage", (9, 4, 51), heads=1, seeds=seeds, bias="pair")
     batch = case.make(torch.float32)
     index = torch.int32 if draw % 2 else torch.int64
     info, generator = torch.iinfo(index), torch.Generator().manual_seed(draw)
@@ -130,6 +178,7 @@ def test_no_content_of_ptr_reaches_memory_outside(seeds, draw):
     batch.k_ptr = garbage(batch.k_ptr, index)
     batch.q_ptr = None if seeds else garbage(batch.k_ptr, index)
     batch.pair_ptr = garbage(batch.pair_ptr, torch.int64)
+    monkeypatch.setattr(tuning, "SPLIT", 32 if draw > 1 else 512)
     with guard(races=False):
         testing.run_kernels(batch, backend)
 
@@ -178,6 +227,24 @@ def test_unwanted_gradient_of_bias_is_empty():
         out, lse = backend.forward(*problem, None, 1.0, 0.0)
         first = backend.backward(*problem, None, out, lse, batch.dout, None, 1.0, 0.0, False)
     assert first[3].shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "double_backward"])
+@pytest.mark.parametrize("seeds", [None, 2])
+def test_opcheck(name, seeds):
+    """torch's own checks of the registered operators, with this backend behind them."""
+    batch = Case("small", (3, 4), seeds=seeds, heads=1, bias="pair", lse=True).make(torch.float32)
+    problem = (
+        batch.q, batch.k, batch.v, batch.bias, batch.q_ptr, batch.k_ptr, batch.pair_ptr, None,
+    )  # fmt: skip
+    out, lse = backend.forward(*problem, 0.3, 0.0)
+    known = (*problem, out, lse, batch.dout, batch.dlse)
+    arguments = {
+        "forward": (*problem, 0.3, 0.0),
+        "backward": (*known, 0.3, 0.0, True),
+        "double_backward": (*known, batch.ddq, None, batch.ddv, batch.ddbias, 0.3, 0.0),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.attnpool, name).default, (*arguments, "triton"))
 
 
 @triton.jit

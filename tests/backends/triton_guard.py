@@ -107,7 +107,7 @@ class Guard:
     def note(self, pointers, mask, what: str) -> None:
         """Checks the addresses of an access and remembers them for ``finish_launch``."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        live = np.broadcast_to(mask.data, np.shape(pointers.data))
+        live = np.broadcast_to(mask.data, np.shape(pointers.data)).astype(bool)
         addresses = np.asarray(pointers.data)[live].astype(np.uint64)
         if addresses.size == 0:
             return

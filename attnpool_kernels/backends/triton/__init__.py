@@ -7,6 +7,7 @@ Triton is imported by the submodules only, and those only by a call. In Triton's
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -29,6 +30,8 @@ def why_not(problem) -> list[str]:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if problem.device != "cuda" and not (interpreted and problem.device == "cpu"):
         reasons.append(f"device {problem.device}: needs cuda")
+    if problem.device == "cuda" and torch.version.hip is not None:
+        reasons.append("an AMD GPU: compiles for gfx942, but never ran there")
     if problem.capability is not None and problem.capability < (8, 0):
         reasons.append("sm_{}{}: needs sm_80 or newer".format(*problem.capability))
     if problem.dtype == torch.float64 and not missing and _version() < _FLOAT64:
@@ -62,22 +65,25 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
+def _module(general: str, q: torch.Tensor, q_ptr: torch.Tensor | None):
+    """Where a pass is: few seeds have a schedule of their own."""
+    from . import tuning
+
+    if q_ptr is None and q.shape[0] <= tuning.FEW:
+        general = "_few_seeds_double" if "double" in general else "_few_seeds"
+    return importlib.import_module(f"{__name__}.{general}")
+
+
 def forward(*args):
     """(out, lse); see attnpool_kernels.autograd for the arguments and the equations."""
-    from . import _forward
-
-    return _forward.forward(*args)
+    return _module("_forward", args[0], args[4]).forward(*args)
 
 
 def backward(*args):
     """(dq, dk, dv, dbias)."""
-    from . import _backward
-
-    return _backward.backward(*args)
+    return _module("_backward", args[0], args[4]).backward(*args)
 
 
 def double_backward(*args):
     """(gq, gk, gv, gbias, gdout, gdlse)."""
-    from . import _double_backward
-
-    return _double_backward.double_backward(*args)
+    return _module("_double_backward", args[0], args[4]).double_backward(*args)

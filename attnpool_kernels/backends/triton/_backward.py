@@ -29,6 +29,7 @@ from .tiles import (
     load_rows,
     molecule_pairs,
     molecule_rows,
+    not_ours,
     out_row,
     products,
     query_rows,
@@ -48,11 +49,12 @@ def _query_kernel(
     scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64, CHUNK: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = lse.dtype.element_ty
     head = (tl.program_id(0) % H).to(tl.int64)
     part, q_row, first, rows = find_query_tile(tl.program_id(0) // H, q_ptr, B, n_q, BLOCK_M)
-    if first >= rows:
+    if (first >= rows) | not_ours(rows, SHORTEST, LONGEST):
         return
     c = tl.full((), scale, ACC)
     r = tl.full((), keep_scale, ACC)
@@ -139,12 +141,12 @@ def _key_kernel(
     scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-    COMPLETE: tl.constexpr,
+    COMPLETE: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = lse.dtype.element_ty
     head = (tl.program_id(0) % H).to(tl.int64)
     molecule, k_row, first_row, end = find_tile(tl.program_id(0) // H, k_ptr, B, n_k, BLOCK_N)
-    if first_row >= end:
+    if (first_row >= end) | not_ours(end - k_row, SHORTEST, LONGEST):
         return
     q_row, rows = query_rows(q_ptr, molecule, B, n_q)
     if (rows > 0) & (rows <= COMPLETE):
@@ -221,18 +223,26 @@ def backward(
     common |= dict(lse=lse, sl=lse.stride()[-2:], dout=dout, sdo_b=sdo_b, sdo=sdo)
     common |= dict(dk=dk, dv=dv, delta=delta, norm=norm)
     heads, molecules = q.shape[1], common["B"]
-    tile, key_tile = launch.tile("backward_query", q, v), launch.tile("backward_key", q, v)
-    chunk, parts = launch.chunks(q, q_ptr, molecules, tile["BLOCK_M"])
+    options = bias is not None or seed is not None
+    query = launch.schedules("backward_query", q, v, q_ptr, q.shape[0], options)
+    key = launch.schedules("backward_key", q, v, q_ptr, k.shape[0], options)
+    complete = query[0]["BLOCK_M"]
+    chunk, parts = 1, molecules
+    if q_ptr is None:
+        tiles = launch.query_tiles(q, q_ptr, 1, complete)
+        chunk, parts = launch.chunks(molecules, tiles * heads)
     dq = launch.new_query_gradient(q, q_ptr, parts)
     with launch.on_device(q):
-        tiles = launch.query_tiles(q, q_ptr, parts, tile["BLOCK_M"])
-        if q.shape[0] and tiles:
-            _query_kernel[(tiles * heads,)](
-                **common, out=out, so=out.stride()[-3:], dlse=dlse, sdl_b=sdl_b, sdl=sdl, dq=dq,
-                dbias=dbias if dbias.numel() else None, CHUNK=chunk, **tile)  # fmt: skip
-        if k.shape[0]:
-            tiles = launch.tiles_of(k.shape[0], molecules, key_tile["BLOCK_N"])
-            _key_kernel[(tiles * heads,)](**common, COMPLETE=tile["BLOCK_M"], **key_tile)
+        for tile in query:
+            tiles = launch.query_tiles(q, q_ptr, parts, tile["BLOCK_M"])
+            if q.shape[0] and tiles:
+                _query_kernel[(tiles * heads,)](
+                    **common, out=out, so=out.stride()[-3:], dlse=dlse, sdl_b=sdl_b, sdl=sdl, dq=dq,
+                    dbias=dbias if dbias.numel() else None, CHUNK=chunk, **tile)  # fmt: skip
+        for tile in key:
+            tiles = launch.tiles_of(k.shape[0], molecules, tile["BLOCK_N"])
+            if k.shape[0]:
+                _key_kernel[(tiles * heads,)](**common, COMPLETE=complete, **tile)
         if q_ptr is None:
             dq = sum_parts(dq, q)
     return dq, dk, dv, dbias

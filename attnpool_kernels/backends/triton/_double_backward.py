@@ -51,17 +51,24 @@ def _finish_block(s, t, dp, g, c, r, b_bias, b_e, m_pair, m_keep, b_lse, b_norm)
 
 
 @triton.jit
-def _merge_statistics(total, delta, t, y, p, dp, b_t, g):
-    """Adds a block of keys to Σ P, the means δ and t, and to Σ P(T − t)(dP − δ) + Σ P∘G.
+def statistics_of(p, dp, b_t, g):
+    """Of a block of keys: Σ P, the means δ and t, and Σ P(T − t)(dP − δ) + Σ P∘G."""
+    part = tl.sum(p, 1)
+    share = 1.0 / tl.maximum(part, 1e-30)  # of a subnormal sum it would be infinite
+    delta = tl.sum(p * dp, 1) * share
+    t = tl.sum(p * b_t, 1) * share
+    y = tl.sum(p * ((b_t - t[:, None]) * (dp - delta[:, None]) + g), 1)
+    return part, delta, t, y
+
+
+@triton.jit
+def merge_statistics(total, delta, t, y, part, delta_b, t_b, y_b):
+    """Those of the keys so far and of some more, together.
 
     Means and covariances are merged (Chan, Golub, LeVeque 1983) rather than sums subtracted, as
     large logits have large T: y = s1 − δt + w would lose what s1 and δt have in common.
     """
-    part = tl.sum(p, 1)
-    share = 1.0 / tl.where(part > 0, part, 1.0)
-    delta_b = tl.sum(p * dp, 1) * share
-    t_b = tl.sum(p * b_t, 1) * share
-    y += tl.sum(p * ((b_t - t_b[:, None]) * (dp - delta_b[:, None]) + g), 1)
+    y += y_b
     new_total = total + part
     share = part / tl.where(new_total > 0, new_total, 1.0)
     y += (t_b - t) * (delta_b - delta) * total * share
@@ -69,16 +76,16 @@ def _merge_statistics(total, delta, t, y, p, dp, b_t, g):
 
 
 @triton.jit
-def _block_of_keys(
+def block_of_keys(
     q, k, v, dout, bias, ddq, ddk, ddv, ddbias, sq, sk, sv, sdo, sb, sddq, sddk, sddv, sddb, seed,
-    threshold, b_lse, b_norm, c, r, molecule, head, H, q_row, k_row, keys, pair, pairs, o_m,
-    m_m, first_k, zero,
+    threshold, b_lse, b_norm, c, r, molecule, head, H, q_row, k_row, live, keys, pair, pairs,
+    o_m, m_m, first_k, zero,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(P, P∘R, dP, T, G) of a tile of queries and the keys from first_k on."""
+    """(P, P∘R, dP, T, G) of a tile of queries and keys first_k to live."""
     o_n = first_k + tl.arange(0, BLOCK_N)
-    m_n = o_n < keys
+    m_n = o_n < live
     s, t = products(
         q, sq, ddq, sddq, q_row, o_m, m_m, k, sk, ddk, sddk, k_row, o_n, m_n, head, H,
         zero, D, BD, SLICE, PRECISION)  # fmt: skip
@@ -129,12 +136,13 @@ def _query_kernel(
         total = tl.zeros((BLOCK_M,), ACC)
         b_norm = tl.full((BLOCK_M,), 1.0, ACC)
         for first_k in range(0, keys, BLOCK_N):
-            p, kept, dp, t, g = _block_of_keys(
+            p, kept, dp, t, g = block_of_keys(
                 q, k, v, p_do, bias, ddq, ddk, ddv, ddbias, sq, sk, sv, sdo, sb, sddq, sddk, sddv,
                 sddb, seed, threshold, b_lse, b_norm, c, r, molecule, head, H, q_row, k_row, keys,
-                pair, pairs, o_m, m_m, first_k, zero, D, DV, BD, BDV, BLOCK_N,
+                keys, pair, pairs, o_m, m_m, first_k, zero, D, DV, BD, BDV, BLOCK_N,
                 SLICE, PRECISION)  # fmt: skip
-            total, b_delta, b_t, b_y = _merge_statistics(total, b_delta, b_t, b_y, p, dp, t, g)
+            total, b_delta, b_t, b_y = merge_statistics(
+                total, b_delta, b_t, b_y, *statistics_of(p, dp, t, g))  # fmt: skip
         # the rounding of lse is a factor of P: divide by the row sum that P really has
         b_norm = 1.0 / tl.where(total > 0, total, 1.0)
         b_y *= b_norm
@@ -148,10 +156,10 @@ def _query_kernel(
             store_row_values(norm, o_row, head, H, o_m, m_m, b_norm)
         b_gdo = tl.zeros((BLOCK_M, BDV), ACC)
         for first_k in range(0, keys, BLOCK_N):
-            p, kept, dp, t, g = _block_of_keys(
+            p, kept, dp, t, g = block_of_keys(
                 q, k, v, p_do, bias, ddq, ddk, ddv, ddbias, sq, sk, sv, sdo, sb, sddq, sddk, sddv,
                 sddb, seed, threshold, b_lse, b_norm, c, r, molecule, head, H, q_row, k_row, keys,
-                pair, pairs, o_m, m_m, first_k, zero, D, DV, BD, BDV, BLOCK_N,
+                keys, pair, pairs, o_m, m_m, first_k, zero, D, DV, BD, BDV, BLOCK_N,
                 SLICE, PRECISION)  # fmt: skip
             ds = p * (dp - b_delta[:, None])
             z = ds * (t - b_t[:, None]) + p * (g - b_y[:, None])
@@ -271,9 +279,13 @@ def double_backward(
     common |= {f"s{n}": launch.strides(x) for n, x in (("ddq", ddq), ("ddk", ddk), ("ddv", ddv))}
     common |= dict(gk=gk, gv=gv, gdlse=gdlse, delta=delta, y=y, norm=norm)
     heads, molecules = q.shape[1], common["B"]
-    tile = launch.tile("double_backward_query", q, v)
-    key_tile = launch.tile("double_backward_key", q, v)
-    chunk, parts = launch.chunks(q, q_ptr, molecules, tile["BLOCK_M"])
+    options = bias is not None or seed is not None
+    tile = launch.tile("double_backward_query", q, v, options)
+    key_tile = launch.tile("double_backward_key", q, v, options)
+    chunk, parts = 1, molecules
+    if q_ptr is None:
+        tiles = launch.query_tiles(q, q_ptr, 1, tile["BLOCK_M"])
+        chunk, parts = launch.chunks(molecules, tiles * heads)
     gq = launch.new_query_gradient(q, q_ptr, parts)
     with launch.on_device(q):
         tiles = launch.query_tiles(q, q_ptr, parts, tile["BLOCK_M"])

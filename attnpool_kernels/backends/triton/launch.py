@@ -43,11 +43,25 @@ def row_strides(x: torch.Tensor | None, q_ptr: torch.Tensor | None):
     return (x.stride(0), x.stride()[1:]) if q_ptr is None else (0, x.stride())
 
 
-def tile(pass_name: str, q: torch.Tensor, v: torch.Tensor) -> dict:
-    """Block sizes, precision and compiler options of a pass for these tensors."""
+def tile(pass_name: str, q: torch.Tensor, v: torch.Tensor, options: bool) -> dict | None:
+    """Block sizes, precision and compiler options of a pass for these tensors; see tuning."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     width = padded(max(q.shape[-1], v.shape[-1]))
-    return tuning.tile(pass_name, capability, tuning.precision(q.dtype), width)
+    return tuning.tile(pass_name, capability, tuning.precision(q.dtype), width, options)
+
+
+def schedules(pass_name: str, q, v, q_ptr, rows: int, options: bool) -> list[dict]:
+    """Tiles of the launches of a pass, each with the sizes of molecules it serves.
+
+    Which tiles a molecule gets depends on its own size, not on its batch, so its bits do not
+    either. rows: of the tiled axis; a batch of fewer rows than LONG has no long molecule.
+    """
+    short = tile(pass_name, q, v, options)
+    long = None if options or q_ptr is None else tile(f"{pass_name}_long", q, v, options)
+    if long is None:
+        return [short | dict(SHORTEST=0, LONGEST=0)]
+    found = [short | dict(SHORTEST=0, LONGEST=tuning.LONG)]
+    return found + [long | dict(SHORTEST=tuning.LONG, LONGEST=0)] * (rows >= tuning.LONG)
 
 
 def tiles_of(rows: int, molecules: int, block: int) -> int:
@@ -61,13 +75,10 @@ def query_tiles(q: torch.Tensor, q_ptr: torch.Tensor | None, molecules: int, blo
     return tiles_of(q.shape[0], molecules, block)
 
 
-def chunks(q: torch.Tensor, q_ptr: torch.Tensor | None, molecules: int, block: int):
-    """(molecules per program, programs along the molecules) where seeds gather gradients."""
-    if q_ptr is not None:
-        return 1, molecules
-    others = triton.cdiv(q.shape[0], block) * q.shape[1]
-    chunk = max(1, molecules * others // _PROGRAMS)
-    return chunk, triton.cdiv(molecules, chunk)
+def chunks(units: int, others: int) -> tuple[int, int]:
+    """(units per program, programs) where seeds gather gradients over units; others: per unit."""
+    chunk = max(1, units * others // _PROGRAMS)
+    return chunk, triton.cdiv(units, chunk)
 
 
 def on_device(x: torch.Tensor) -> torch.cuda.device_of:

@@ -38,6 +38,23 @@ def boundary(ptr, segment, B, n):
 
 
 @triton.jit
+def find_segment(target, ptr, B, n, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Last segment j with x_j // BLOCK + STEP * j <= target."""
+    low = target * 0
+    count = B.to(tl.int64) + 2
+    o_p = tl.arange(0, PIVOTS).to(tl.int64)
+    while count > 1:
+        step = (count + PIVOTS - 1) // PIVOTS
+        segment = low + o_p * step
+        first_tile = boundary(ptr, segment, B, n) // BLOCK + STEP * segment
+        started = (first_tile <= target) & (o_p * step < count)
+        last = tl.maximum(tl.sum(started.to(tl.int64), 0), 1) - 1
+        low += last * step
+        count = tl.minimum(step, count - last * step)
+    return low
+
+
+@triton.jit
 def find_tile(tile, ptr, B, n, BLOCK: tl.constexpr):
     """(molecule, its first row, first row of the tile, end of the molecule); see the docstring.
 
@@ -45,20 +62,11 @@ def find_tile(tile, ptr, B, n, BLOCK: tl.constexpr):
     """
     tile = tile.to(tl.int64)
     n = n.to(tl.int64)
-    low = tile * 0
-    count = B.to(tl.int64) + 2
-    o_p = tl.arange(0, PIVOTS).to(tl.int64)
-    while count > 1:
-        step = (count + PIVOTS - 1) // PIVOTS
-        segment = low + o_p * step
-        first_tile = boundary(ptr, segment, B, n) // BLOCK + segment
-        started = (first_tile <= tile) & (o_p * step < count)
-        last = tl.maximum(tl.sum(started.to(tl.int64), 0), 1) - 1
-        low += last * step
-        count = tl.minimum(step, count - last * step)
+    low = find_segment(tile, ptr, B, n, BLOCK, 1)
     start = boundary(ptr, low, B, n)
     end = tl.maximum(boundary(ptr, low + 1, B, n), start)
-    first = start + (tile - start // BLOCK - low) * BLOCK
+    # boundaries that fall send the search astray: never to rows before the molecule
+    first = start + tl.maximum(tile - start // BLOCK - low, 0) * BLOCK
     return low - 1, start, first, end
 
 
@@ -70,6 +78,15 @@ def molecule_rows(ptr, molecule, B, n):
     start = clamp(tl.load(ptr + molecule, mask=known, other=0).to(tl.int64), 0, n)
     end = clamp(tl.load(ptr + molecule + 1, mask=known, other=0).to(tl.int64), start, n)
     return start, (end - start).to(tl.int32)
+
+
+@triton.jit
+def not_ours(rows, SHORTEST: tl.constexpr, LONGEST: tl.constexpr):
+    """Whether a molecule of this size is left to the launch with the other tiles; 0: no limit."""
+    other = rows < SHORTEST
+    if LONGEST > 0:
+        other = other | (rows >= LONGEST)
+    return other
 
 
 @triton.jit

@@ -2,10 +2,11 @@
 
 Chosen for molecules of 15 to 64 atoms: 32 x 32 tiles where registers allow (a molecule whose
 queries fit one tile needs one gradient kernel instead of two), `mma.sync` everywhere, so that what
-ships can be executed in CI (tests/ptx), and no spills to speak of. Nothing here was measured on a
-GPU yet: an entry is the first of a list of candidates (32 x 32, then fewer keys, then fewer
-queries) that compiled well for sm_80 and sm_90. tests/backends/aot.py compiles every entry for
-every architecture, tests/backends/triton_resources.json is the result, PREDICTED.md what follows.
+ships can be executed in CI (tests/ptx), and no spills. Nothing here was measured on a GPU yet: an
+entry is the first of a list of candidates (32 x 32, more warps, then fewer keys, then fewer
+queries) that compiled without. tests/backends/aot.py compiles every entry for every architecture,
+tests/backends/triton_resources.json is the result and names the few that do spill, PREDICTED.md
+what follows.
 """
 
 from __future__ import annotations
@@ -25,36 +26,117 @@ PASSES = (
 WIDTHS = (16, 32, 64, 128, 256)  # D or D_v, whichever is larger, padded
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))  # compiled for in CI
 
-# BLOCK_M queries, BLOCK_N keys, SLICE of D, num_warps, num_stages; a column per pass
+LONG = 256  # rows from which a molecule has the tiles of long sets, where there are such
+LONG_PASSES = ("forward_long", "backward_query_long", "backward_key_long")
+
+FEW = 16  # seeds up to which a molecule's queries are one small tile, with kernels of their own
+SPLIT = 512  # keys of a molecule that one program of those walks
+FEW_PASSES = ("few_seeds_forward", "few_seeds_backward", "few_seeds_double_backward")
+
+# BLOCK_M queries, BLOCK_N keys, SLICE of D, num_warps, num_stages[, most registers]; a column per
+# pass. Most registers: ptxas may give a kernel fewer of them for the sake of more warps, and spill;
+# 255 forbids that where it did.
 _HALF = {
     16: ((32, 32, 64, 2, 2), (32, 32, 64, 4, 1), (32, 32, 64, 2, 1), (32, 32, 64, 4, 1),
-         (32, 32, 64, 2, 1)),
+         (32, 32, 64, 4, 1, 255)),
     32: ((32, 32, 64, 2, 2), (32, 32, 64, 4, 1), (32, 32, 64, 2, 1), (32, 32, 64, 4, 1),
          (32, 32, 64, 2, 1)),
     64: ((32, 32, 64, 2, 2), (32, 32, 64, 4, 1), (32, 32, 64, 4, 1), (32, 32, 64, 4, 1),
          (32, 32, 64, 4, 1)),
-    128: ((32, 32, 64, 4, 2), (32, 32, 64, 8, 1), (32, 32, 64, 4, 1), (32, 32, 64, 8, 1),
-          (32, 16, 16, 4, 1)),
-    256: ((32, 32, 64, 4, 2), (32, 32, 32, 8, 1), (32, 32, 32, 8, 1), (32, 32, 32, 8, 1),
-          (32, 32, 32, 8, 1)),
+    128: ((32, 32, 64, 4, 2), (32, 32, 64, 8, 1, 255), (32, 32, 64, 4, 1), (32, 16, 64, 8, 1, 255),
+          (32, 16, 16, 8, 1, 255)),
+    256: ((32, 32, 64, 4, 2), (32, 32, 32, 8, 1), (32, 32, 32, 8, 1), (16, 16, 16, 8, 1, 255),
+          (16, 16, 16, 8, 1, 255)),
 }  # fmt: skip
+_HALF_OPTIONS = {  # where bias and dropout need other tiles
+    (16, "forward"): (32, 32, 64, 2, 2, 255),
+    (16, "backward_query"): (32, 32, 64, 4, 1, 255),
+    (16, "double_backward_query"): (32, 16, 64, 8, 1, 255),
+    (32, "forward"): (32, 32, 64, 2, 2, 255),
+    (32, "double_backward_query"): (32, 16, 64, 8, 1, 255),
+    (32, "double_backward_key"): (32, 32, 64, 4, 1, 255),
+    (64, "backward_query"): (32, 32, 64, 8, 1, 255),
+    (64, "double_backward_query"): (32, 16, 64, 8, 1, 255),
+    (64, "double_backward_key"): (32, 32, 64, 8, 1, 255),
+    (128, "backward_query"): (32, 32, 64, 8, 1),
+}
 _FLOAT32 = {
-    16: ((32, 32, 32, 2, 2), (32, 32, 32, 4, 1), (32, 16, 32, 4, 1), (32, 16, 16, 8, 1),
-         (32, 16, 32, 4, 1)),
+    16: ((32, 32, 32, 2, 2), (32, 32, 32, 4, 1), (32, 16, 32, 4, 1, 255), (32, 16, 16, 8, 1),
+         (32, 16, 32, 8, 1, 255)),
     32: ((32, 32, 32, 2, 2), (32, 32, 32, 4, 1), (32, 16, 32, 4, 1), (32, 16, 16, 8, 1),
          (32, 16, 32, 4, 1)),
     64: ((32, 32, 32, 4, 2), (32, 32, 32, 8, 1), (32, 32, 32, 4, 1), (32, 16, 16, 8, 1),
-         (32, 32, 32, 8, 1)),
-    128: ((32, 32, 32, 4, 2), (32, 32, 32, 8, 1), (32, 32, 32, 8, 1), (16, 16, 16, 8, 1),
+         (32, 16, 32, 8, 1, 255)),
+    128: ((32, 32, 32, 4, 2), (32, 16, 32, 8, 1, 255), (32, 32, 32, 8, 1), (16, 16, 16, 8, 1, 255),
           (32, 16, 16, 8, 1)),
-    256: ((32, 32, 32, 8, 1), (16, 16, 16, 8, 1), (32, 16, 16, 8, 1), (16, 16, 16, 8, 1),
+    256: ((32, 32, 32, 8, 1), (16, 16, 16, 8, 1), (32, 16, 16, 8, 1), (16, 16, 16, 8, 1, 255),
           (16, 16, 16, 8, 1)),
 }  # fmt: skip
-_FLOAT64 = {width: ((16, 16, 16, 4, 1), *((16, 16, 16, 8, 1),) * 4) for width in WIDTHS}
+_FLOAT32_OPTIONS = {
+    (16, "forward"): (32, 16, 32, 8, 1, 255),
+    (16, "backward_query"): (32, 32, 32, 8, 1, 255),
+    (32, "forward"): (32, 16, 32, 8, 1, 255),
+    (32, "backward_query"): (32, 32, 32, 8, 1, 255),
+    (32, "double_backward_query"): (16, 16, 16, 8, 1, 255),
+    (64, "backward_key"): (32, 32, 32, 8, 1, 255),
+    (64, "double_backward_query"): (16, 16, 16, 8, 1, 255),
+    (64, "double_backward_key"): (16, 16, 16, 8, 1, 255),
+    (128, "backward_query"): (16, 16, 32, 8, 1, 255),
+    (128, "backward_key"): (32, 16, 32, 8, 1, 255),
+}
+_FLOAT64 = {width: ((16, 16, 16, 4, 1), *((16, 16, 16, 8, 1, 255),) * 4) for width in WIDTHS}
+
+# long sets: a program keeps more queries, so k and v are read less often; mma.sync here too, which
+# needs fewer than 64 rows of the product or fewer than 4 warps (then Hopper's compiler takes wgmma)
+_LONG_HALF = {
+    32: ((64, 32, 64, 2, 3), (32, 64, 64, 4, 2), (32, 32, 64, 4, 2)),
+    64: ((64, 32, 64, 2, 3), (32, 64, 64, 4, 2), (32, 32, 64, 4, 2)),
+    128: ((32, 64, 64, 4, 2), (32, 32, 64, 8, 2, 255), (32, 32, 64, 4, 2)),
+}  # fmt: skip
+_LONG_FLOAT32 = {
+    32: ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2), (32, 32, 32, 4, 2)),
+    64: ((32, 32, 32, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 4, 2)),
+}  # fmt: skip
+
+# few seeds: one row of tensor-core tiles
+_FEW_HALF = {
+    16: ((16, 32, 64, 1, 2), (16, 32, 64, 2, 1), (16, 16, 64, 4, 1, 255)),
+    32: ((16, 32, 64, 1, 2), (16, 32, 64, 2, 1), (16, 16, 64, 4, 1, 255)),
+    64: ((16, 32, 64, 2, 2), (16, 32, 64, 4, 1), (16, 16, 64, 8, 1, 255)),
+    128: ((16, 32, 64, 4, 1), (16, 32, 64, 4, 1), (16, 16, 64, 8, 1, 255)),
+    256: ((16, 32, 64, 4, 1), (16, 32, 32, 8, 1), (16, 16, 16, 8, 1, 255)),
+}  # fmt: skip
+_FEW_FLOAT32 = {
+    16: ((16, 32, 32, 2, 1), (16, 32, 32, 4, 1), (16, 16, 16, 8, 1, 255)),
+    32: ((16, 32, 32, 2, 1), (16, 32, 32, 4, 1), (16, 16, 32, 8, 1, 255)),
+    64: ((16, 32, 32, 4, 1), (16, 16, 32, 4, 1), (16, 16, 32, 8, 1, 255)),
+    128: ((16, 32, 32, 4, 1), (16, 16, 16, 8, 1, 255), (16, 16, 16, 8, 1, 255)),
+    256: ((16, 16, 16, 8, 1), (16, 16, 16, 8, 1, 255), (16, 16, 16, 8, 1, 255)),
+}  # fmt: skip
+_FEW_FLOAT64 = {width: ((16, 16, 16, 4, 1), *((16, 16, 16, 8, 1, 255),) * 2) for width in WIDTHS}
+
+
+def _by_pass(columns: dict, few: dict, long: dict) -> dict:
+    named = (PASSES, columns), (FEW_PASSES, few), (LONG_PASSES, long)
+    return {
+        (width, name): entry
+        for names, table in named
+        for width in table
+        for name, entry in zip(names, table[width])
+    }
+
+
+_HALF_TABLE = _by_pass(_HALF, _FEW_HALF, _LONG_HALF)
+_FLOAT32_TABLE = _by_pass(_FLOAT32, _FEW_FLOAT32, _LONG_FLOAT32)
 _MMA = {
-    "fp16": _HALF, "bf16": _HALF, "fp32": _FLOAT32, "tf32": _FLOAT32, "fp64": _FLOAT64,
+    "fp16": _HALF_TABLE, "bf16": _HALF_TABLE, "fp32": _FLOAT32_TABLE, "tf32": _FLOAT32_TABLE,
+    "fp64": _by_pass(_FLOAT64, _FEW_FLOAT64, {}),
 }  # fmt: skip
 _TABLES = {capability: _MMA for capability in CAPABILITIES}
+_OPTIONS = {
+    "fp16": _HALF_OPTIONS, "bf16": _HALF_OPTIONS, "fp32": _FLOAT32_OPTIONS,
+    "tf32": _FLOAT32_OPTIONS, "fp64": {},
+}  # fmt: skip
 
 _ROWS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 _PRECISION = {"fp32": "tf32x3", "tf32": "tf32"}  # of tl.dot; float32 accuracy from three products
@@ -68,10 +150,21 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def tile(pass_name: str, capability: tuple[int, int] | None, row: str, width: int) -> dict:
-    """Launch arguments of a kernel. capability None: a CPU, that is, Triton's interpreter."""
+def tile(
+    pass_name: str, capability: tuple[int, int] | None, row: str, width: int, options: bool
+) -> dict | None:
+    """Launch arguments of a kernel; None where the table has no such entry.
+
+    capability None: a CPU, that is, Triton's interpreter. options: with bias or dropout, which take
+    registers.
+    """
     table = _TABLES[_known(capability or CAPABILITIES[0])]
-    block_m, block_n, part, warps, stages = table[row][width][PASSES.index(pass_name)]
+    entry = table[row].get((width, pass_name))
+    if options:
+        entry = _OPTIONS[row].get((width, pass_name), entry)
+    if entry is None:
+        return None
+    block_m, block_n, part, warps, stages, *most = entry
     return dict(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -80,6 +173,7 @@ def tile(pass_name: str, capability: tuple[int, int] | None, row: str, width: in
         num_warps=warps,
         num_stages=stages,
         enable_fp_fusion=True,
+        maxnreg=most[0] if most else None,
     )
 
 
