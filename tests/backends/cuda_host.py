@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+MODULE = "attnpool_cuda_host"
 SOURCES = ("forward", "backward", "double_backward")
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -38,12 +39,14 @@ def missing() -> str:
 
 @cache
 def build(sanitize: bool = False, edit: tuple[str, str, str] | None = None):
-    """The module; edit = (file in csrc/cuda, text, other text) plants a bug in a copy of csrc.
+    """The module; edit = (file in csrc/cuda, text, other text) plants a bug in a copy of csrc, of
+    which what the edit touches is compiled anew, for float32 of width 32 only.
 
     sanitize: this process must have started with AddressSanitizer's library loaded.
     """
     library = compile_module(sanitize, edit)
-    name = library.name.partition(".")[0]
+    # pybind11 keeps one module for each full name
+    name = f"{library.parent.name}.{MODULE}"
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -54,10 +57,12 @@ def compile_module(sanitize: bool = False, edit: tuple[str, str, str] | None = N
     import pybind11
 
     key = hashlib.sha256(repr((sanitize, edit)).encode()).hexdigest()[:8]
-    name = f"cuda_host_{key}"
-    folder = ROOT / "build" / name
+    folder = ROOT / "build" / f"cuda_host_{key}"
     folder.mkdir(parents=True, exist_ok=True)
     csrc, tests = ROOT / "csrc", ROOT / "tests" / "csrc"
+    flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-DMODULE_NAME={MODULE}"]
+    flags += ["-O1", *SANITIZE] if sanitize else ["-O2"]
+    ready: dict[str, Path] = {}  # objects that an edit leaves as they are
     if edit:  # the headers are found by relative path, so the tree is copied
         shutil.copytree(csrc, folder / "csrc", dirs_exist_ok=True)
         shutil.copytree(tests, folder / "tests" / "csrc", dirs_exist_ok=True)
@@ -66,11 +71,16 @@ def compile_module(sanitize: bool = False, edit: tuple[str, str, str] | None = N
         source = path.read_text()
         assert edit[1] in source, f"{edit[0]} has no {edit[1]!r}"
         path.write_text(source.replace(edit[1], edit[2], 1))
-    flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-DMODULE_NAME={name}"]
-    flags += ["-O1", *SANITIZE] if sanitize else ["-O2"]
+        flags += ["-DATTN_ONLY_TYPE=float", "-DATTN_ONLY_WIDTH=32"]
+        whole = compile_module(sanitize).parent
+        same = [x for x in SOURCES if edit[0].endswith(".cu") and edit[0] != f"{x}.cu"]
+        ready = {x: whole / f"{x}.o" for x in ("host_module", *same)}
     includes = pybind11.get_include(), sysconfig.get_path("include")
     flags += [f"-isystem {path}" for path in includes]
-    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = {"host_module": tests / "host_module.cpp"}
+    sources |= {x: csrc / "cuda" / f"{x}.cu" for x in SOURCES}
+    objects = " ".join(str(ready.get(x, f"{x}.o")) for x in sources)
     lines = [
         f"flags = {' '.join(flags)} -x c++ -include {tests / 'host_shim.h'}",
         "rule compile",
@@ -78,9 +88,8 @@ def compile_module(sanitize: bool = False, edit: tuple[str, str, str] | None = N
         "  depfile = $out.d",
         "rule link",
         f"  command = g++ -shared {' '.join(SANITIZE) if sanitize else ''} $in -o $out",
-        f"build host_module.o: compile {tests / 'host_module.cpp'}",
-        *[f"build {x}.o: compile {csrc / 'cuda' / x}.cu" for x in SOURCES],
-        f"build {library}: link host_module.o {' '.join(f'{x}.o' for x in SOURCES)}",
+        *[f"build {x}.o: compile {path}" for x, path in sources.items() if x not in ready],
+        f"build {library}: link {objects}",
         "",
     ]
     script = folder / "build.ninja"

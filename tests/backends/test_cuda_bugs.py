@@ -60,10 +60,10 @@ def test_every_barrier_and_every_wait_is_needed():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.slow  # half a minute of compiling for each edit
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit[3])
 def test_a_bug_in_the_text_is_noticed(edit):
     module = cuda_host.build(edit=edit[:3])
+    assert module.__file__ != cuda_host.build().__file__
     kernels = cuda_host.Kernels(module)
     with pytest.raises((AssertionError, RuntimeError)):
         testing.judge(CASE, torch.float32, lambda batch: testing.run_kernels(batch, kernels))
