@@ -159,11 +159,11 @@ def _run(argv: list[str]) -> int:
     elif command == "predict":
         run.predict(**options.as_dict())
     elif command == "test":
-        run.evaluate(**vars(made["test"].instantiate_classes(options)))
+        run.evaluate(**vars(made["test"].instantiate(options)))
     else:
         config = made["fit"].dump(options, skip_default=False)
         seed_everything(options.seed, workers=True)  # before the weights are made
-        given = vars(made["fit"].instantiate_classes(options))
+        given = vars(made["fit"].instantiate(options))
         run.fit(**{k: v for k, v in given.items() if k not in ("config", "seed")}, config=config)
     return 0
 

@@ -141,14 +141,22 @@ def fit(
             f"output must be a new folder, got {folder} with a run in it; to resume that one: "
             "--ckpt_path last"
         )
+    if not data.download or (trainer.devices, trainer.num_nodes) == (1, 1):
+        # Before Lightning makes folders; with several processes only one may download.
+        data.prepare_data()
+        task.check(data)
+        _ = data.statistics
     csv = CSVLogger(folder, name="logs")
     logs = [csv, TensorBoardLogger(folder, name="logs", version=csv.version)]
     stopping = EarlyStopping("val/loss", patience=patience, mode="min", check_finite=True)
     best = ModelCheckpoint(
-        folder, filename=Path(BEST).stem, monitor="val/loss", mode="min", save_last=True,
+        folder, filename=Path(BEST).stem, monitor="val/loss", mode="min",
         enable_version_counter=False, save_on_train_epoch_end=True,
     )  # fmt: skip
-    made = trainer.make(callbacks=[RunFolder(folder, config), stopping, best], logger=logs)
+    last = ModelCheckpoint(  # of every epoch
+        folder, filename=Path(LAST).stem, enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    made = trainer.make(callbacks=[RunFolder(folder, config), stopping, best, last], logger=logs)
     made.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
     loss = float(made.callback_metrics.get("val/loss", math.nan))
     if not math.isfinite(loss):
@@ -171,7 +179,7 @@ def default_folder(task: PoolingTask, data: MoleculeData) -> Path:
 
 def first_process() -> bool:
     """Whether this is the process that writes, known before there are others."""
-    return rank_zero_only.rank == 0
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def check_resumable(path: str, task: PoolingTask, data: MoleculeData) -> None:

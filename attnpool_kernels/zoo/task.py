@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, SumMetric
 
 from .data import Batch, MoleculeData
 from .model import PooledModel
@@ -39,7 +40,9 @@ class Errors(torch.nn.Module):
 
     def __init__(self, targets: int) -> None:
         super().__init__()
-        self.loss = MeanMetric()
+        # By default these leave NaN out. MeanMetric loses its weights where it does not.
+        self.loss = SumMetric(nan_strategy="disable")
+        self.molecules = SumMetric(nan_strategy="disable")
         self.mae = MeanAbsoluteError(num_outputs=targets)
         self.rmse = MeanSquaredError(squared=False, num_outputs=targets)
         self.forces = MeanAbsoluteError()
@@ -47,8 +50,8 @@ class Errors(torch.nn.Module):
     def update(self, batch: Batch, loss: Tensor, predicted: Tensor, forces: Tensor | None) -> None:
         molecules = batch.molecules
         assert molecules.y is not None
-        # A process has its part of the sum that the mean over all molecules of the step is.
-        self.loss.update(loss * batch.total / len(molecules), len(molecules))
+        self.loss.update(loss.detach() * batch.total)  # the loss is this process' part of a mean
+        self.molecules.update(float(len(molecules)))
         self.mae.update(predicted, molecules.y)
         self.rmse.update(predicted, molecules.y)
         if forces is not None:
@@ -58,12 +61,12 @@ class Errors(torch.nn.Module):
     def compute(self) -> dict[str, Tensor]:
         """loss [], mae [T], rmse [T], and forces [] where there were any."""
         found = {
-            "loss": self.loss.compute(), "mae": self.mae.compute().reshape(-1),
-            "rmse": self.rmse.compute().reshape(-1),
+            "loss": self.loss.compute() / self.molecules.compute(),
+            "mae": self.mae.compute().reshape(-1), "rmse": self.rmse.compute().reshape(-1),
         }  # fmt: skip
         if self.forces.update_called:
             found["forces"] = self.forces.compute()
-        for metric in (self.loss, self.mae, self.rmse, self.forces):
+        for metric in (self.loss, self.molecules, self.mae, self.rmse, self.forces):
             metric.reset()
         return found
 
@@ -158,8 +161,9 @@ class PoolingTask(LightningModule):
         """Predictions [B, T] in the units of the targets."""
         return self.model(molecules)
 
-    def setup(self, stage: str) -> None:
-        data = self._datamodule()
+    def check(self, data: MoleculeData) -> None:
+        """ValueError where the data are not those that the model and its loss need."""
+        data.setup()
         given, wanted = ([t.name for t in x] for x in (data.targets, self.targets))
         if given != wanted:
             raise ValueError(
@@ -169,9 +173,11 @@ class PoolingTask(LightningModule):
         if self.forces and data.ready.forces is None:
             raise ValueError("forces must be in the data to train on them, got none")
         if self.weighs_orbitals and data.ready.coefficients is None:
-            raise ValueError(
-                "coefficients must be in the data for pooling='orbital_weighted', got none"
-            )
+            raise ValueError("coefficients must be in the data for orbital_weighted, got none")
+
+    def setup(self, stage: str) -> None:
+        data = self._datamodule()
+        self.check(data)
         self.targets = data.targets
         if stage == "fit":
             mean, std = data.statistics
@@ -256,14 +262,24 @@ class PoolingTask(LightningModule):
             return optimizer
         options = SCHEDULES[self.schedule] | self.schedule_options
         if self.schedule == "plateau":
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+            plateau = ReduceLROnPlateau(optimizer, **options)
             schedule = {"scheduler": plateau, "monitor": "val/loss"}
             return {"optimizer": optimizer, "lr_scheduler": schedule}
         epochs = self.trainer.max_epochs or -1
         if epochs < 1:
             raise ValueError("max_epochs must be given with schedule='cosine'")
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, **options)
+        cosine = CosineAnnealingLR(optimizer, epochs, **options)
         return {"optimizer": optimizer, "lr_scheduler": cosine}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_train_epoch_end(self) -> None:
+        # Lightning does this after the checkpoint of the epoch: a resumed training would lack it.
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(self.trainer.callback_metrics["val/loss"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["zoo"] = {

@@ -1,0 +1,253 @@
+"""The command line: what it writes, what it resumes, what it refuses, and two processes."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import jsonargparse
+import pytest
+import torch
+
+from attnpool_kernels.zoo import __main__ as cli
+from attnpool_kernels.zoo import predict, run
+from attnpool_kernels.zoo.data import MoleculeData
+from attnpool_kernels.zoo.task import PoolingTask
+
+from . import tiny
+
+SMALL = [
+    "--config", "qm7b_small_abp", "--task.pooling_options", "{hidden: 16, heads: 2, seeds: 2}",
+    "--task.backbone_options", "{hidden_channels: 16, num_filters: 16, num_interactions: 1}",
+    "--trainer.accelerator", "cpu", "--data.batch_size", "8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qm7b(tmp_path_factory):
+    return tiny.write_qm7b(tmp_path_factory.mktemp("data") / "qm7b_small.npz")
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch, capsys, qm7b):
+    """Runs a command line in an empty folder: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def go(*argv):
+        if argv[0] == "fit":
+            argv = ("fit", *SMALL, "--data.path", str(qm7b), *argv[1:])
+        try:
+            code = cli.main([str(a) for a in argv])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return go
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder, version=0):
+    """Validation loss by epoch, from the log."""
+    found = rows(folder / f"logs/version_{version}/metrics.csv")
+    return {int(r["epoch"]): float(r["val/loss"]) for r in found if r["val/loss"]}
+
+
+def test_fit_test_predict(zoo, tmp_path, qm7b):
+    # A learning rate that spoils the model after the first epochs: the last is not the best.
+    options = ("--trainer.max_epochs", 6, "--task.lr", 0.05, "--task.targets", "[homo_gw,lumo_gw]")
+    code, out, err = zoo("fit", *options, "--output", "a")
+    assert code == 0 and "warn" not in (out + err).lower(), err
+    assert len([line for line in out.splitlines() if line.startswith("epoch ")]) == 6
+    folder = tmp_path / "a"
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert {"config.yaml", "best.ckpt", "last.ckpt", "logs/version_0/metrics.csv"} <= names
+    assert any("tfevents" in name for name in names)
+    by_epoch = losses(folder)
+    best = min(by_epoch, key=by_epoch.get)
+    assert len(by_epoch) == 6 and best != 5
+    assert torch.load(folder / "best.ckpt", weights_only=True)["epoch"] == best
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 5
+    assert "a/best.ckpt" in out
+
+    code, out, _ = zoo("test", "--ckpt_path", "a")
+    assert code == 0 and "a/best.ckpt" in out and "homo_gw" in out and "eV" in out
+    task = predict.load_task(folder)
+    data = MoleculeData("qm7b", str(qm7b), targets=["homo_gw", "lumo_gw"], split=23887)
+    given = data.ready.select(data.parts["test"])
+    with torch.no_grad():
+        wanted = (task(given) - given.y).abs().mean(0)
+    found = rows(folder / "test.csv")
+    assert [r["target"] for r in found] == ["homo_gw", "lumo_gw"]
+    assert [float(r["mae"]) for r in found] == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert found[0]["unit"] == "eV" and found[0]["checkpoint"] == "a/best.ckpt"
+    assert found[0]["molecules"] == "4"
+
+    (tmp_path / "m.xyz").write_text("3\n\nO 0 0 0\nH 0 0 1\nH 0 1 0\n2\n\nO 0 0 0\nH 0 0 1\n")
+    code, out, err = zoo("predict", "m.xyz", "a", "--output", "m.csv")
+    assert code == 0 and out == "" and "a/best.ckpt, 2 molecules" in err
+    code, out, _ = zoo("predict", "m.xyz", "a/last.ckpt")
+    written, printed = rows(tmp_path / "m.csv"), list(csv.DictReader(out.splitlines()))
+    assert [r["formula"] for r in written] == ["H2O", "HO"]
+    assert set(written[0]) == {"molecule", "formula", "atoms", "homo_gw [eV]", "lumo_gw [eV]"}
+    assert written[0]["homo_gw [eV]"] != printed[0]["homo_gw [eV]"]  # best is not last
+
+    (tmp_path / "b.xyz").write_text("1\n\nBr 0 0 0\n")
+    code, out, err = zoo("predict", "b.xyz", "a", "--output", "b.csv")
+    assert code == 1 and "has Br" in err and not (tmp_path / "b.csv").exists()
+
+    data = (folder / "best.ckpt").read_bytes()
+    (tmp_path / "short.ckpt").write_bytes(data[: len(data) // 2])
+    for argv in (("test", "--ckpt_path", "short.ckpt"), ("predict", "m.xyz", "short.ckpt")):
+        code, out, err = zoo(*argv)
+        assert code == 1 and err.startswith("error: short.ckpt is damaged"), err
+    assert not (tmp_path / "test.csv").exists()
+
+
+def test_resumed_is_the_same_as_not_interrupted(zoo, tmp_path):
+    options = [
+        "--task.schedule",
+        "plateau",
+        "--task.schedule_options",
+        "{patience: 0, factor: 0.5}",
+    ]
+    assert zoo("fit", *options, "--output", "whole", "--trainer.max_epochs", 4)[0] == 0
+    assert zoo("fit", *options, "--output", "parts", "--trainer.max_epochs", 2)[0] == 0
+    config = (tmp_path / "parts/config.yaml").read_text()
+    code, _, err = zoo("fit", *options, "--output", "parts")
+    assert code == 1 and "output must be a new folder" in err and "--ckpt_path last" in err
+    assert (tmp_path / "parts/config.yaml").read_text() == config
+    code, out, _ = zoo(
+        "fit", *options, "--output", "parts", "--trainer.max_epochs", 4, "--ckpt_path", "last"
+    )
+    assert code == 0 and "epoch 2 " in out and "epoch 1 " not in out
+    whole, parts = (
+        torch.load(tmp_path / x / "last.ckpt", weights_only=True) for x in ("whole", "parts")
+    )
+    assert whole["epoch"] == parts["epoch"] == 3
+    for name, value in whole["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, parts["state_dict"][name]), name
+    there = losses(tmp_path / "parts", 0) | losses(tmp_path / "parts", 1)
+    assert there == losses(tmp_path / "whole")
+    for change, said in (
+        (("--task.pooling", "sum", "--task.pooling_options", "{}"), "pooling is 'abp' there"),
+        (("--task.targets", "[lumo_gw]"), "targets is ['homo_gw'] there and ['lumo_gw'] here"),
+        (("--data.split", 386333), "split is 23887 there and 386333 here"),
+    ):
+        code, _, err = zoo("fit", *change, "--output", "parts", "--ckpt_path", "last")
+        assert code == 1 and "of another model" in err and said in err
+    code, _, _ = zoo("fit", "--config", "whole/config.yaml", "--output", "c")
+    assert code == 0  # what a run wrote is a configuration
+
+
+def test_early_stopping(zoo, tmp_path):
+    code, out, _ = zoo("fit", "--task.lr", 1e-30, "--patience", 2, "--output", "a")
+    assert code == 0 and "stopped after epoch 2; best by the validation loss: epoch 0" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task.targets", "[homo]"], "target must be one of first_excitation_zindo"),
+        (["--data.split", 5], "split seed must be one of 23887, 386333"),
+        (["--task.pooling", "nix"], "pooling must be one of sum, mean"),
+        (["--task.pooling_options", "{nix: 1}"], "nix"),
+        (["--task.backbone", "nix"], "backbone must be one of schnet"),
+        (["--task.backbone_options", "{nix: 1}"], "'nix'"),
+        (["--data.dataset", "nix"], "dataset must be one of qm7b, qm8"),
+        (["--data.path", "nix"], "nix does not exist"),
+        (["--data.limit", 0], "limit must be at least 1"),
+        (["--ckpt_path", "nix"], "ckpt_path must be a file or the folder of a run, got nix"),
+        (["--ckpt_path", "last"], "ckpt_path must be a file"),
+        (["--config", "nix"], "config must be a file or one of md17_schnet_abp"),
+        (["--task.lr", "fast"], "lr"),
+        (["--task.nix", "1"], "--task.nix"),
+        (["--task.lr", "1e30", "--trainer.max_epochs", 3], "validation loss of nan"),
+    ],
+)
+def test_one_line_for_what_cannot_be(zoo, tmp_path, options, message):
+    code, _, err = zoo("fit", *options, "--output", "out")
+    assert code not in (0, None) and message in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+    if "nan" not in message:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_list(zoo):
+    code, out, _ = zoo("--help")
+    assert code == 0 and all(name in out for name in ("fit", "test", "predict", "configs"))
+    code, listed, _ = zoo("configs")
+    assert code == 0 and listed.strip() in out
+    for name, path in cli.config_names().items():
+        assert f"  {name} " in listed and path.read_text().startswith("# ")
+    for name, parser in cli.parsers().items():
+        for action in parser._actions:
+            text = action.help
+            if action.dest == "subcommand":
+                continue
+            assert text and len(text) > 5, f"{name} {action.dest} has no help"
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return cli.parsers()["fit"]
+
+
+@pytest.mark.parametrize("name", cli.config_names())
+def test_configurations_make_models(name, parser, tmp_path):
+    given = parser.parse_args(["--config", str(cli.config_names()[name])])
+    assert isinstance(given, jsonargparse.Namespace)
+    made = parser.instantiate(given)
+    task, data = made.task, made.data
+    assert isinstance(task, PoolingTask) and isinstance(made.trainer, run.TrainerOptions)
+    from attnpool_kernels.zoo.datasets import DATASETS
+
+    row = DATASETS[data.dataset]
+    known = {t.name for t in row.module.TARGETS}
+    assert set(task.hparams["targets"]) <= known and data.names == tuple(task.hparams["targets"])
+    assert set(data.options) <= set(row.options)
+    assert data.split_seed in row.seeds or data.split_seed == 42
+    parameters = sum(p.numel() for p in task.parameters())
+    assert parameters > 1e5 if "small" not in name else parameters < 1e6
+    given = tiny.molecules(3, 1, forces=task.forces)
+    from attnpool_kernels.zoo.data import Batch
+
+    task._predicted(Batch(given, 3, len(given.z)))[0].backward()
+    idle = [n for n, p in task.model.named_parameters() if p.grad is None]
+    assert not idle  # DistributedDataParallel waits for every gradient
+
+
+def test_two_processes_train_as_one_does(zoo, tmp_path, qm7b):
+    path = tiny.write_md17(tmp_path / "md17_chain.npz")
+    options = [
+        "fit", *SMALL, "--data.dataset", "md17", "--data.path", str(path), "--data.split", "0",
+        "--data.options", "{train: 21, val: 7}", "--task.targets", "[energy]", "--task.forces",
+        "true", "--task.lr", "0.001", "--trainer.max_epochs", "2",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "attnpool_kernels.zoo", *options, "--output", "two"]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    found = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("best by the validation loss") == 1  # one process speaks
+    assert cli.main([*options, "--output", "one"]) == 0
+    one, two = (rows(tmp_path / x / "logs/version_0/metrics.csv") for x in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and "val/mae/forces" in a
+        for name, value in a.items():
+            assert (value == "") == (b[name] == "")
+            if value:
+                assert float(value) == pytest.approx(float(b[name]), rel=1e-4), name
+    one, two = (torch.load(tmp_path / x / "last.ckpt", weights_only=True) for x in ("one", "two"))
+    for name, value in one["state_dict"].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(value, two["state_dict"][name], rtol=2e-3, atol=2e-5)
