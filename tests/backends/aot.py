@@ -365,9 +365,9 @@ def check(everything: bool, jobs: int) -> int:
 def update(minutes: float, jobs: int) -> int:
     """Compiles the variants that the table lacks, as far as the time goes."""
     end, bad, chosen = time.monotonic() + 60 * minutes, 0, list(variants())
-    keys = {v.key for v in chosen}
-    entries = {key: x for key, x in read_snapshot()["entries"].items() if key in keys}
     missing = stale(chosen)
+    keys = {v.key for v in chosen} - {v.key for v in missing}
+    entries = {key: x for key, x in read_snapshot()["entries"].items() if key in keys}
     for done, (variant, record, found) in enumerate(examined(missing, jobs)):
         entries[variant.key] = [*record.line(), digest(variant)]
         bad += len(found)
