@@ -1,18 +1,24 @@
-"""A build where something is missing: pure Python and one line, or an error if it was asked for."""
+"""Builds: where something is missing, pure Python and one line, or an error if it was asked for;
+a wheel with the CUDA library, made without a GPU, that keeps the promises of a stable ABI.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def build(tmp_path):
+def source(tmp_path):
+    """A copy of what a build needs."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("not a source checkout")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -20,6 +26,12 @@ def build(tmp_path):
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "nn", "zoo")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copytree(ROOT / "attnpool_kernels", tmp_path / "attnpool_kernels", ignore=ignored)
+    return tmp_path
+
+
+@pytest.fixture
+def build(source):
+    tmp_path = source
     (tmp_path / "bin").mkdir()
 
     def run(mode):
@@ -52,3 +64,74 @@ def test_pure_python_on_request(build):
 def test_what_was_asked_and_cannot_be_is_an_error(build, mode, word):
     done, _ = build(mode)
     assert done.returncode != 0 and word in done.stderr + done.stdout
+
+
+# Of what may be absent or of another version where the wheel is used.
+LIBRARIES = {"c", "m", "dl", "rt", "pthread", "stdc++", "gcc_s", "torch_cpu", "torch_cuda"}
+INSTALLED = """
+import torch, attnpool_kernels as a
+x = torch.randn(7, 2, 8)
+a.explain(x, x, x, torch.tensor([0, 3, 7]))
+assert a.set_attention(x, x, x, torch.tensor([0, 3, 7]), backend="cpu").isfinite().all()
+"""
+
+
+def check_wheel(wheel: Path, folder: Path) -> None:
+    """What a wheel with both libraries must be; folder: where it may be unpacked."""
+    assert re.search(r"-cp310-abi3-\w+\.whl$", wheel.name)
+    assert wheel.stat().st_size <= 30e6
+    zipfile.ZipFile(wheel).extractall(folder)
+    package = folder / "attnpool_kernels"
+    assert {x.name for x in package.glob("*.so")} == {"_C_cpu.abi3.so", "_C_cuda.abi3.so"}
+    for library in package.glob("*.so"):
+        read = ["readelf", "--wide", "--dynamic", "--dyn-syms", library]
+        text = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+        needed = set(re.findall(r"\(NEEDED\).*\[lib(.+?)\.so", text))
+        assert needed <= LIBRARIES, needed
+        assert ("torch_cuda" in needed) == ("cuda" in library.name)
+        absent = {x.partition("@")[0] for x in re.findall(r" UND (\S+)", text)}
+        torch = {x for x in absent if re.match(r"_Z(T[ISV])?N?K?(2at|3c10|5torch)|aoti_|torch_", x)}
+        assert torch and all(re.match("(aoti_)?torch_", x) for x in torch), torch
+        assert not [x for x in absent if x.startswith(("cuda", "cu", "__cuda"))]
+    for tool in (["abi3audit", "--strict"], ["auditwheel", "show"]):
+        program = Path(sys.executable).with_name(tool[0])
+        if program.exists():
+            subprocess.run([program, *tool[1:], wheel], check=True, capture_output=True)
+
+
+def check_installed(python: Path | str, folder: Path, environment: dict) -> None:
+    """The CPU library serves; the CUDA library is there, not loaded, and explain says why."""
+    done = subprocess.run(
+        [python, "-c", INSTALLED], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the CUDA library is not loaded" in done.stdout, done.stdout
+
+
+def make_wheel(source: Path, **environment: str) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps"]
+    done = subprocess.run(
+        [*command, "-w", "dist"], cwd=source, capture_output=True, text=True,
+        env=os.environ | {"ATTNPOOL_BUILD": "cuda"} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = (source / "dist").glob("*.whl")
+    return wheel
+
+
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_wheel_with_the_cuda_library(source, whole):
+    """whole: as `make wheel` makes it, minutes; else one architecture and one instance a pass."""
+    small = {
+        "ATTNPOOL_CUDA_ARCHS": "90", "CXXFLAGS": "-O0",
+        "NVCCFLAGS": "-DATTN_ONLY_TYPE=float -DATTN_ONLY_WIDTH=32",
+    }  # fmt: skip
+    wheel = make_wheel(source, **({} if whole else small))
+    folder = source / "unpacked"
+    check_wheel(wheel, folder)
+    if torch.version.cuda is None:
+        check_installed(sys.executable, folder, os.environ | {"PYTHONPATH": str(folder)})
