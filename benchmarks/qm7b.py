@@ -273,8 +273,6 @@ def main(given: list[str] | None = None) -> int:
     if not arguments.draw:
         from attnpool_kernels.zoo.datasets import load
 
-        # Gaussians of distant pairs are denormal numbers, on which products are 10 times slower.
-        torch.set_flush_denormal(True)
         study(arguments, load("qm7b", arguments.data))
     rows = Table(arguments.out / "qm7b.csv", RESULTS).read()
     if not rows:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..nn.attention import positive
 from ..ragged import Ragged
-from .basis import SphericalBasis
+from .basis import GaussianRBF, SphericalBasis, gaussians
 from .graph import checked_cutoff, edges, lengths, triplets
 
 
@@ -104,7 +104,8 @@ class SchNet(Backbone):
 
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         distance = lengths(vectors)
-        expanded = self.distance_expansion(distance)
+        offset, coeff = self.distance_expansion.offset, self.distance_expansion.coeff
+        expanded = gaussians(distance, offset, coeff)
         x = self.embedding(z)
         for interaction in self.interactions:
             x = x + interaction(x, index, distance, expanded)
@@ -261,7 +262,7 @@ class SchNetPackSchNet(Backbone):
     def _radial(self, n_rbf: int) -> tuple[torch.nn.Module, torch.nn.Module]:
         layers = _schnetpack("nn")
         n_rbf = _at_least_two("n_rbf", n_rbf)
-        return layers.GaussianRBF(n_rbf, self.cutoff), layers.CosineCutoff(self.cutoff)
+        return GaussianRBF(n_rbf, self.cutoff), layers.CosineCutoff(self.cutoff)
 
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         given = {

@@ -1,4 +1,4 @@
-"""The two-dimensional basis of distances and angles in DimeNet and DimeNet++."""
+"""Bases of distances and angles: Gaussians (SchNet, PaiNN), Bessel functions (DimeNet)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,33 @@ import math
 
 import torch
 from torch import Tensor
+
+
+def gaussians(distance: Tensor, centres: Tensor, coefficient: float | Tensor) -> Tensor:
+    """[..., G]: exp(coefficient · (d - centre)²), with the libraries' numbers.
+
+    Exponents end at -60. Between -87 and -103 float32 has denormal numbers, and a few of them in a
+    matrix make a CPU's matrix products ten times slower; what lies below 1e-26 changes no sum.
+    """
+    exponents = coefficient * (distance[..., None] - centres).square()
+    return exponents.clamp(min=-60.0).exp()
+
+
+class GaussianRBF(torch.nn.Module):
+    """SchNetPack's GaussianRBF through ``gaussians``; the same buffers."""
+
+    widths: Tensor
+    offsets: Tensor
+
+    def __init__(self, n_rbf: int, cutoff: float) -> None:
+        super().__init__()
+        self.n_rbf = n_rbf
+        offsets = torch.linspace(0.0, cutoff, n_rbf)
+        self.register_buffer("widths", (offsets[1] - offsets[0]).expand(n_rbf).clone())
+        self.register_buffer("offsets", offsets)
+
+    def forward(self, distance: Tensor) -> Tensor:
+        return gaussians(distance, self.offsets, -0.5 / self.widths**2)
 
 
 class SphericalBasis(torch.nn.Module):
