@@ -52,7 +52,7 @@ def try_version(version: str, folder: Path, everything: bool) -> tuple[bool, str
     _, imported = run(folder, ["-c", "import triton, torch; print(triton.__version__)"])
     if imported.strip() != version:
         return False, f"{version:<8} not importable: {imported.strip()[-200:]}"
-    suite = ["-m", "pytest", "-q", "tests/backends/test_triton_interpreted.py"]
+    suite = ["-m", "pytest", "tests/backends/test_triton_interpreted.py"]
     status, text = run(folder, suite + ([] if everything else ["-k", PART]), TRITON_INTERPRET="1")
     tests = re.findall(r"\d+ (?:passed|failed|error)[^\n]*", text)
     if status:
