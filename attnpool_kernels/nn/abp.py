@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..ragged import Ragged
-from .attention import check_rows, covered, one_of, positive
+from .arguments import check_rows, covered, one_of, positive
 from .blocks import SetTransformer, decoded, reduced
 
 BATCH_MAX = "batch_max"

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..dispatch import check_name
 from ..functional import seed_pool, set_attention
 from ..ragged import Ragged
+from .arguments import check_rows, flag, number, one_of, positive, probability
 from .projection import add_linear, project
 
 INITS = ("linear", "xavier")
@@ -61,13 +63,12 @@ class SetAttention(torch.nn.Module):
             raise ValueError(f"heads must divide dim = {dim}, got {heads}")
         self.query_dim = positive("query_dim", dim if query_dim is None else query_dim)
         self.key_dim = positive("key_dim", dim if key_dim is None else key_dim)
-        if isinstance(scale, str):
-            one_of("scale", scale, SCALES)
-        elif isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale must be a str or a float, got {type(scale).__name__}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.scale, self.dropout, self.backend = scale, dropout, backend
+        known = isinstance(scale, str)
+        self.scale = one_of("scale", scale, SCALES) if known else number("scale", scale)
+        self.dropout = probability("dropout", dropout)
+        if backend is not None:
+            check_name(backend)
+        self.backend = backend
         self.init = one_of("init", init, INITS)
         if self.query_dim == self.key_dim:
             self.in_proj_weight = torch.nn.Parameter(torch.empty(3 * dim, self.key_dim))
@@ -75,6 +76,7 @@ class SetAttention(torch.nn.Module):
             self.q_proj_weight = torch.nn.Parameter(torch.empty(dim, self.query_dim))
             self.kv_proj_weight = torch.nn.Parameter(torch.empty(2 * dim, self.key_dim))
         self.in_proj_bias = torch.nn.Parameter(torch.empty(3 * dim))
+        out_projection = flag("out_projection", out_projection)
         self.out_proj = torch.nn.Linear(dim, dim) if out_projection else None
         self.reset_parameters()
 
@@ -120,9 +122,9 @@ class SetAttention(torch.nn.Module):
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The projected queries [N, D] and the heads' results [N, D], before W_o."""
-        check_rows("x", x, self.query_dim)
+        check_rows("x", x, self.query_dim, self.in_proj_bias)
         if y is not None:
-            check_rows("y", y, self.key_dim)
+            check_rows("y", y, self.key_dim, self.in_proj_bias)
         q, k, v = self._split(*self._projected(x, y))
         out = set_attention(q, k, v, ptr, y_ptr, bias=bias, **self._options())
         assert isinstance(out, Tensor)
@@ -136,7 +138,7 @@ class SetAttention(torch.nn.Module):
         The seeds are projected once, not once a molecule. With few of them W_k goes into the seeds
         and W_v behind the sum, so that nothing is projected atom by atom.
         """
-        check_rows("y", y, self.key_dim)
+        check_rows("y", y, self.key_dim, self.in_proj_bias)
         if bias is None and self._absorbs(seeds.shape[0], y.dtype):
             return self._absorbed(seeds, y, ptr)
         q, k, v = self._split(*self._projected(seeds, y))
@@ -180,7 +182,7 @@ class SetAttention(torch.nn.Module):
 
         Not for training with dropout, which may drop that one weight.
         """
-        check_rows("x", x, self.query_dim)
+        check_rows("x", x, self.query_dim, self.in_proj_bias)
         if need_queries:
             q, v = project(x, None, self.in_proj_weight, self.in_proj_bias, "qv")
             return q, v
@@ -215,45 +217,3 @@ class SetAttention(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.heads}, scale={self.scale!r}, dropout={self.dropout}"
-
-
-def positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def one_of(name: str, value: object, known: tuple) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    return value
-
-
-def check_rows(name: str, x: object, width: int | None) -> None:
-    """Raises where x is no floating-point [N, width] tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != 2 or (width is not None and x.shape[1] != width):
-        wanted = "C" if width is None else width
-        raise ValueError(f"{name} must have shape [N, {wanted}], got {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {x.dtype}")
-
-
-def covered(x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Ragged]:
-    """The rows that belong to a molecule, where the boundaries can be read without waiting.
-
-    Whatever the rows of no molecule hold, layers before the operator would carry it into the
-    gradients of their weights: 0 · NaN is NaN.
-    """
-    ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
-    last, rows = ragged._last, x.shape[0]  # last is None where it is not known
-    if last is None or last == rows:
-        return x, ragged
-    if last > rows:
-        raise ValueError(f"ptr[-1] must be at most the number of rows, {rows}, got {last}")
-    return x[:last], ragged

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, silu, softplus
 
 from ..ragged import Ragged
-from .attention import SetAttention, check_rows, covered, one_of, positive
+from .arguments import check_rows, covered, flag, integer, one_of, positive
+from .attention import SetAttention
 from .projection import add_relu_linear
 
 RESIDUALS = ("query", "input")
@@ -98,7 +99,7 @@ class MAB(torch.nn.Module):
                 f"residual='input' needs query_dim = dim = {dim}, got {self.attn.query_dim}"
             )
         self.lin = torch.nn.Linear(dim, dim)
-        self.layer_norm1 = torch.nn.LayerNorm(dim) if norm else None
+        self.layer_norm1 = torch.nn.LayerNorm(dim) if flag("norm", norm) else None
         self.layer_norm2 = torch.nn.LayerNorm(dim) if norm else None
 
     def reset_parameters(self) -> None:
@@ -156,6 +157,7 @@ class SAB(torch.nn.Module):
 
     def __init__(self, dim: int, heads: int = 1, *, in_dim: int | None = None, **options) -> None:
         super().__init__()
+        in_dim = dim if in_dim is None else positive("in_dim", in_dim)
         self.mab = MAB(dim, heads, query_dim=in_dim, key_dim=in_dim, **options)
 
     def reset_parameters(self) -> None:
@@ -182,7 +184,9 @@ class ISAB(torch.nn.Module):
         self, dim: int, points: int, heads: int = 1, *, in_dim: int | None = None, **options
     ) -> None:
         super().__init__()
-        self.ind = torch.nn.Parameter(torch.empty(positive("points", points), dim))
+        in_dim = dim if in_dim is None else positive("in_dim", in_dim)
+        size = positive("points", points), positive("dim", dim)
+        self.ind = torch.nn.Parameter(torch.empty(size))
         self.mab1 = MAB(dim, heads, query_dim=dim, key_dim=in_dim, **options)
         self.mab2 = MAB(dim, heads, query_dim=in_dim, key_dim=dim, **options)
         torch.nn.init.xavier_uniform_(self.ind)
@@ -194,6 +198,7 @@ class ISAB(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[N, D] from x [N, in_dim] and the boundaries [B + 1]."""
+        check_rows("x", x, self.mab1.attn.key_dim, self.ind)
         h = self.mab1.pool(self.ind, x, ptr)
         return self.mab2(x, ptr, h, _equal(h, self.ind.shape[0]))
 
@@ -210,10 +215,11 @@ class PMA(torch.nn.Module):
         pre_linear: bool = False, **options,
     ) -> None:  # fmt: skip
         super().__init__()
+        dim, seeds = positive("dim", dim), positive("seeds", seeds)
         in_dim = dim if in_dim is None else positive("in_dim", in_dim)
-        self.lin = torch.nn.Linear(in_dim, in_dim) if pre_linear else None
+        self.lin = torch.nn.Linear(in_dim, in_dim) if flag("pre_linear", pre_linear) else None
         self.mab = MAB(dim, heads, query_dim=dim, key_dim=in_dim, **options)
-        self.seed = torch.nn.Parameter(torch.empty(1, positive("seeds", seeds), dim))
+        self.seed = torch.nn.Parameter(torch.empty(1, seeds, dim))
         torch.nn.init.xavier_uniform_(self.seed)
 
     def reset_parameters(self) -> None:
@@ -224,7 +230,7 @@ class PMA(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None) -> Tensor:
         """[B, S, D] from x [N, in_dim] and the boundaries [B + 1]."""
-        check_rows("x", x, self.mab.attn.key_dim)
+        check_rows("x", x, self.mab.attn.key_dim, self.seed)
         if self.lin is not None:
             x = linear(x, self.lin.weight, self.lin.bias).relu_()
         out = self.mab.pool(self.seed[0], x, ptr, bias=bias)
@@ -268,11 +274,11 @@ class SetTransformer(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.in_features = positive("in_features", in_features)
-        for name, count in (("encoder_blocks", encoder_blocks), ("decoder_blocks", decoder_blocks)):
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name} must be an int, got {type(count).__name__}")
-            if count < 0:
-                raise ValueError(f"{name} must not be negative, got {count}")
+        positive("hidden", hidden)
+        integer("encoder_blocks", encoder_blocks, 0)
+        integer("decoder_blocks", decoder_blocks, 0)
+        if points is not None:
+            positive("points", points)
         self.reduce = one_of("reduce", reduce, REDUCTIONS)
         widths = [in_features] + [hidden] * encoder_blocks
         block = dict(options)

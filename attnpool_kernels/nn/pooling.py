@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ..ragged import Ragged
-from .attention import check_rows, covered, one_of, positive
+from .arguments import check_rows, covered, number, one_of, positive, widths_of
 from .blocks import ACTIVATIONS, PMA, activate
 
 
@@ -64,19 +64,18 @@ class _Pooling(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[B, C_out] from x [N, C] and the boundaries [B + 1]."""
-        return self.pool(*located(x, ptr, self.channels))
+        return self.pool(*self.located(x, ptr))
+
+    def located(self, x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Ragged, Tensor]:
+        """The rows, the molecules on their device, and the molecule of each row."""
+        check_rows("x", x, self.channels, next(self.parameters(), None))
+        x, ragged = covered(x, ptr)
+        if ragged.ptr.device != x.device:
+            ragged = ragged.to(x.device)
+        return x, ragged, ragged.batch(x.shape[0])
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         raise NotImplementedError
-
-
-def located(x: Tensor, ptr: Tensor | Ragged, width: int | None) -> tuple[Tensor, Ragged, Tensor]:
-    """The rows, the molecules on their device, and the molecule of each row."""
-    check_rows("x", x, width)
-    x, ragged = covered(x, ptr)
-    if ragged.ptr.device != x.device:
-        ragged = ragged.to(x.device)
-    return x, ragged, ragged.batch(x.shape[0])
 
 
 class SumPooling(_Pooling):
@@ -144,6 +143,8 @@ class Perceptron(torch.nn.Sequential):
     """Linear layers of the given widths with an activation between them."""
 
     def __init__(self, widths: Sequence[int], activation: str) -> None:
+        if len(widths_of("widths", widths)) < 2:
+            raise ValueError(f"widths must hold at least 2 widths, got {len(widths)}")
         super().__init__(*(torch.nn.Linear(a, b) for a, b in pairwise(widths)))
         self.activation = one_of("activation", activation, ACTIVATIONS)
 
@@ -183,20 +184,21 @@ class WeightedAverage(_Pooling):
     ) -> None:
         super().__init__()
         self.channels = positive("channels", channels)
-        for width in hidden:
-            positive("hidden", width)
+        hidden = widths_of("hidden", hidden)
         self.value = Perceptron(
             (channels, *hidden, positive("out_features", out_features)), activation
         )
         self.gate = Perceptron((channels, *hidden, 1), activation)
-        self.mean, self.std = float(mean), float(std)
+        self.mean, self.std = number("mean", mean), number("std", std)
+        if self.std <= 0:
+            raise ValueError(f"std must be positive, got {std}")
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         return self._pool(x, ragged, batch)[0]
 
     def with_weights(self, x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Tensor]:
         """y [B, C_out] and the weights a [N] of the atoms."""
-        return self._pool(*located(x, ptr, self.channels))
+        return self._pool(*self.located(x, ptr))
 
     def _pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> tuple[Tensor, Tensor]:
         weights = segment_softmax(self.gate(x), ragged, batch)
@@ -222,6 +224,7 @@ class OrbitalWeightedAverage(WeightedAverage):
         mean is over atoms; the original averaged over its padding too, so that the weight of the
         coefficients there depends on the largest molecule of the batch.
         """
+        factor = number("factor", factor)
         y, weights = self.with_weights(x, ptr)
         for name, given, made in (("target", target, y), ("coefficients", coefficients, weights)):
             if given.shape != made.shape:

@@ -5,7 +5,8 @@ formula from torch's layers: the gradients of q, k and v go into their matrix pr
 (an ``unbind`` would copy them into one tensor first), and residuals are added by the product or in
 place. Their backward passes are torch operators, so every order of derivative exists.
 
-Under a compiler and under autocast the plain formula is used: a compiler fuses it by itself.
+Under a compiler and under autocast the plain formula is used: a compiler fuses it by itself. Under
+torch.func and in forward mode too, so that the operator gives its own reason against them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ def add_relu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _plain(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or _autocasting(x.device.type)
+    if torch.compiler.is_compiling() or _autocasting(x.device.type):
+        return True
+    functorch = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None or (
+        torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _like(residual: Tensor, x: Tensor) -> Tensor:
@@ -129,9 +135,11 @@ class _AddLinear(torch.autograd.Function):
     def forward(ctx, residual, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.rows = residual.shape[0]
-        out = linear(x, weight, bias)
-        _like(residual, out).add_(residual)
-        return out
+        # The product adds to what is there: residual and bias cost one pass before it.
+        out = residual + bias
+        if out.shape[0] != x.shape[0]:
+            out = out.repeat(x.shape[0] // out.shape[0], 1)
+        return out.addmm_(x, weight.t())
 
     @staticmethod
     def backward(ctx, dout):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_geometric.nn.aggr import Aggregation
 
 from ..nn.abp import AttentionPooling
-from ..nn.attention import one_of
+from ..nn.arguments import check_rows, flag, integer, module_or_none, number, one_of, positive
 from ..nn.blocks import PYG, SetTransformer, decoded
 from ..nn.pooling import Perceptron
 from ..ragged import Ragged
@@ -59,6 +59,11 @@ class SetTransformerAggregation(Aggregation):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        positive("channels", channels)
+        positive("num_seed_points", num_seed_points)
+        integer("num_encoder_blocks", num_encoder_blocks, 0)
+        integer("num_decoder_blocks", num_decoder_blocks, 0)
+        flag("layer_norm", layer_norm)
         model = SetTransformer(
             channels, channels, heads=heads, seeds=num_seed_points,
             encoder_blocks=num_encoder_blocks, decoder_blocks=num_decoder_blocks,
@@ -67,7 +72,7 @@ class SetTransformerAggregation(Aggregation):
         self.channels = channels
         self.num_seed_points = num_seed_points
         self.heads = heads
-        self.concat = concat
+        self.concat = flag("concat", concat)
         self.layer_norm = layer_norm
         self.dropout = dropout
         self.empty = one_of("empty", empty, EMPTY)
@@ -140,6 +145,8 @@ class PoolingAggregation(Aggregation):
 
     def __init__(self, pool: torch.nn.Module, head: torch.nn.Module | None = None) -> None:
         super().__init__()
+        module_or_none("pool", pool, required=True)
+        module_or_none("head", head)
         self.pool, self.head = pool, head
 
     def reset_parameters(self) -> None:
@@ -192,8 +199,7 @@ def grouped(
     max_num_elements: int | None = None,
 ) -> tuple[Tensor, Ragged]:
     """The rows of x, group after group, and their boundaries."""
-    if x.dim() != 2:
-        raise ValueError(f"x must have 2 dimensions, got {x.dim()}")
+    check_rows("x", x, None)
     if dim not in (-2, 0):
         raise ValueError(f"dim must be -2 or 0, got {dim}")
     known = not torch.compiler.is_compiling()
@@ -252,7 +258,9 @@ class MoleculeGraph(torch.nn.Module):
 
     def __init__(self, cutoff: float = 10.0) -> None:
         super().__init__()
-        self.cutoff = cutoff
+        self.cutoff = number("cutoff", cutoff)
+        if self.cutoff <= 0:
+            raise ValueError(f"cutoff must be positive, got {cutoff}")
 
     def forward(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Edges [2, E] (source, target) and their lengths [E], from pos [N, 3] and batch [N]."""

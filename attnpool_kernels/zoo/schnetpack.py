@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..nn.arguments import module_or_none, refuse_trace
 from ..ragged import Ragged
 
 
@@ -34,11 +35,17 @@ class PooledAtomwise(torch.nn.Module):
         input_key: str = "scalar_representation",
     ) -> None:
         super().__init__()
+        module_or_none("pool", pool, required=True)
+        module_or_none("head", head)
+        for name, key in (("output_key", output_key), ("input_key", input_key)):
+            if not isinstance(key, str):
+                raise TypeError(f"{name} must be a str, got {type(key).__name__}")
         self.pool, self.head = pool, head
         self.output_key, self.input_key = output_key, input_key
         self.model_outputs = [output_key]
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        refuse_trace()
         counts = inputs.get("_n_atoms")
         ragged = Ragged.from_batch(inputs["_idx_m"], None if counts is None else counts.shape[0])
         y = self.pool(inputs[self.input_key], ragged)
