@@ -122,7 +122,7 @@ def test_lanes_of_a_diverged_warp_meet_at_a_shuffle():
     body = """
      mov.u32 %r9, 7; and.b32 %r3, %r2, 1; setp.eq.u32 %p2, %r3, 1; @%p2 bra ODD;
      MEET: shfl.sync.bfly.b32 %r4, %r9, 1, 31, -1; st.global.b32 [%rd5], %r4; ret;
-     ODD: add.s32 %r9, %r9, 1; bra MEET; }
+     ODD: add.s32 %r9, %r9, 1; bra MEET; END: ALSO: }
     """
     y = torch.zeros(64, dtype=torch.int32)
     ptx.launch(ptx.Kernel(HEAD + body), (1,), 64, [y, y, 64], [y], schedule="warp", seed=1)
