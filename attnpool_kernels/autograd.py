@@ -218,9 +218,9 @@ def first_order(
     """``call(*arguments)`` of a composite backend that is exact to first order only.
 
     arguments: those of a composite's ``attention``. Without an input that requires grad the call
-    goes straight through; under a compiler too, whose graphs end at first order by themselves.
+    goes straight through. Compilers stay outside of it, see ``adapters``.
     """
     tracked = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
-    if not (tracked and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not (tracked and torch.is_grad_enabled()):
         return call(*arguments)
     return _Composite.apply(call, name, *arguments)
