@@ -244,7 +244,9 @@ def draw(folder: Path) -> Path:
                 axis.set_ylabel(f"validation MAE, {mine[0]['unit']}")
             axis.set_title(f"{backbone}: {target}", fontsize=9)
             axis.set_xlabel("epoch")
-        row[0].legend(fontsize=8)
+            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatter("{x:g}")
+        row[-1].legend(fontsize=8)
     figure.tight_layout()
     path = folder / "qm7b.png"
     figure.savefig(path, dpi=110)
