@@ -21,6 +21,7 @@ from ..nn.arguments import check_rows, flag, integer, module_or_none, number, on
 from ..nn.blocks import PYG, SetTransformer, decoded
 from ..nn.pooling import Perceptron
 from ..ragged import Ragged
+from .graph import edges, lengths
 
 EMPTY = ("attention", "zero")
 
@@ -264,14 +265,8 @@ class MoleculeGraph(torch.nn.Module):
 
     def forward(self, pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Edges [2, E] (source, target) and their lengths [E], from pos [N, 3] and batch [N]."""
-        ragged = Ragged.from_batch(batch)
-        counts = ragged.counts()[batch]  # candidates of each target atom
-        target = torch.repeat_interleave(counts)
-        place = torch.arange(len(target), device=pos.device) - (counts.cumsum(0) - counts)[target]
-        source = ragged.ptr[batch[target]] + place
-        near = (pos[source] - pos[target]).detach().square().sum(1) <= self.cutoff**2
-        edges = torch.stack([source, target])[:, near & (source != target)]
-        return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=1)
+        index = edges(pos, Ragged.from_batch(batch), self.cutoff)
+        return index, lengths(pos[index[0]] - pos[index[1]])
 
 
 def pooled_schnet(
