@@ -138,7 +138,7 @@ class _Composite(torch.autograd.Function):
             out, lse = call(*leaves, *options)
         ctx.save_for_backward(*tensors)
         ctx.name, ctx.options = name, options
-        ctx.library = out, [x for x in leaves if x is not None and x.requires_grad]
+        ctx.kept = out, [x for x in leaves if x is not None and x.requires_grad]
         ctx.set_materialize_grads(False)
         return out.detach(), None if lse is None else lse.detach()
 
@@ -149,7 +149,7 @@ class _Composite(torch.autograd.Function):
         if torch.is_grad_enabled() or dlse is not None:
             gradients = _native_gradients(ctx, tensors, dout, dlse)
         else:
-            out, inputs = ctx.library
+            out, inputs = ctx.kept
             found = iter(_library_gradients(out, inputs, dout))
             gradients = [next(found) if want else None for want in wanted]
         gradients = [x if want else None for x, want in zip(gradients, wanted)]
