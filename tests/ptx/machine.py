@@ -184,11 +184,15 @@ class Block:
             bits = value.astype(SINT[kind.bits], copy=False)
         else:
             bits = value
-        name = operand.name
-        if name not in self.registers:
-            self.registers[name] = np.zeros(self.threads, UINT[self.kernel.width(name)])
-        register = self.registers[name]
+        register = self.register(operand.name)
         register[lanes] = bits.astype(register.dtype, copy=False)
+
+    def register(self, name: str) -> np.ndarray:
+        """Bits of a register in all threads; NaN (or true) where nobody has written yet."""
+        if name not in self.registers:
+            width = self.kernel.width(name)
+            self.registers[name] = np.full(self.threads, 2**width - 1, UINT[width])
+        return self.registers[name]
 
     # memory --------------------------------------------------------------------------------------
     def address(self, operand: Address, lanes) -> np.ndarray:
@@ -284,6 +288,10 @@ class Block:
                 self.waiting[lanes] = pc
         elif lanes.any():
             self._execute(i, slice(None) if lanes.all() else lanes)
+        elif i.operands:  # Triton's reductions then shuffle it, and use it in no other lane
+            for x in getattr(i.operands[0], "parts", i.operands[:1]):
+                if isinstance(x, Register) and x.name != "_":
+                    self.register(x.name)
 
     def _execute(self, i: Instruction, lanes) -> None:
         handler = HANDLERS.get(i.opcode[0])

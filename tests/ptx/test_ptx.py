@@ -129,6 +129,19 @@ def test_lanes_of_a_diverged_warp_meet_at_a_shuffle():
     assert y.tolist() == [8, 7] * 32
 
 
+def test_what_a_guard_skips_is_poison_in_every_schedule():
+    """As in a reduction over warps: the second warp loads nothing, and shuffles it."""
+    body = """
+     @%p1 ld.global.b32 %r3, [%rd4]; shfl.sync.bfly.b32 %r4, %r3, 1, 31, -1;
+     st.global.b32 [%rd5], %r4; ret; }
+    """
+    for schedule in ("block", "warp"):
+        for seed in range(1, 4):
+            x, y = run(body, n=32, schedule=schedule, seed=seed)
+            assert torch.equal(y[:32], x[:32].reshape(16, 2).flip(1).reshape(-1))
+            assert y[32:].isnan().all()
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
