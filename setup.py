@@ -38,6 +38,8 @@ CPUS = int(os.environ.get("MAX_JOBS") or CPUS)  # what torch's own builds read
 
 # Sources of csrc/cpu that are compiled once per vector width; the rest of csrc/cpu once.
 WIDTH_SOURCES = ("product", "forward", "backward", "double_backward", "kernels")
+# Sources of csrc/cuda.
+CUDA_SOURCES = ("forward", "backward", "double_backward", "few_seeds_forward")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 WIDTHS = {
     "baseline": [],
@@ -149,7 +151,7 @@ def cuda_library():
             *plain, "-DUSE_CUDA", *[f"-isystem{x}" for x in includes], "csrc/library_cuda.cpp",
         ]
     }  # fmt: skip
-    for source in ("forward", "backward", "double_backward"):
+    for source in CUDA_SOURCES:
         library.objects[source] = [
             str(compiler_path), "-c", "-O3", "-std=c++17", *codes, f"--threads={CPUS}",
             "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all",

@@ -12,10 +12,8 @@
 namespace attnpool {
 namespace {
 
-using Launch = int (*)(const KernelParams&, void*);
-
 // Runs a pass on the device of q.
-void run(const char* name, Launch launch, const Call& call, const Tensor& q, bool derivative) {
+void run(const char* name, Pass pass, const Call& call, const Tensor& q) {
   const AttnParams& a = call.a;
   STD_TORCH_CHECK(a.head_dim <= MAX_DIM && a.value_dim <= MAX_DIM,
                   "CUDA kernels: head and value widths must be 1 to ", MAX_DIM, ", got ",
@@ -25,28 +23,22 @@ void run(const char* name, Launch launch, const Call& call, const Tensor& q, boo
       "CUDA kernels: at most ", MAX_ROWS, " rows and molecules");
   KernelParams p{};
   static_cast<AttnParams&>(p) = a;
-  const int64_t bytes = a.dtype == Dtype::float64 ? 8 : a.dtype == Dtype::float32 ? 4 : 2;
-  p.vector_loads = vector_loads(a, bytes);
+  const Scratch need = prepare(p, pass);
   std::vector<Tensor> scratch;
-  const auto take = [&](const Shape& shape) {
-    scratch.push_back(empty(q, shape, call.sums));
+  const auto take = [&](int64_t elements) -> void* {
+    if (elements == 0) return nullptr;
+    scratch.push_back(empty(q, {elements}, call.sums));
     return scratch.back().data_ptr();
   };
-  if (derivative) {
-    Shape rows = call.lse_shape;
-    rows.push_back(4);
-    p.statistics = take(rows);
-    if (a.shared_seeds) {
-      p.partial = take({a.molecules, a.query_rows, a.heads, a.head_dim});
-      p.partial_sums = take({(a.molecules + SUM_CHUNK - 1) / SUM_CHUNK, a.query_rows, a.heads,
-                             a.head_dim});
-    }
-  }
+  p.statistics = take(need.statistics);
+  p.partial = take(need.partial);
+  p.partial_sums = take(need.partial_sums);
+  p.parts = take(need.parts);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
-  const int status = launch(p, stream);
+  const int status = run_pass(pass, p, stream);
   STD_TORCH_CHECK(status == 0, "attnpool ", name, " could not be launched: ",
                   cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
@@ -58,7 +50,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Call call({q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout});
   Tensor out = call.new_rows(q, call.out_shape, call.a.out);
   Tensor lse = call.new_statistics(q, call.a.lse);
-  run("forward", launch_forward, call, q, false);
+  run("forward", Pass::forward, call, q);
   return {out, lse};
 }
 
@@ -77,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dk = call.new_rows(q, call.k_shape, a.dk);
   Tensor dv = call.new_rows(q, call.v_shape, a.dv);
   Tensor dbias = call.new_bias(q, need_dbias && bias, a.dbias);
-  run("backward", launch_backward, call, q, true);
+  run("backward", Pass::backward, call, q);
   return {dq, dk, dv, dbias};
 }
 
@@ -105,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   Tensor gbias = call.new_bias(q, bias.has_value(), a.gbias);
   Tensor gdout = call.new_rows(q, call.out_shape, a.gdout);
   Tensor gdlse = call.new_statistics(q, a.gdlse);
-  run("double_backward", launch_double_backward, call, q, true);
+  run("double_backward", Pass::double_backward, call, q);
   return {gq, gk, gv, gbias, gdout, gdlse};
 }
 

@@ -20,11 +20,19 @@ struct KernelParams : AttnParams {
   // Row statistics that a key tile needs and a query tile computes, [query rows, heads, 4] in the
   // accumulator's type: norm, delta', t, y. With shared seeds [molecules, seeds, heads, 4].
   void* statistics;
-  // Shared seeds: d(q) of one molecule, [molecules, seeds, heads, head_dim] in the accumulator's
-  // type, later summed over the molecules in a fixed order, and the room for that sum.
+  // Shared seeds: `partial_rows` partial results of d(q), each [seeds, heads, head_dim] in the
+  // accumulator's type, one a molecule if not said otherwise, later summed in a fixed order; and
+  // the room for that sum.
   void* partial;
   void* partial_sums;
+  int64_t partial_rows;
   uint32_t vector_loads;
+  // Few seeds (few_seeds.cuh): numbers of the parts of molecules of more than `split` keys; how
+  // many molecules a warp takes in the gradients; and which of their launches this is.
+  int32_t split;
+  void* parts;
+  int32_t molecule_chunk;
+  int32_t only_statistics;
 };
 
 inline bool loads_by_16_bytes(const View& x, int64_t units, int64_t element) {

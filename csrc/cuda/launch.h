@@ -1,5 +1,5 @@
 // The host's side of the CUDA kernels, free of torch and of CUDA headers: what a pass may be asked,
-// which instance serves it, and the three calls. `stream` is a cudaStream_t; the results are 0 or a
+// which kernels serve it, and the call. `stream` is a cudaStream_t; the results are 0 or a
 // cudaError_t.
 #pragma once
 
@@ -7,12 +7,63 @@
 
 namespace attnpool {
 
+constexpr int64_t MAX_DIM = 128;                // of head_dim and value_dim
+constexpr int64_t MAX_ROWS = INT32_MAX - 1024;  // queries, keys, molecules; offsets: 64 bits
+constexpr int64_t SUM_CHUNK = 64;               // rows of one part of d(seeds)
+constexpr int64_t MAX_SEEDS = 8;                // of the schedule of few seeds
+constexpr int32_t SPLIT = 512;                  // keys of a part of a molecule there
+constexpr int64_t PART_NUMBERS = 4;             // of a seed, besides a row of values
+
+enum class Pass { forward, backward, double_backward };
+
 int launch_forward(const KernelParams& p, void* stream);
 int launch_backward(const KernelParams& p, void* stream);
 int launch_double_backward(const KernelParams& p, void* stream);
+int launch_few_seeds_forward(const KernelParams& p, void* stream);
 
-constexpr int64_t MAX_DIM = 128;                // of head_dim and value_dim
-constexpr int64_t MAX_ROWS = INT32_MAX - 1024;  // queries, keys, molecules; offsets: 64 bits
-constexpr int64_t SUM_CHUNK = 64;               // molecules of one part of d(seeds)
+// Whether few_seeds*.cu serve a call.
+inline bool has_few_seeds(const AttnParams& a, Pass pass) {
+  return pass == Pass::forward && a.shared_seeds && 1 <= a.query_rows && a.query_rows <= MAX_SEEDS;
+}
+
+// Elements of the accumulator's type that the pointers of that name in KernelParams need.
+struct Scratch {
+  int64_t statistics, partial, partial_sums, parts;
+};
+
+// Fills in what follows from sizes and strides, and tells what is still to be allocated.
+inline Scratch prepare(KernelParams& p, Pass pass, int32_t split = SPLIT) {
+  const int64_t element = p.dtype == Dtype::float64 ? 8 : p.dtype == Dtype::float32 ? 4 : 2;
+  p.vector_loads = vector_loads(p, element);
+  p.split = split;
+  p.partial_rows = p.molecules;
+  Scratch need = {0, 0, 0, 0};
+  const int64_t slots = p.key_rows / split + 1, seeds = p.query_rows * p.heads;
+  const bool few = has_few_seeds(p, pass);
+  if (few) {
+    // A warp of the gradients takes several molecules of a large batch, for a shorter sum.
+    const int64_t chunk = p.molecules * p.heads / 4096;
+    p.molecule_chunk = chunk < 1 ? 1 : chunk > 16 ? 16 : int32_t(chunk);
+    p.partial_rows = slots + (p.molecules + p.molecule_chunk - 1) / p.molecule_chunk;
+    if (p.key_rows > split) need.parts = 2 * slots * seeds * (p.value_dim + PART_NUMBERS);
+  }
+  if (pass == Pass::forward) return need;
+  if (!few) need.statistics = (p.shared_seeds ? p.molecules * seeds : seeds) * 4;
+  if (p.shared_seeds) {
+    need.partial = p.partial_rows * seeds * p.head_dim;
+    need.partial_sums = (p.partial_rows + SUM_CHUNK - 1) / SUM_CHUNK * seeds * p.head_dim;
+  }
+  return need;
+}
+
+inline int run_pass(Pass pass, const KernelParams& p, void* stream) {
+  const bool few = has_few_seeds(p, pass);
+  switch (pass) {
+    case Pass::forward: return (few ? launch_few_seeds_forward : launch_forward)(p, stream);
+    case Pass::backward: return launch_backward(p, stream);
+    case Pass::double_backward: return launch_double_backward(p, stream);
+  }
+  return -1;
+}
 
 }  // namespace attnpool

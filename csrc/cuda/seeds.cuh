@@ -1,5 +1,5 @@
-// d(seeds): the sum over all molecules of a partial result per molecule, in a fixed order that
-// depends on the number of molecules alone. SUM_CHUNK molecules at a time, then the chunks.
+// d(seeds): the sum of the partial results of molecules, in a fixed order that depends on their
+// number alone. SUM_CHUNK rows at a time, then the chunks.
 #pragma once
 
 #include "launch.h"
@@ -27,12 +27,12 @@ ATTN_DEVICE void sum_rows(const A* from, Out* to, int64_t rows, int64_t chunk, i
 template <typename T>
 ATTN_KERNEL ATTN_BOUNDS(SumPlan::THREADS) sum_chunks_kernel(ATTN_GRID_CONSTANT KernelParams p) {
   sum_rows(static_cast<const Acc<T>*>(p.partial), static_cast<Acc<T>*>(p.partial_sums),
-           p.molecules, SUM_CHUNK, p.query_rows * p.heads * p.head_dim);
+           p.partial_rows, SUM_CHUNK, p.query_rows * p.heads * p.head_dim);
 }
 
 template <typename T>
 ATTN_KERNEL ATTN_BOUNDS(SumPlan::THREADS) sum_seeds_kernel(ATTN_GRID_CONSTANT KernelParams p) {
-  const int64_t chunks = (p.molecules + SUM_CHUNK - 1) / SUM_CHUNK;
+  const int64_t chunks = (p.partial_rows + SUM_CHUNK - 1) / SUM_CHUNK;
   T* to = static_cast<T*>(p.gq.data ? p.gq.data : p.dq.data);
   sum_rows(static_cast<const Acc<T>*>(p.partial_sums), to, chunks, chunks + 1,
            p.query_rows * p.heads * p.head_dim);
@@ -42,7 +42,7 @@ template <typename T>
 int sum_over_molecules(const KernelParams& p, void* stream) {
   const int64_t elements = p.query_rows * p.heads * p.head_dim;
   const int64_t blocks = (elements + SumPlan::THREADS - 1) / SumPlan::THREADS;
-  const int64_t chunks = (p.molecules + SUM_CHUNK - 1) / SUM_CHUNK;
+  const int64_t chunks = (p.partial_rows + SUM_CHUNK - 1) / SUM_CHUNK;
   const int status = launch<sum_chunks_kernel<T>, SumPlan>(chunks * blocks, p, stream);
   return status ? status : launch<sum_seeds_kernel<T>, SumPlan>(blocks, p, stream);
 }

@@ -22,8 +22,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 MODULE = "attnpool_cuda_host"
-SOURCES = ("forward", "backward", "double_backward")
+SOURCES = ("forward", "backward", "double_backward", "few_seeds_forward")
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+POINTERS = {"q_ptr", "k_ptr", "pair_ptr", "seed"}
+POINTERS |= {"statistics", "partial", "partial_sums", "parts"}  # scratch
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
@@ -106,14 +108,15 @@ class Kernels:
     """A kernel backend that runs a host module.
 
     schedule: the order in which emulated threads run (tests/csrc/fibers.h); vector: whether 16-byte
-    copies are allowed; poison: value that fills every output before the call.
+    copies are allowed; split: keys of a part of a molecule with few seeds. Outputs and scratch are
+    NaN before the call.
     """
 
     KIND = "kernel"
     __name__ = "attnpool_kernels.backends.cuda"
 
-    def __init__(self, module, schedule: int = 0, vector: bool = True):
-        self.module, self.schedule, self.vector = module, schedule, vector
+    def __init__(self, module, schedule: int = 0, vector: bool = True, split: int = 512):
+        self.module, self.schedule, self.vector, self.split = module, schedule, vector, split
 
     def why_not(self, problem) -> list[str]:
         return []
@@ -123,7 +126,7 @@ class Kernels:
         rows = q.shape[:1] if q_ptr is not None else (k_ptr.numel() - 1, q.shape[0])
         out = _nan(q, (*rows, q.shape[1], v.shape[2]))
         lse = _nan(q, (*rows, q.shape[1]), _sums(q))
-        self._run("forward", call | {"out": out, "lse": lse})
+        self._run("forward", q, call | {"out": out, "lse": lse})
         return out, lse
 
     def backward(
@@ -137,7 +140,7 @@ class Kernels:
             dbias = _nan(bias, bias.shape)
         call |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
         call |= {"dbias": dbias if dbias.shape[0] else None}
-        self._run("backward", call, lse, dq if q_ptr is None else None)
+        self._run("backward", q, call)
         return dq, dk, dv, dbias
 
     def double_backward(
@@ -152,7 +155,7 @@ class Kernels:
         call |= {"ddq": ddq, "ddk": ddk, "ddv": ddv, "ddbias": ddbias}
         call |= {"gq": gq, "gk": gk, "gv": gv, "gdout": gdout, "gdlse": gdlse}
         call |= {"gbias": gbias if gbias.shape[0] else None}
-        self._run("double_backward", call, lse, gq if q_ptr is None else None)
+        self._run("double_backward", q, call)
         return gq, gk, gv, gbias, gdout, gdlse
 
     def _call(self, q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout) -> dict:
@@ -166,31 +169,29 @@ class Kernels:
             "drop_threshold": math.floor(dropout * 2**32), "dtype": DTYPES[q.dtype],
             "bias_dtype": DTYPES[q.dtype if bias is None else bias.dtype],
             "ptr_is_64": int(k_ptr.dtype == torch.int64), "shared_seeds": int(q_ptr is None),
-            "vector": self.vector,
+            "vector": self.vector, "split": self.split,
         }  # fmt: skip
 
-    def _run(self, name: str, call: dict, lse: Tensor | None = None, seeds: Tensor | None = None):
-        scratch = {"statistics": None, "partial": None, "partial_sums": None}
-        if lse is not None:
-            scratch["statistics"] = _nan(lse, (*lse.shape, 4))
-        if seeds is not None:
-            molecules = call["molecules"]
-            scratch["partial"] = _nan(seeds, (molecules, *seeds.shape), _sums(seeds))
-            chunks = -(-molecules // 64)
-            scratch["partial_sums"] = _nan(seeds, (chunks, *seeds.shape), _sums(seeds))
+    def _run(self, name: str, q: Tensor, call: dict):
+        """Allocates what csrc/library_cuda.cpp does."""
+        sizes = self.module.scratch(name, self._plain(call))
+        scratch = {x: _nan(q, (size,), _sums(q)) if size else None for x, size in sizes.items()}
+        values = [x for x in (call | scratch).values() if x is not None]
+        status = self._launch(name, self._plain(call | scratch), values)
+        if status:
+            raise RuntimeError(f"launch failed: {status}")
+
+    @staticmethod
+    def _plain(call: dict) -> dict:
         by_molecule = call["q_ptr"] is None
-        pointers = {"q_ptr", "k_ptr", "pair_ptr", "seed", *scratch}
-        plain = {
+        return {
             name: (0 if x is None else x.data_ptr())
-            if name in pointers
+            if name in POINTERS
             else _view(x, name, by_molecule)
             if x is None or isinstance(x, Tensor)
             else x
-            for name, x in (call | scratch).items()
+            for name, x in call.items()
         }
-        status = self._launch(name, plain, [x for x in (call | scratch).values() if x is not None])
-        if status:
-            raise RuntimeError(f"launch failed: {status}")
 
     def _launch(self, name: str, plain: dict, values: list) -> int:
         return self.module.run(name, plain, self.schedule)

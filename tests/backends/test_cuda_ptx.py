@@ -54,9 +54,10 @@ class Simulated(cuda_host.Kernels):
     def _launch(self, name: str, plain: dict, values: list) -> int:
         buffers = [x for x in values if isinstance(x, torch.Tensor)]
         launches = self.module.plan(name, plain)
-        width = int(NOTED.search(launches[0][0])[3])
+        first = NOTED.search(launches[0][0])
+        width, few = int(first[3]), first[1].startswith("few_seeds")
         for noted, blocks, threads, shared, params in launches:
-            entry = kernel(name, noted, width)
+            entry = kernel(f"few_seeds_{name}" if few else name, noted, width)
             assert [size for _, size in entry.params] == [len(params)]
             ptx.launch(entry, (blocks,), threads, [params], buffers, shared, "warp", seed=1)
         return 0
@@ -74,6 +75,15 @@ def test_compiled_code_is_inside_the_budget(dtype, dim):
 
 
 def test_seeds_and_dropout():
-    case = testing.Case("ptx seeds", (6, 3), seeds=2, heads=1, dim=24, dropout=0.3)
+    case = testing.Case("ptx seeds", (6, 3), seeds=9, heads=1, dim=24, dropout=0.3)
     kernels = Simulated(cuda_host.build())
     testing.judge(case, torch.float32, lambda batch: testing.run_kernels(batch, kernels))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [(torch.float32, 24), (torch.bfloat16, 72)], ids=str
+)  # fmt: skip
+def test_few_seeds(dtype, dim):
+    case = testing.Case("ptx few", (6, 40), seeds=2, heads=2, dim=dim, bias="pair", dropout=0.3)
+    kernels = Simulated(cuda_host.build(), split=32)
+    testing.judge(case, dtype, lambda batch: testing.run_kernels(batch, kernels))

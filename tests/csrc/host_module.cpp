@@ -19,10 +19,15 @@ View view(const py::object& x) {
 
 template <typename T>
 T* pointer(const py::dict& call, const char* name) {
-  return reinterpret_cast<T*>(call[name].cast<uint64_t>());
+  return call.contains(name) ? reinterpret_cast<T*>(call[name].cast<uint64_t>()) : nullptr;
 }
 
-int run(const std::string& pass, const py::dict& call, uint32_t schedule) {
+Pass pass_of(const std::string& name) {
+  return name == "forward" ? Pass::forward
+                           : name == "backward" ? Pass::backward : Pass::double_backward;
+}
+
+KernelParams params(const py::dict& call) {
   KernelParams p{};
   const std::pair<const char*, View*> views[] = {
       {"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"bias", &p.bias}, {"out", &p.out}, {"lse", &p.lse},
@@ -39,6 +44,7 @@ int run(const std::string& pass, const py::dict& call, uint32_t schedule) {
   p.statistics = pointer<void>(call, "statistics");
   p.partial = pointer<void>(call, "partial");
   p.partial_sums = pointer<void>(call, "partial_sums");
+  p.parts = pointer<void>(call, "parts");
   const std::pair<const char*, int64_t*> sizes[] = {
       {"molecules", &p.molecules}, {"heads", &p.heads}, {"head_dim", &p.head_dim},
       {"value_dim", &p.value_dim}, {"query_rows", &p.query_rows}, {"key_rows", &p.key_rows},
@@ -51,13 +57,23 @@ int run(const std::string& pass, const py::dict& call, uint32_t schedule) {
   p.bias_dtype = static_cast<Dtype>(call["bias_dtype"].cast<int32_t>());
   p.ptr_is_64 = call["ptr_is_64"].cast<int32_t>();
   p.shared_seeds = call["shared_seeds"].cast<int32_t>();
-  const int64_t element = p.dtype == Dtype::float64 ? 8 : p.dtype == Dtype::float32 ? 4 : 2;
-  p.vector_loads = call["vector"].cast<bool>() ? vector_loads(p, element) : 0;
+  return p;
+}
 
+int run(const std::string& name, const py::dict& call, uint32_t schedule) {
+  KernelParams p = params(call);
+  prepare(p, pass_of(name), call["split"].cast<int32_t>());
+  if (!call["vector"].cast<bool>()) p.vector_loads = 0;
   fibers::schedule = schedule;
-  if (pass == "forward") return launch_forward(p, nullptr);
-  if (pass == "backward") return launch_backward(p, nullptr);
-  return launch_double_backward(p, nullptr);
+  return run_pass(pass_of(name), p, nullptr);
+}
+
+// What is to be allocated: name -> elements.
+std::map<std::string, int64_t> scratch(const std::string& name, const py::dict& call) {
+  KernelParams p = params(call);
+  const Scratch need = prepare(p, pass_of(name), call["split"].cast<int32_t>());
+  return {{"statistics", need.statistics}, {"partial", need.partial},
+          {"partial_sums", need.partial_sums}, {"parts", need.parts}};
 }
 
 }  // namespace
@@ -78,7 +94,16 @@ py::list plan(const std::string& pass, const py::dict& call) {
 
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("run", &run);
+  m.def("scratch", &scratch);
   m.def("plan", &plan);
-  m.def("sites", [] { return fibers::sites; });
+  m.def(
+      "sites",  // where threads have waited so far
+      [](bool few_seeds) {
+        std::set<fibers::Site> found;
+        for (const fibers::Site& x : fibers::sites)
+          if ((x.first.find("few_seeds") != std::string::npos) == few_seeds) found.insert(x);
+        return found;
+      },
+      py::arg("few_seeds") = false);
   m.def("skip", [](const std::string& kind, int line) { fibers::skipped = {kind, line}; });
 }

@@ -86,6 +86,11 @@ void copy_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE())
 
 // ---- one warp together -------------------------------------------------------------------------
 
+inline void warp_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  int none = 0;
+  if (fibers::meets("barrier", file, line)) fibers::together("warp barrier", none, [](int**) {});
+}
+
 template <typename T>
 T __shfl_xor_sync(uint32_t, T value, int bits) {
   T given = value;
