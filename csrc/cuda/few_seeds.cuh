@@ -23,20 +23,21 @@ constexpr int SEEDS = MAX_SEEDS;
 ATTN_DEVICE void warp_barrier() { __syncwarp(); }
 #endif
 
-// TENSORS: with a row for every key, and SEED_TENSORS for every seed. PAIR_TERMS: numbers of each
-// pair in shared memory, of PAIR_KEYS keys.
+// Shared memory: TENSORS with a row for every key, SEED_TENSORS with one for every seed, PAIR_TERMS
+// numbers of each pair of the seeds and PAIR_TILES tiles of keys, ROW_TERMS numbers of each seed.
 template <typename T, int D, int MOST_KEYS, int STAGES_, int TENSORS, int SEED_TENSORS,
-          int PAIR_TERMS, int PAIR_TILES>
+          int PAIR_TERMS, int PAIR_TILES, int ROW_TERMS>
 struct SeedsPlan {
   using A = Acc<T>;
   static constexpr int STAGES = STAGES_, KEYS = smaller(MOST_KEYS, 4096 / (D * int(sizeof(T))));
   static constexpr int LANES = 32 / KEYS, UNITS = D / 32, WIDTH = 16 / int(sizeof(T));
   static constexpr int TILE = KEYS * STRIDE<T, D>, PAIR_KEYS = PAIR_TILES * KEYS;
   static constexpr int SEED_ROWS = SEEDS * D, TERMS = SEEDS * PAIR_KEYS;
+  static constexpr int TOGETHER = D * int(sizeof(A)) <= 512 ? 16 / int(sizeof(A)) : 1;  // keys
   static constexpr int GROUP_THREADS = 32;
   static constexpr int GROUP_BYTES =
       TENSORS * STAGES * TILE * int(sizeof(T)) +
-      (SEED_TENSORS * SEED_ROWS + PAIR_TERMS * TERMS) * int(sizeof(A));
+      (SEED_TENSORS * SEED_ROWS + PAIR_TERMS * TERMS + ROW_TERMS * SEEDS) * int(sizeof(A));
   static constexpr int GROUPS = larger(1, smaller(4, (48 << 10) / GROUP_BYTES));
   static constexpr int THREADS = GROUPS * 32, BYTES = GROUPS * GROUP_BYTES;
 };
@@ -94,6 +95,39 @@ ATTN_DEVICE A* numbers_of_part(const KernelParams& p, const Part& part, int firs
   const int64_t slot = (int64_t(part.row) + first) / p.split * 2 + (first == 0);
   const int64_t at = (slot * p.heads + head) * p.query_rows + seed;
   return static_cast<A*>(p.parts) + at * (p.value_dim + PART_NUMBERS);
+}
+
+// What a warp of the gradients does: a slot, or some molecules; or one part for its statistics.
+struct SeedsWork {
+  int64_t tile, slots;
+  int items;
+  bool surplus, clears;
+
+  ATTN_DEVICE SeedsWork(const KernelParams& p, int64_t tile_)
+      : tile(tile_), slots(slot_count(p)), items(1),
+        surplus(tile >= (p.only_statistics ? 2 * slots : p.partial_rows)),
+        clears(!p.only_statistics && tile < slots) {
+    if (surplus || clears || p.only_statistics) return;
+    const int64_t left = p.molecules - (tile - slots) * p.molecule_chunk;
+    items = left < p.molecule_chunk ? int(left) : p.molecule_chunk;
+  }
+
+  ATTN_DEVICE Part part(const KernelParams& p, int item) const {
+    if (p.only_statistics) return part_in_slot(p, tile / 2, tile % 2);
+    if (clears) return part_in_slot(p, tile, false);
+    return part_of_molecule(p, (tile - slots) * p.molecule_chunk + item, 0);
+  }
+};
+
+// The launches of the gradients: statistics of parts where there may be any, then everything.
+template <void (*KERNEL)(KernelParams), typename Plan>
+int launch_parts(const KernelParams& p, void* stream) {
+  KernelParams first = p;
+  first.only_statistics = 1;
+  int status = 0;
+  if (p.key_rows > p.split)
+    status = launch<KERNEL, Plan>(2 * slot_count(p) * p.heads, first, stream);
+  return status ? status : launch<KERNEL, Plan>(p.partial_rows * p.heads, p, stream);
 }
 
 // ---- one warp together ---------------------------------------------------------------------
@@ -195,6 +229,51 @@ ATTN_DEVICE void store_units(const View& x, int molecule, int64_t row, int head,
     if (first + u < units) to[(first + u) * x.unit] = pack.at[u];
 }
 
+// A partial d(q): one row of `partial`.
+template <typename T, int N>
+ATTN_DEVICE void store_partial(const KernelParams& p, int64_t row, int head,
+                               Acc<T> (&dq)[SEEDS][N]) {
+  const int seeds = int(p.query_rows), units = int(p.head_dim);
+  const View partial = {p.partial, 0, p.heads * p.head_dim, p.head_dim, 1};
+  ATTN_UNROLL
+  for (int s = 0; s < SEEDS; ++s) {
+    if (s >= seeds) continue;
+    ATTN_UNROLL
+    for (int u = 0; u < N; ++u) dq[s][u] *= Acc<T>(p.scale);                           // (B5)
+    store_units<Acc<T>>(partial, 0, row * seeds + s, head, units, dq[s]);
+  }
+}
+
+// Zeros for the rows of a slot that belong to no molecule.
+template <typename T, int N>
+ATTN_DEVICE void clear_rows_of_nobody(const KernelParams& p, const View& x, int64_t slot, int head,
+                                      int units) {
+  const Axis axis = key_axis(p);
+  const int64_t begin = edge(axis, 0), end = edge(axis, p.molecules);
+  const int64_t first = slot * p.split;
+  const int64_t last = first + p.split < p.key_rows ? first + p.split : p.key_rows;
+  const Acc<T> zeros[N] = {};
+  for (int64_t row = first; row < last; ++row)
+    if (row < begin || row >= end) store_units<T>(x, 0, row, head, units, zeros);
+}
+
+ATTN_DEVICE void clear_pairs_of_nobody(const KernelParams& p, const View& dbias, int64_t slot,
+                                       int head) {
+  if (slot > 0) return;
+  const Rows behind(Tile{p.molecules, 0, {0, 0}, {0, 0}, false});
+  clear_pairs_of_nobody(p, dbias, behind, head, lane_index(), 32);
+}
+
+// lse of the seeds of a molecule, to shared memory; returns which of them have a finite logit.
+template <typename A>
+ATTN_DEVICE uint32_t load_lse(A* lse, const KernelParams& p, int molecule, int head) {
+  const int seed = lane_index();
+  const A found = seed < p.query_rows ? *address<const A>(p.lse, molecule, seed, head)
+                                      : -A(INFINITY);
+  if (seed < SEEDS) lse[seed] = found;
+  return __ballot_sync(WARP, found != -A(INFINITY));
+}
+
 // Calls use(tile, its stage) for tiles 0, 1, ... in order, while load(tile, stage) fetches the
 // next ones. resident: all of them lie in their stages already.
 template <typename Plan, typename Load, typename Use>
@@ -228,8 +307,7 @@ ATTN_DEVICE void add_products(Acc<T> (&sum)[SEEDS], const T* row, const Acc<T>* 
                               uint32_t mask) {
   using A = Acc<T>;
   constexpr int W = Plan::WIDTH, N = 16 / int(sizeof(A));
-  ATTN_UNROLL_TWO
-  for (int unit = lane_index() / Plan::KEYS * W; unit < D; unit += Plan::LANES * W) {
+  const auto add = [&](int unit) {
     const Pack<T, W> x = load_pack<W>(row + unit);
     A y[W];
     ATTN_UNROLL
@@ -246,6 +324,14 @@ ATTN_DEVICE void add_products(Acc<T> (&sum)[SEEDS], const T* row, const Acc<T>* 
       }
       sum[s] += part;
     }
+  };
+  const int first = lane_index() / Plan::KEYS * W;
+  if constexpr (sizeof(A) == 8) {  // two at a time take too many registers
+    ATTN_ROLLED
+    for (int unit = first; unit < D; unit += Plan::LANES * W) add(unit);
+  } else {
+    ATTN_UNROLL_TWO
+    for (int unit = first; unit < D; unit += Plan::LANES * W) add(unit);
   }
 }
 
@@ -306,7 +392,8 @@ template <typename Plan, typename T, int D>
 ATTN_DEVICE void add_rows(Acc<T> (&sum)[SEEDS][D / 32], const Acc<T>* terms, const T* rows,
                           int keys, uint32_t mask) {
   using A = Acc<T>;
-  constexpr int N = 16 / int(sizeof(A)), U = D / 32;
+  constexpr int N = Plan::TOGETHER, U = D / 32;
+  ATTN_ROLLED
   for (int key = 0; key < keys; key += N) {
     A x[N][U];
     ATTN_UNROLL

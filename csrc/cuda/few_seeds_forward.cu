@@ -11,7 +11,7 @@
 namespace attnpool {
 
 template <typename T, int D>
-using SeedsForwardPlan = SeedsPlan<T, D, 32, 2, 2, 1, 1, 1>;
+using SeedsForwardPlan = SeedsPlan<T, D, 32, 2, 2, 1, 1, 1, 0>;
 
 template <typename T, int D>
 ATTN_KERNEL ATTN_BOUNDS(SeedsForwardPlan<T, D>::THREADS)

@@ -20,10 +20,12 @@ int launch_forward(const KernelParams& p, void* stream);
 int launch_backward(const KernelParams& p, void* stream);
 int launch_double_backward(const KernelParams& p, void* stream);
 int launch_few_seeds_forward(const KernelParams& p, void* stream);
+int launch_few_seeds_backward(const KernelParams& p, void* stream);
 
 // Whether few_seeds*.cu serve a call.
 inline bool has_few_seeds(const AttnParams& a, Pass pass) {
-  return pass == Pass::forward && a.shared_seeds && 1 <= a.query_rows && a.query_rows <= MAX_SEEDS;
+  return pass != Pass::double_backward && a.shared_seeds && 1 <= a.query_rows &&
+         a.query_rows <= MAX_SEEDS;
 }
 
 // Elements of the accumulator's type that the pointers of that name in KernelParams need.
@@ -60,7 +62,7 @@ inline int run_pass(Pass pass, const KernelParams& p, void* stream) {
   const bool few = has_few_seeds(p, pass);
   switch (pass) {
     case Pass::forward: return (few ? launch_few_seeds_forward : launch_forward)(p, stream);
-    case Pass::backward: return launch_backward(p, stream);
+    case Pass::backward: return (few ? launch_few_seeds_backward : launch_backward)(p, stream);
     case Pass::double_backward: return launch_double_backward(p, stream);
   }
   return -1;
