@@ -21,11 +21,11 @@ int launch_backward(const KernelParams& p, void* stream);
 int launch_double_backward(const KernelParams& p, void* stream);
 int launch_few_seeds_forward(const KernelParams& p, void* stream);
 int launch_few_seeds_backward(const KernelParams& p, void* stream);
+int launch_few_seeds_double_backward(const KernelParams& p, void* stream);
 
 // Whether few_seeds*.cu serve a call.
-inline bool has_few_seeds(const AttnParams& a, Pass pass) {
-  return pass != Pass::double_backward && a.shared_seeds && 1 <= a.query_rows &&
-         a.query_rows <= MAX_SEEDS;
+inline bool has_few_seeds(const AttnParams& a) {
+  return a.shared_seeds && 1 <= a.query_rows && a.query_rows <= MAX_SEEDS;
 }
 
 // Elements of the accumulator's type that the pointers of that name in KernelParams need.
@@ -41,7 +41,7 @@ inline Scratch prepare(KernelParams& p, Pass pass, int32_t split = SPLIT) {
   p.partial_rows = p.molecules;
   Scratch need = {0, 0, 0, 0};
   const int64_t slots = p.key_rows / split + 1, seeds = p.query_rows * p.heads;
-  const bool few = has_few_seeds(p, pass);
+  const bool few = has_few_seeds(p);
   if (few) {
     // A warp of the gradients takes several molecules of a large batch, for a shorter sum.
     const int64_t chunk = p.molecules * p.heads / 4096;
@@ -59,11 +59,12 @@ inline Scratch prepare(KernelParams& p, Pass pass, int32_t split = SPLIT) {
 }
 
 inline int run_pass(Pass pass, const KernelParams& p, void* stream) {
-  const bool few = has_few_seeds(p, pass);
+  const bool few = has_few_seeds(p);
   switch (pass) {
     case Pass::forward: return (few ? launch_few_seeds_forward : launch_forward)(p, stream);
     case Pass::backward: return (few ? launch_few_seeds_backward : launch_backward)(p, stream);
-    case Pass::double_backward: return launch_double_backward(p, stream);
+    case Pass::double_backward:
+      return (few ? launch_few_seeds_double_backward : launch_double_backward)(p, stream);
   }
   return -1;
 }

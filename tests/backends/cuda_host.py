@@ -22,7 +22,14 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 MODULE = "attnpool_cuda_host"
-SOURCES = ("forward", "backward", "double_backward", "few_seeds_forward", "few_seeds_backward")
+SOURCES = (
+    "forward",
+    "backward",
+    "double_backward",
+    "few_seeds_forward",
+    "few_seeds_backward",
+    "few_seeds_double_backward",
+)
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 POINTERS = {"q_ptr", "k_ptr", "pair_ptr", "seed"}
 POINTERS |= {"statistics", "partial", "partial_sums", "parts"}  # scratch
