@@ -6,7 +6,8 @@
 //                            queries and keys the same group does its dk and dv as well, from the
 //                            rows already in shared memory: q, k, v, dout are read once.
 //   backward_keys_kernel     tiles of keys of the other molecules: dk and dv.
-// Shared memory a group: four tiles (q, dout, k, v), lse, delta' and norm of the queries. norm is
+// Shared memory a group: four tiles (q, dout, k, v), the last two or the first two of them walked
+// through by halves (Walk), and norm, delta' and lse of the queries. norm is
 // 1 / rowsum(exp(S - lse)), which is 1 but for the rounding of lse; with large logits that would be
 // the largest error of all. delta is rowsum(P o dP) in the accumulator's type, so `out` is not
 // read. No atomics; with shared seeds dq is written per molecule and summed afterwards (seeds.cuh).
@@ -23,13 +24,22 @@ template <typename T, int D>
 struct BackwardPlan {
   static constexpr int ROW_BYTES = D * int(sizeof(T));
   static constexpr int ROWS = larger(16, smaller(64, (16 << 10) / ROW_BYTES));
-  static constexpr int N = sizeof(T) == 2 && D <= 64 ? 4 : 2, STEP = 8 * N;  // 16 x STEP pairs
+  static constexpr int STAGE = ROWS / 2;  // rows of the other axis that arrive together
+  static constexpr int N = smaller(STAGE / 8, sizeof(T) == 2 && D <= 64 ? 4 : 2);
+  static constexpr int STEP = 8 * N;  // 16 x STEP pairs at a time
   static constexpr int UNITS = sizeof(T) == 2 || D < 128 ? D : 32;  // of a gradient at a time
   static constexpr int GROUP_THREADS = ROWS * 2;
   static constexpr int TILE = ROWS * STRIDE<T, D>;
-  static constexpr int GROUP_BYTES = 4 * TILE * int(sizeof(T)) + 3 * ROWS * int(sizeof(Acc<T>));
+  static constexpr int GROUP_BYTES = 4 * TILE * int(sizeof(T)) + 4 * ROWS * int(sizeof(Acc<T>));
   static constexpr int GROUPS = GROUP_BYTES <= (24 << 10) ? 2 : 1;
   static constexpr int THREADS = GROUPS * GROUP_THREADS, BYTES = GROUPS * GROUP_BYTES;
+};
+
+// What a tile of keys needs of a query; in the global statistics too. norm is 0 for a row without
+// a finite logit, or no row: its P and dS are 0.
+template <typename A>
+struct alignas(16) QueryRow {
+  A norm, delta, lse, nothing;  // delta is delta'
 };
 
 // The shared memory of one group.
@@ -37,56 +47,51 @@ template <typename T, int D>
 struct BackwardTiles {
   using Plan = BackwardPlan<T, D>;
   T *q, *dout, *k, *v;
-  Acc<T>* lse;  // -inf: a row without a finite logit, or no row; its P and dS are 0
-  Acc<T> *norm, *delta;
+  QueryRow<Acc<T>>* rows;
 
   ATTN_DEVICE explicit BackwardTiles(unsigned char* memory)
       : q(reinterpret_cast<T*>(memory)), dout(q + Plan::TILE), k(dout + Plan::TILE),
-        v(k + Plan::TILE), lse(reinterpret_cast<Acc<T>*>(v + Plan::TILE)),
-        norm(lse + Plan::ROWS), delta(norm + Plan::ROWS) {}
+        v(k + Plan::TILE), rows(reinterpret_cast<QueryRow<Acc<T>>*>(v + Plan::TILE)) {}
 
+  // Rows first ... of a molecule's queries, `most` of them, to row `to` of the tiles.
   ATTN_DEVICE void load_queries(const KernelParams& p, const Rows& tile, const Range& span,
-                                int first, int head, int thread, bool statistics) const {
-    const int live = rows_from(span.size, first, Plan::ROWS);
-    const int rows = round_up(live, Plan::STEP);
-    const int row = span.first + first;
-    load_rows<T, D, Plan::GROUP_THREADS>(q, rows, p.q, p.vector_loads & VECTOR_Q, 0, row, live,
-                                         head, int(p.head_dim), thread);
-    load_rows<T, D, Plan::GROUP_THREADS>(dout, rows, p.dout, p.vector_loads & VECTOR_DOUT,
-                                         tile.molecule, row, live, head, int(p.value_dim), thread);
-    for (int i = thread; i < Plan::ROWS; i += Plan::GROUP_THREADS) {
-      lse[i] = i < live ? *address<const Acc<T>>(p.lse, tile.molecule, row + i, head)
-                        : -Acc<T>(INFINITY);
-      if (!statistics) continue;  // this group finds them itself
-      const Acc<T>* found = statistics_of<T>(p, tile.molecule, row + i, head);
-      norm[i] = i < live ? found[0] : 0;
-      delta[i] = i < live ? found[1] : 0;
-    }
+                                int first, int most, int to, int head, int thread) const {
+    const int live = rows_from(span.size, first, most), row = span.first + first;
+    const int filled = smaller(most, round_up(live, larger(16, Plan::STEP)));
+    load_rows<T, D, Plan::GROUP_THREADS>(q + to * STRIDE<T, D>, filled, p.q,
+                                         p.vector_loads & VECTOR_Q, 0, row, live, head,
+                                         int(p.head_dim), thread);
+    load_rows<T, D, Plan::GROUP_THREADS>(dout + to * STRIDE<T, D>, filled, p.dout,
+                                         p.vector_loads & VECTOR_DOUT, tile.molecule, row, live,
+                                         head, int(p.value_dim), thread);
   }
 
-  ATTN_DEVICE void load_keys(const KernelParams& p, const Range& span, int first, int head,
-                             int thread) const {
-    const int live = rows_from(span.size, first, Plan::ROWS);
-    const int rows = round_up(live, Plan::STEP);
-    load_rows<T, D, Plan::GROUP_THREADS>(k, rows, p.k, p.vector_loads & VECTOR_K, 0,
-                                         span.first + first, live, head, int(p.head_dim), thread);
-    load_rows<T, D, Plan::GROUP_THREADS>(v, rows, p.v, p.vector_loads & VECTOR_V, 0,
-                                         span.first + first, live, head, int(p.value_dim), thread);
+  ATTN_DEVICE void load_keys(const KernelParams& p, const Range& span, int first, int most, int to,
+                             int head, int thread) const {
+    const int live = rows_from(span.size, first, most), row = span.first + first;
+    const int filled = smaller(most, round_up(live, larger(16, Plan::STEP)));
+    load_rows<T, D, Plan::GROUP_THREADS>(k + to * STRIDE<T, D>, filled, p.k,
+                                         p.vector_loads & VECTOR_K, 0, row, live, head,
+                                         int(p.head_dim), thread);
+    load_rows<T, D, Plan::GROUP_THREADS>(v + to * STRIDE<T, D>, filled, p.v,
+                                         p.vector_loads & VECTOR_V, 0, row, live, head,
+                                         int(p.value_dim), thread);
   }
 };
 
-// dk and dv of the 16 keys from `slot` on, over the queries of the group's tile.
-// first_query and first_key: of the two tiles, in the molecule.
+// dk and dv of the 16 keys from `slot` on, over `queries` of the group's tile from row `from` on.
+// first_query: where these begin in the molecule; first_key: where the tile of keys does.
 template <typename T, int D, int M>
 ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
                                    const BackwardTiles<T, D>& tiles, const Pairs<T>& pairs,
-                                   int slot, int queries, int first_query, int first_key,
-                                   int begin) {
+                                   int slot, int from, int queries, int first_query,
+                                   int first_key, int begin) {
   using Plan = BackwardPlan<T, D>;
   using A = Acc<T>;
   constexpr int S = STRIDE<T, D>, N = Plan::N;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  for (int at = 0; at < queries; at += Plan::STEP) {
+  first_query -= from;
+  for (int at = from; at < from + queries; at += Plan::STEP) {
     A weights[N][4], ds[N][4];
     clear(weights);
     clear(ds);
@@ -100,15 +105,15 @@ ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
       for (int e = 0; e < 4; ++e) {
         const int query = at + n * 8 + 2 * t + e % 2;
         const int i = first_query + query, j = first_key + slot + g + e / 2 * 8;
-        const A lse = tiles.lse[query];
-        if (lse == -A(INFINITY)) {
+        const QueryRow<A>& row = tiles.rows[query];
+        if (row.norm == 0) {
           weights[n][e] = ds[n][e] = 0;
           continue;
         }
         const A logit = pairs.logit(weights[n][e], i, j);
-        const A p = exponential<T>(logit - lse) * tiles.norm[query];             // (F2)
+        const A p = exponential<T>(logit - row.lse) * row.norm;                  // (F2)
         const A r = pairs.keep(kept, n, e);
-        ds[n][e] = score_gradient(p, r * ds[n][e], tiles.delta[query]);          // (B1) (B3)
+        ds[n][e] = score_gradient(p, r * ds[n][e], row.delta);                   // (B1) (B3)
         weights[n][e] = p * r;
       }
     multiply_weights<T, D>(dv, weights, tiles.dout + at * S + begin);            // (B4)
@@ -121,7 +126,8 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     backward_queries_kernel(ATTN_GRID_CONSTANT KernelParams p) {
   using Plan = BackwardPlan<T, D>;
   using A = Acc<T>;
-  constexpr int S = STRIDE<T, D>, ROWS = Plan::ROWS, N = Plan::N, M = Plan::UNITS / 8;
+  constexpr int S = STRIDE<T, D>, ROWS = Plan::ROWS, STAGE = Plan::STAGE, N = Plan::N;
+  constexpr int M = Plan::UNITS / 8;
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
@@ -134,13 +140,13 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
 
   const BackwardTiles<T, D> tiles(place.memory(memory));
-  const bool resident = keys <= ROWS;
+  Walk<Plan> walk(keys, group);
+  const auto copy_keys = [&](int first, int to) {
+    tiles.load_keys(p, tile.other, first, STAGE, to, head, thread);
+  };
   if (keys > 0) {
-    tiles.load_queries(p, tile, tile.own, tile.first, head, thread, false);
-    if (resident) tiles.load_keys(p, tile.other, 0, head, thread);
-    copy_commit();
-    copy_wait<0>();
-    group_barrier(1 + group, Plan::GROUP_THREADS);
+    tiles.load_queries(p, tile, tile.own, tile.first, ROWS, 0, head, thread);
+    walk.start(copy_keys);
   }
 
   const Pairs<T> pairs(p, tile.molecule, head, keys);
@@ -148,9 +154,11 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   const int first_query = tile.own.first + tile.first;
   // Of rows slot + g and slot + g + 8.
   A delta[2] = {0, 0}, norm[2] = {0, 0}, lse[2] = {-A(INFINITY), -A(INFINITY)};
-  if (keys > 0) {
-    lse[0] = tiles.lse[slot + g];
-    lse[1] = tiles.lse[slot + g + 8];
+  ATTN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = slot + g + 8 * half;
+    if (row < live && keys > 0)
+      lse[half] = *address<const A>(p.lse, tile.molecule, first_query + row, head);
   }
   A weights[N][4], dp[N][4];
   // Over the keys, sweep 0 finds norm and delta, sweep 1 adds to dq. A single step is kept.
@@ -159,23 +167,19 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     A dq[M][4];
     clear(dq);
     for (int sweep = begin == 0 ? 0 : 1; sweep < 2; ++sweep) {
-      for (int first = 0; first < keys; first += ROWS) {
-        if (!resident) {
-          group_barrier(1 + group, Plan::GROUP_THREADS);
-          tiles.load_keys(p, tile.other, first, head, thread);
-          copy_commit();
-          copy_wait<0>();
-          group_barrier(1 + group, Plan::GROUP_THREADS);
-        }
+      for (int first = 0; first < keys; first += STAGE) {
+        walk.arrive(first, begin == 0 && sweep == 0, begin + Plan::UNITS >= D && sweep == 1,
+                    copy_keys);
         if (slot >= live) continue;
-        const int rows = rows_from(keys, first, ROWS);
+        const int rows = rows_from(keys, first, STAGE);
         for (int at = 0; at < rows; at += Plan::STEP) {
+          const T *k = tiles.k + (walk.at + at) * S, *v = tiles.v + (walk.at + at) * S;
           const int key = first + at + 2 * t;
           if (sweep == 0 || !once) {
             clear(weights);
             clear(dp);
-            multiply_rows<T, D, false>(weights, tiles.q + slot * S, tiles.k + at * S);
-            multiply_rows<T, D, false>(dp, tiles.dout + slot * S, tiles.v + at * S);
+            multiply_rows<T, D, false>(weights, tiles.q + slot * S, k);
+            multiply_rows<T, D, false>(dp, tiles.dout + slot * S, v);
             const uint32_t kept =
                 pairs.template keep_bits<N, false>(tile_query + slot, first + at);
             ATTN_UNROLL
@@ -212,7 +216,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
               if (begin == 0 && row < live && j < keys)
                 pairs.store_pair(p.dbias, tile_query + row, j, ds[n][e]);        // (B3) (B7)
             }
-          multiply_weights<T, D>(dq, ds, tiles.k + at * S + begin);              // (B5)
+          multiply_weights<T, D>(dq, ds, k + begin);                             // (B5)
         }
       }
       if (sweep == 1) break;
@@ -222,16 +226,15 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
         norm[half] = norm[half] == 0 ? A(0) : A(1) / norm[half];
         delta[half] = quad_sum(delta[half]) * norm[half];
         const int row = slot + g + 8 * half;
-        if (row >= live) continue;
-        if (p.dlse.data)
+        if (p.dlse.data && lse[half] != -A(INFINITY))
           delta[half] -= *address<const A>(p.dlse, tile.molecule, first_query + row, head);
-        if (t == 0 && whole && keys > 0) {
-          tiles.norm[row] = norm[half];
-          tiles.delta[row] = delta[half];
-        } else if (t == 0 && !whole) {
-          A* found = statistics_of<T>(p, tile.molecule, first_query + row, head);
-          found[0] = norm[half];
-          found[1] = delta[half];
+        if (t != 0) continue;
+        const QueryRow<A> found = {norm[half], delta[half], lse[half], 0};
+        if (whole) {
+          tiles.rows[row] = found;  // also where there is no row
+        } else if (row < live) {
+          A* to = statistics_of<T>(p, tile.molecule, first_query + row, head);
+          *reinterpret_cast<QueryRow<A>*>(to) = found;
         }
       }
     }
@@ -249,7 +252,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     A dk[M][4], dv[M][4];
     clear(dk);
     clear(dv);
-    add_key_gradients(dk, dv, tiles, pairs, slot, live, 0, 0, begin);
+    add_key_gradients(dk, dv, tiles, pairs, slot, 0, live, 0, 0, begin);
     const int first_key = tile.other.first + slot;
     const int count = keys - slot;
     store_rows<T>(p.dk, 0, first_key, count, head, begin, int(p.head_dim), dk, pairs.scale,
@@ -263,7 +266,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     backward_keys_kernel(ATTN_GRID_CONSTANT KernelParams p) {
   using Plan = BackwardPlan<T, D>;
   using A = Acc<T>;
-  constexpr int ROWS = Plan::ROWS, M = Plan::UNITS / 8;
+  constexpr int ROWS = Plan::ROWS, STAGE = Plan::STAGE, M = Plan::UNITS / 8;
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
@@ -277,21 +280,27 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
   if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
 
   const BackwardTiles<T, D> tiles(place.memory(memory));
+  Walk<Plan> walk(queries, group);
+  const auto copy_queries = [&](int first, int to) {
+    tiles.load_queries(p, tile, tile.other, first, STAGE, to, head, thread);
+    load_statistics<T, Plan::GROUP_THREADS>(&tiles.rows[to].norm, STAGE, p, tile.molecule,
+                                            tile.other.first + first,
+                                            rows_from(queries, first, STAGE), head, thread);
+  };
+  if (queries > 0) {
+    tiles.load_keys(p, tile.own, tile.first, ROWS, 0, head, thread);
+    walk.start(copy_queries);
+  }
   const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
-  if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A dk[M][4], dv[M][4];
     clear(dk);
     clear(dv);
-    for (int first = 0; first < queries; first += ROWS) {
-      group_barrier(1 + group, Plan::GROUP_THREADS);
-      tiles.load_queries(p, tile, tile.other, first, head, thread, true);
-      copy_commit();
-      copy_wait<0>();
-      group_barrier(1 + group, Plan::GROUP_THREADS);
+    for (int first = 0; first < queries; first += STAGE) {
+      walk.arrive(first, begin == 0, begin + Plan::UNITS >= D, copy_queries);
       if (slot < live)
-        add_key_gradients(dk, dv, tiles, pairs, slot, rows_from(queries, first, ROWS), first,
-                          tile_key, begin);
+        add_key_gradients(dk, dv, tiles, pairs, slot, walk.at, rows_from(queries, first, STAGE),
+                          first, tile_key, begin);
     }
     if (slot >= live) continue;
     const int first_key = tile.own.first + tile.first + slot;

@@ -5,7 +5,8 @@
 //   double_backward_queries_kernel  norm, delta, t, y; gq, gdout, gbias, gdlse, and gk, gv too of
 //                                   molecules with at most ROWS queries and keys
 //   double_backward_keys_kernel     gk, gv of the other molecules
-// Shared memory a group: seven tiles (q, dout, ddq; k, v, ddk, ddv) and five numbers a query.
+// Shared memory a group: seven tiles (q, dout, ddq; k, v, ddk, ddv), those of the other axis walked
+// through by halves (Walk), and five numbers a query.
 // Nothing quadratic is stored.
 #include "../math.h"
 #include "instances.cuh"
@@ -20,6 +21,10 @@ struct DoubleBackwardPlan {
   static constexpr int ROW_BYTES = D * int(sizeof(T));
   static constexpr int ROWS = larger(16, smaller(64, (8 << 10) / ROW_BYTES));
   static constexpr int N = sizeof(T) == 8 ? 1 : 2, STEP = 8 * N;  // pairs at a time: 16 x STEP
+  // Rows of the other axis that arrive together. float32 of width 128 has one stage: its products
+  // take no fewer than 16 rows, and a second tile of them would make 91 KiB of 58, two warps an SM
+  // of sm_90 instead of three, which costs more than waiting for copies beside so much arithmetic.
+  static constexpr int STAGE = larger(STEP, ROWS / 2);
   static constexpr int UNITS = smaller(D, 128 / int(sizeof(T)));  // of a gradient at a time
   static constexpr int GROUP_THREADS = ROWS * 2;
   static constexpr int TILE = ROWS * STRIDE<T, D>;
@@ -28,10 +33,11 @@ struct DoubleBackwardPlan {
   static constexpr int THREADS = GROUPS * GROUP_THREADS, BYTES = GROUPS * GROUP_BYTES;
 };
 
-// What all pairs of a query share. lse = -inf: no finite logit, or no row; every term is 0.
+// What all pairs of a query share, besides lse; in the global statistics too. norm is 0 for a row
+// without a finite logit, or no row: every term is 0.
 template <typename A>
-struct Row {
-  A lse, norm, delta, t, y;  // delta is delta'
+struct alignas(16) Row {
+  A norm, delta, t, y;  // delta is delta'
 };
 
 // Of one pair: in P, dP, T, G and R; out P R, dS, U R, Z.
@@ -50,49 +56,43 @@ struct DoubleBackwardTiles {
   using Plan = DoubleBackwardPlan<T, D>;
   using A = Acc<T>;
   T *q, *dout, *a, *k, *v, *b, *c;
-  A *lse, *norm, *delta, *t, *y;
+  Row<A>* rows;
+  A* lse;
 
   ATTN_DEVICE explicit DoubleBackwardTiles(unsigned char* memory)
       : q(reinterpret_cast<T*>(memory)), dout(q + Plan::TILE), a(dout + Plan::TILE),
         k(a + Plan::TILE), v(k + Plan::TILE), b(v + Plan::TILE), c(b + Plan::TILE),
-        lse(reinterpret_cast<A*>(c + Plan::TILE)), norm(lse + Plan::ROWS),
-        delta(norm + Plan::ROWS), t(delta + Plan::ROWS), y(t + Plan::ROWS) {}
+        rows(reinterpret_cast<Row<A>*>(c + Plan::TILE)),
+        lse(reinterpret_cast<A*>(rows + Plan::ROWS)) {}
 
   ATTN_DEVICE static void load(T* tile, const KernelParams& p, const View& x, uint32_t flag,
-                               int molecule, int row, int live, int head, int64_t units,
+                               int molecule, int row, int most, int live, int head, int64_t units,
                                int thread) {
     if (x.data)
-      load_rows<T, D, Plan::GROUP_THREADS>(tile, round_up(live, 16), x,
+      load_rows<T, D, Plan::GROUP_THREADS>(tile, smaller(most, round_up(live, 16)), x,
                                            p.vector_loads & flag, molecule, row, live, head,
                                            int(units), thread);
   }
 
+  // Rows first ... of a molecule's queries, `most` of them, to row `to` of the tiles.
   ATTN_DEVICE void load_queries(const KernelParams& p, const Rows& tile, const Range& span,
-                                int first, int head, int thread, bool statistics) const {
-    const int live = rows_from(span.size, first, Plan::ROWS);
-    const int row = span.first + first;
-    load(q, p, p.q, VECTOR_Q, 0, row, live, head, p.head_dim, thread);
-    load(dout, p, p.dout, VECTOR_DOUT, tile.molecule, row, live, head, p.value_dim, thread);
-    load(a, p, p.ddq, VECTOR_DDQ, 0, row, live, head, p.head_dim, thread);
-    for (int i = thread; i < Plan::ROWS; i += Plan::GROUP_THREADS) {
-      lse[i] = i < live ? *address<const A>(p.lse, tile.molecule, row + i, head) : -A(INFINITY);
-      if (!statistics) continue;  // this group finds them itself
-      const A* found = statistics_of<T>(p, tile.molecule, row + i, head);
-      norm[i] = i < live ? found[0] : 0;
-      delta[i] = i < live ? found[1] : 0;
-      t[i] = i < live ? found[2] : 0;
-      y[i] = i < live ? found[3] : 0;
-    }
+                                int first, int most, int to, int head, int thread) const {
+    const int live = rows_from(span.size, first, most), row = span.first + first;
+    to *= STRIDE<T, D>;
+    load(q + to, p, p.q, VECTOR_Q, 0, row, most, live, head, p.head_dim, thread);
+    load(dout + to, p, p.dout, VECTOR_DOUT, tile.molecule, row, most, live, head, p.value_dim,
+         thread);
+    load(a + to, p, p.ddq, VECTOR_DDQ, 0, row, most, live, head, p.head_dim, thread);
   }
 
-  ATTN_DEVICE void load_keys(const KernelParams& p, const Range& span, int first, int head,
-                             int thread) const {
-    const int live = rows_from(span.size, first, Plan::ROWS);
-    const int row = span.first + first;
-    load(k, p, p.k, VECTOR_K, 0, row, live, head, p.head_dim, thread);
-    load(v, p, p.v, VECTOR_V, 0, row, live, head, p.value_dim, thread);
-    load(b, p, p.ddk, VECTOR_DDK, 0, row, live, head, p.head_dim, thread);
-    load(c, p, p.ddv, VECTOR_DDV, 0, row, live, head, p.value_dim, thread);
+  ATTN_DEVICE void load_keys(const KernelParams& p, const Range& span, int first, int most, int to,
+                             int head, int thread) const {
+    const int live = rows_from(span.size, first, most), row = span.first + first;
+    to *= STRIDE<T, D>;
+    load(k + to, p, p.k, VECTOR_K, 0, row, most, live, head, p.head_dim, thread);
+    load(v + to, p, p.v, VECTOR_V, 0, row, most, live, head, p.value_dim, thread);
+    load(b + to, p, p.ddk, VECTOR_DDK, 0, row, most, live, head, p.head_dim, thread);
+    load(c + to, p, p.ddv, VECTOR_DDV, 0, row, most, live, head, p.value_dim, thread);
   }
 };
 
@@ -121,11 +121,10 @@ struct Products {
     if (p.ddv.data) add(g, x.dout, x.c);
   }
 
-  // From products to exp(S - lse), dP, T, G of element (n, e), the pair (i, j).
-  ATTN_DEVICE void complete(const Pairs<T>& pairs, int n, int e, bool exists, int i, int j,
+  // From products to exp(S - lse), dP, T, G of element (n, e), the pair (i, j); 0 unless `lives`.
+  ATTN_DEVICE void complete(const Pairs<T>& pairs, int n, int e, bool lives, int i, int j,
                             Acc<T> lse, Acc<T> r) {
-    using A = Acc<T>;
-    if (!exists || lse == -A(INFINITY)) {
+    if (!lives) {
       weight[n][e] = dp[n][e] = tangent[n][e] = g[n][e] = 0;
       return;
     }
@@ -136,16 +135,18 @@ struct Products {
   }
 };
 
-// gk and gv of the 16 keys from `slot` on, over the queries of the group's tile.
+// gk and gv of the 16 keys from `slot` on, over `queries` of the group's tile from row `from` on,
+// where first_query lies; first_key: where the tile of keys begins in the molecule.
 template <typename T, int D, int M>
 ATTN_DEVICE void add_key_gradients(Acc<T> (&gk)[M][4], Acc<T> (&gv)[M][4], const KernelParams& p,
                                    const DoubleBackwardTiles<T, D>& tiles, const Pairs<T>& pairs,
-                                   int slot, int queries, int first_query, int first_key,
-                                   int begin) {
+                                   int slot, int from, int queries, int first_query,
+                                   int first_key, int begin) {
   using Plan = DoubleBackwardPlan<T, D>;
   constexpr int S = STRIDE<T, D>;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  for (int at = 0; at < queries; at += Plan::STEP) {
+  first_query -= from;
+  for (int at = from; at < from + queries; at += Plan::STEP) {
     Products<T, D, true> x;
     x.multiply(p, tiles, slot, at);
     const uint32_t kept =
@@ -155,14 +156,12 @@ ATTN_DEVICE void add_key_gradients(Acc<T> (&gk)[M][4], Acc<T> (&gv)[M][4], const
       ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int query = at + n * 8 + 2 * t + e % 2;
-        const Row<Acc<T>> row = {tiles.lse[query], tiles.norm[query], tiles.delta[query],
-                                 tiles.t[query], tiles.y[query]};
+        const Row<Acc<T>> row = tiles.rows[query];
         const Acc<T> r = pairs.keep(kept, n, e);
-        x.complete(pairs, n, e, query < queries, first_query + query,
-                   first_key + slot + g + e / 2 * 8, row.lse, r);
+        x.complete(pairs, n, e, row.norm != 0, first_query + query,
+                   first_key + slot + g + e / 2 * 8, tiles.lse[query], r);
         x.weight[n][e] *= row.norm;
         second_order(x.weight[n][e], x.dp[n][e], x.tangent[n][e], x.g[n][e], r, row);
-        if (row.lse == -Acc<T>(INFINITY)) x.dp[n][e] = x.tangent[n][e] = x.g[n][e] = 0;
       }
     if (p.ddq.data) multiply_weights<T, D>(gk, x.dp, tiles.a + at * S + begin);        // (D8)
     multiply_weights<T, D>(gk, x.g, tiles.q + at * S + begin);
@@ -175,7 +174,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
     double_backward_queries_kernel(ATTN_GRID_CONSTANT KernelParams p) {
   using Plan = DoubleBackwardPlan<T, D>;
   using A = Acc<T>;
-  constexpr int S = STRIDE<T, D>, ROWS = Plan::ROWS, M = Plan::UNITS / 8;
+  constexpr int S = STRIDE<T, D>, ROWS = Plan::ROWS, STAGE = Plan::STAGE, M = Plan::UNITS / 8;
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
@@ -188,22 +187,27 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
 
   const DoubleBackwardTiles<T, D> tiles(place.memory(memory));
-  const bool resident = keys <= ROWS;
+  Walk<Plan> walk(keys, group);
+  const auto copy_keys = [&](int first, int to) {
+    tiles.load_keys(p, tile.other, first, STAGE, to, head, thread);
+  };
   if (keys > 0) {
-    tiles.load_queries(p, tile, tile.own, tile.first, head, thread, false);
-    if (resident) tiles.load_keys(p, tile.other, 0, head, thread);
-    copy_commit();
-    copy_wait<0>();
-    group_barrier(1 + group, Plan::GROUP_THREADS);
+    tiles.load_queries(p, tile, tile.own, tile.first, ROWS, 0, head, thread);
+    walk.start(copy_keys);
   }
 
   const Pairs<T> pairs(p, tile.molecule, head, keys);
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int first_query = tile.own.first + tile.first;
-  Row<A> row[2];  // of rows slot + g and slot + g + 8
+  // Of rows slot + g and slot + g + 8. lse = -inf: no finite logit, or no row.
+  Row<A> row[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+  A lse[2] = {-A(INFINITY), -A(INFINITY)};
   ATTN_UNROLL
-  for (int half = 0; half < 2; ++half)
-    row[half] = {keys > 0 ? tiles.lse[slot + g + 8 * half] : -A(INFINITY), 0, 0, 0, 0};
+  for (int half = 0; half < 2; ++half) {
+    const int query = slot + g + 8 * half;
+    if (query < live && keys > 0)
+      lse[half] = *address<const A>(p.lse, tile.molecule, first_query + query, head);
+  }
   // Over the keys, sweep 0 sums norm, delta, t and w (in y), sweep 1 adds to y centred terms, which
   // do not cancel (math.h), and sweep 2 adds to the gradients.
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
@@ -211,30 +215,27 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
     clear(gq);
     clear(gdout);
     for (int sweep = begin == 0 ? 0 : 2; sweep < 3; ++sweep) {
-      for (int first = 0; first < keys; first += ROWS) {
-        if (!resident) {
-          group_barrier(1 + group, Plan::GROUP_THREADS);
-          tiles.load_keys(p, tile.other, first, head, thread);
-          copy_commit();
-          copy_wait<0>();
-          group_barrier(1 + group, Plan::GROUP_THREADS);
-        }
+      for (int first = 0; first < keys; first += STAGE) {
+        walk.arrive(first, begin == 0 && sweep == 0, begin + Plan::UNITS >= D && sweep == 2,
+                    copy_keys);
         if (slot >= live) continue;
-        const int rows = rows_from(keys, first, ROWS);
-        for (int at = 0; at < rows; at += Plan::STEP) {
+        const int rows = rows_from(keys, first, STAGE);
+        for (int step = 0; step < rows; step += Plan::STEP) {
+          const int at = walk.at + step;
           Products<T, D, false> x;
           x.multiply(p, tiles, slot, at);
           const uint32_t kept =
-              pairs.template keep_bits<Plan::N, false>(tile_query + slot, first + at);
+              pairs.template keep_bits<Plan::N, false>(tile_query + slot, first + step);
           ATTN_UNROLL
           for (int n = 0; n < Plan::N; ++n)
             ATTN_UNROLL
             for (int e = 0; e < 4; ++e) {
               const int query = slot + g + e / 2 * 8;
-              const int i = tile_query + query, j = first + at + n * 8 + 2 * t + e % 2;
+              const int i = tile_query + query, j = first + step + n * 8 + 2 * t + e % 2;
               Row<A>& own = row[e / 2];
               const A r = pairs.keep(kept, n, e);
-              x.complete(pairs, n, e, query < live && j < keys, i, j, own.lse, r);
+              const bool lives = j < keys && lse[e / 2] != -A(INFINITY);
+              x.complete(pairs, n, e, lives, i, j, lse[e / 2], r);
               const A weight = x.weight[n][e], dp = x.dp[n][e];
               if (sweep == 0) {
                 own.norm += weight;
@@ -249,7 +250,6 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
               }
               x.weight[n][e] *= own.norm;
               second_order(x.weight[n][e], x.dp[n][e], x.tangent[n][e], x.g[n][e], r, own);
-              if (own.lse == -A(INFINITY)) x.dp[n][e] = x.tangent[n][e] = x.g[n][e] = 0;
               if (begin == 0 && query < live && j < keys)
                 pairs.store_pair(p.gbias, i, j, x.g[n][e]);                            // (D10)
             }
@@ -273,27 +273,22 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
         }
         own.y = quad_sum(own.y) * own.norm;                                            // (D4)
         const int query = slot + g + 8 * half;
-        if (query >= live) continue;
-        if (p.dlse.data)
+        if (p.dlse.data && lse[half] != -A(INFINITY))
           own.delta -= *address<const A>(p.dlse, tile.molecule, first_query + query, head);
         if (t != 0) continue;
-        *address<A>(p.gdlse, tile.molecule, first_query + query, head) = own.t;        // (D12)
-        if (whole && keys > 0) {
-          tiles.norm[query] = own.norm;
-          tiles.delta[query] = own.delta;
-          tiles.t[query] = own.t;
-          tiles.y[query] = own.y;
-        } else if (!whole) {
-          A* found = statistics_of<T>(p, tile.molecule, first_query + query, head);
-          found[0] = own.norm;
-          found[1] = own.delta;
-          found[2] = own.t;
-          found[3] = own.y;
+        if (query < live)
+          *address<A>(p.gdlse, tile.molecule, first_query + query, head) = own.t;      // (D12)
+        if (whole) {
+          tiles.rows[query] = own;  // also where there is no row
+          tiles.lse[query] = lse[half];
+        } else if (query < live) {
+          A* to = statistics_of<T>(p, tile.molecule, first_query + query, head);
+          *reinterpret_cast<Row<A>*>(to) = own;
         }
       }
     }
     if (slot >= live) continue;
-    const bool dead[2] = {row[0].lse == -A(INFINITY), row[1].lse == -A(INFINITY)};
+    const bool dead[2] = {lse[0] == -A(INFINITY), lse[1] == -A(INFINITY)};
     store_query_gradient<T>(p, p.gq, tile.molecule, first_query + slot, live - slot, head, begin,
                             gq, dead[0] ? A(0) : pairs.scale, dead[1] ? A(0) : pairs.scale);
     store_rows<T>(p.gdout, tile.molecule, first_query + slot, live - slot, head, begin,
@@ -307,7 +302,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
     A gk[M][4], gv[M][4];
     clear(gk);
     clear(gv);
-    add_key_gradients(gk, gv, p, tiles, pairs, slot, live, 0, 0, begin);
+    add_key_gradients(gk, gv, p, tiles, pairs, slot, 0, live, 0, 0, begin);
     const int first_key = tile.other.first + slot;
     const int count = keys - slot;
     store_rows<T>(p.gk, 0, first_key, count, head, begin, int(p.head_dim), gk, pairs.scale,
@@ -321,7 +316,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
     double_backward_keys_kernel(ATTN_GRID_CONSTANT KernelParams p) {
   using Plan = DoubleBackwardPlan<T, D>;
   using A = Acc<T>;
-  constexpr int ROWS = Plan::ROWS, M = Plan::UNITS / 8;
+  constexpr int ROWS = Plan::ROWS, STAGE = Plan::STAGE, M = Plan::UNITS / 8;
   ATTN_SHARED_MEMORY(memory);
   const Place<Plan> place(p);
   const int group = place.group, thread = place.thread, slot = place.slot;
@@ -335,21 +330,40 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
 
   const DoubleBackwardTiles<T, D> tiles(place.memory(memory));
+  Walk<Plan> walk(queries, group);
+  // The lse of a row is not 16 bytes: a thread reads it when it issues the copies of the next step,
+  // and writes it to shared memory behind the present step.
+  A lse = 0;
+  const auto read_lse = [&](int first) {
+    const int row = first + thread;
+    if (row < queries)
+      lse = *address<const A>(p.lse, tile.molecule, tile.other.first + row, head);
+  };
+  const auto copy_queries = [&](int first, int to) {
+    tiles.load_queries(p, tile, tile.other, first, STAGE, to, head, thread);
+    load_statistics<T, Plan::GROUP_THREADS>(&tiles.rows[to].norm, STAGE, p, tile.molecule,
+                                            tile.other.first + first,
+                                            rows_from(queries, first, STAGE), head, thread);
+    read_lse(first);
+    if (!walk.HALVES && thread < STAGE) tiles.lse[thread] = lse;
+  };
+  if (queries > 0) {
+    tiles.load_keys(p, tile.own, tile.first, ROWS, 0, head, thread);
+    walk.start(copy_queries);
+    read_lse(0);
+    if (thread < ROWS) tiles.lse[thread] = lse;
+  }
   const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
-  if (queries > 0) tiles.load_keys(p, tile.own, tile.first, head, thread);
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A gk[M][4], gv[M][4];
     clear(gk);
     clear(gv);
-    for (int first = 0; first < queries; first += ROWS) {
-      group_barrier(1 + group, Plan::GROUP_THREADS);
-      tiles.load_queries(p, tile, tile.other, first, head, thread, true);
-      copy_commit();
-      copy_wait<0>();
-      group_barrier(1 + group, Plan::GROUP_THREADS);
+    for (int first = 0; first < queries; first += STAGE) {
+      const bool more = walk.arrive(first, begin == 0, begin + Plan::UNITS >= D, copy_queries);
       if (slot < live)
-        add_key_gradients(gk, gv, p, tiles, pairs, slot, rows_from(queries, first, ROWS), first,
-                          tile_key, begin);
+        add_key_gradients(gk, gv, p, tiles, pairs, slot, walk.at,
+                          rows_from(queries, first, STAGE), first, tile_key, begin);
+      if (more && thread < STAGE) tiles.lse[(walk.at ^ STAGE) + thread] = lse;
     }
     if (slot >= live) continue;
     const int first_key = tile.own.first + tile.first + slot;

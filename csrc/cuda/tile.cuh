@@ -117,6 +117,58 @@ ATTN_DEVICE void load_rows(T* tile, int rows, const View& x, bool by_16_bytes, i
   }
 }
 
+// How the rows of the other axis reach a group: in steps of STAGE, through a tile of ROWS.
+// Those that all fit the tile are copied once and stay; the first step is computed while the second
+// is on its way. Others stream: a step is computed from one half of the tile while the next one is
+// copied to the other half, from the last step of a sweep to the first of the next as well. Where
+// STAGE is ROWS there is no other half, and what streams is waited for.
+template <typename Plan>
+struct Walk {
+  static constexpr int STAGE = Plan::STAGE;
+  static constexpr bool HALVES = 2 * STAGE == Plan::ROWS;
+  static_assert(HALVES || STAGE == Plan::ROWS);
+  int size, group;
+  bool stay;
+  int at;  // where in the tile the present step lies
+
+  ATTN_DEVICE Walk(int rows, int group_)
+      : size(rows), group(group_), stay(rows <= Plan::ROWS), at(STAGE) {}
+
+  // Issues the first copies, which end together with what was issued before. copy(first, to) issues
+  // those of a step, from row `first` of the axis to row `to` of the tile.
+  template <typename Copy>
+  ATTN_DEVICE void start(const Copy& copy) const {
+    const int rows = stay ? size : HALVES ? STAGE : 0;
+    ATTN_ROLLED  // one copy of the code
+    for (int first = 0; first < rows; first += STAGE) {
+      copy(first, first);
+      copy_commit();
+    }
+  }
+
+  // After this the step of row `first` can be read, and the one before no longer. For all threads
+  // of the group, in the order of the steps, in every sweep. True if the next step is on its way.
+  template <typename Copy>
+  ATTN_DEVICE bool arrive(int first, bool first_sweep, bool last_sweep, const Copy& copy) {
+    const int next = first + STAGE < size ? first + STAGE : 0;  // 0: of the next sweep
+    at = stay ? first : HALVES ? at ^ STAGE : 0;
+    if (stay) {
+      if (!first_sweep) return false;
+      if (next > 0) copy_wait<1>();
+      else copy_wait<0>();
+      group_barrier(1 + group, Plan::GROUP_THREADS);  // the copies of all threads
+      return false;
+    }
+    const bool more = HALVES && (next > 0 || !last_sweep);
+    group_barrier(1 + group, Plan::GROUP_THREADS);  // what is overwritten now is computed
+    if (more || !HALVES) copy(HALVES ? next : first, HALVES ? at ^ STAGE : 0);
+    copy_commit();
+    copy_wait<HALVES>();
+    group_barrier(1 + group, Plan::GROUP_THREADS);  // the copies of all threads
+    return more;
+  }
+};
+
 // Units begin ... begin + 8 N - 1 of the 16 rows of a slot, times a factor for rows g and g + 8.
 // A factor of 0 means an empty row, which is 0 even where the sum is not finite.
 template <typename Out, typename A, int N>
@@ -360,6 +412,18 @@ template <typename T>
 ATTN_DEVICE Acc<T>* statistics_of(const KernelParams& p, int molecule, int row, int head) {
   const int64_t rows = p.shared_seeds ? molecule * p.query_rows + row : row;
   return static_cast<Acc<T>*>(p.statistics) + (rows * p.heads + head) * 4;
+}
+
+// These four numbers of rows first ... first + live - 1, then zeros up to `rows`, as load_rows.
+template <typename T, int THREADS>
+ATTN_DEVICE void load_statistics(Acc<T>* to, int rows, const KernelParams& p, int molecule,
+                                 int first, int live, int head, int thread) {
+  constexpr int WIDTH = 16 / sizeof(Acc<T>), CHUNKS = 4 / WIDTH;
+  for (int i = thread; i < rows * CHUNKS; i += THREADS) {
+    const int row = i / CHUNKS;
+    const Acc<T>* from = statistics_of<T>(p, molecule, first + (row < live ? row : 0), head);
+    copy_async(to + i * WIDTH, from + i % CHUNKS * WIDTH, row < live);
+  }
 }
 
 }  // namespace attnpool
