@@ -7,7 +7,7 @@
 #include "../math.h"
 #include "few_seeds.cuh"
 #include "instances.cuh"
-#include "merge_parts.cuh"
+#include "few_seeds_merge.cuh"
 #include "seeds.cuh"
 
 namespace attnpool {

@@ -6,7 +6,7 @@
 // largest logit and the sum of weights in `parts`; merge_parts_kernel puts them together.
 #include "few_seeds.cuh"
 #include "instances.cuh"
-#include "merge_parts.cuh"
+#include "few_seeds_merge.cuh"
 
 namespace attnpool {
 
