@@ -13,6 +13,8 @@ JOBS   ?= 2
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP)
+# pip must not replace the torch that is there, and that the library is built against
+KEEP    := "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help bench report train zoo test test-fast test-gpu bench-gpu lint format aot triton-matrix wheel clean
@@ -36,19 +38,22 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.package
-	$(INSTALL) "$(TORCH)" matplotlib psutil ase
+	$(INSTALL) $(KEEP) matplotlib psutil ase
 	@touch $@
 
 # schnetpack pins a sympy that torch cannot use, so it comes without its dependencies.
 $(VENV)/.zoo: $(VENV)/.package
-	$(INSTALL) "$(TORCH)" torch_geometric ase lightning "jsonargparse[signatures]" tensorboard \
+	$(INSTALL) $(KEEP) torch_geometric ase lightning "jsonargparse[signatures]" tensorboard \
 	  h5py hydra-core hydra-colorlog fasteners dirsync torch-ema matscipy tensorboardX
 	$(INSTALL) --no-deps schnetpack==2.1.1
 	@touch $@
 
+# torch for CUDA brings its own Triton; the interpreter of 3.6 uses what numpy 2.4 removed.
 $(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo
-	$(INSTALL) "$(TORCH)" pytest pytest-benchmark hypothesis pybind11 triton==3.9.0 torch_geometric \
+	$(INSTALL) $(KEEP) pytest pytest-benchmark hypothesis pybind11 torch_geometric \
 	  abi3audit auditwheel
+	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0
+	! $(BIN)/python -m pip show triton | grep -q "^Version: 3.6" || $(INSTALL) "numpy<2.4"
 	@touch $@
 
 $(VENV)/.lint: | $(BIN)/python
@@ -81,7 +86,7 @@ test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest tests --ignore=tests/backends --ignore=tests/csrc --ignore=tests/benchmarks $(ARGS)
 
 ## make test-gpu   what only a CUDA device can prove, about 3 minutes; DEVICE=cpu proves the script
-test-gpu: $(VENV)/.test
+test-gpu: $(VENV)/.package
 	$(BIN)/python tests/gpu_check.py --device $(DEVICE) --out gpu_check.json $(ARGS)
 
 ## make bench-gpu  the benchmark on a CUDA device, 6 minutes
