@@ -55,12 +55,12 @@ def test_budget(module, case, dtype):
 def test_bits_do_not_depend_on_the_schedule_or_on_16_byte_loads(module, case, dtype):
     batch = case.make(dtype)
     expected = testing.run_kernels(batch, cuda_host.Kernels(module))
-    for schedule, vector in ((1, True), (2, False), (4, True)):
+    for schedule, vector in ((1, False), (2, True)):
         kernels = cuda_host.Kernels(module, schedule, vector)
         assert not test_cuda.different(expected, testing.run_kernels(batch, kernels))
 
 
-@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("width", [32, 128])
 def test_a_molecule_has_the_same_bits_alone_and_behind_others(module, width):
     case = testing.Case("alone", (81,), q_counts=(97,), heads=1, dim=width, lse=True)
     alone = case.make(torch.float32)
