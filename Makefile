@@ -14,7 +14,7 @@ JOBS   ?= 2
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP)
 # pip must not replace the torch that is there, and that the library is built against
-KEEP    := "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+KEEP    := "torch==$$($(BIN)/python -c 'from importlib.metadata import version as v; print(v("torch"))')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help bench report train zoo test test-fast test-gpu bench-gpu lint format aot triton-matrix wheel clean
