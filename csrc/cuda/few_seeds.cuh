@@ -38,7 +38,7 @@ struct SeedsPlan {
   static constexpr int GROUP_BYTES =
       TENSORS * STAGES * TILE * int(sizeof(T)) +
       (SEED_TENSORS * SEED_ROWS + PAIR_TERMS * TERMS + ROW_TERMS * SEEDS) * int(sizeof(A));
-  static constexpr int GROUPS = larger(1, smaller(4, (48 << 10) / GROUP_BYTES));
+  static constexpr int GROUPS = larger(1, smaller(2, (48 << 10) / GROUP_BYTES));
   static constexpr int THREADS = GROUPS * 32, BYTES = GROUPS * GROUP_BYTES;
 };
 
@@ -198,14 +198,24 @@ ATTN_DEVICE void load_tile(T* tile, const View& x, bool by_16_bytes, const Part&
   }
 }
 
-// Rows of the seeds in the accumulator's type, zeros from `units` on.
+// Rows of the seeds in the accumulator's type, zeros from `units` on. Several loads at a time.
 template <typename T, int D>
 ATTN_DEVICE void load_seeds(Acc<T>* rows, const View& x, int molecule, int head, int seeds,
                             int units) {
-  for (int s = 0; s < seeds; ++s) {
-    const T* from = address<const T>(x, molecule, s, head);
-    for (int unit = lane_index(); unit < D; unit += 32)
-      rows[s * D + unit] = unit < units ? to_acc(from[unit * x.unit]) : Acc<T>(0);
+  constexpr int N = 4;
+  const T* base = address<const T>(x, molecule, 0, head);
+  ATTN_ROLLED
+  for (int from = lane_index(); from < seeds * D; from += 32 * N) {
+    Acc<T> found[N];
+    ATTN_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const int i = from + 32 * n, unit = i % D;
+      const bool real = i < seeds * D && unit < units;
+      found[n] = real ? to_acc(base[i / D * x.row + unit * x.unit]) : Acc<T>(0);
+    }
+    ATTN_UNROLL
+    for (int n = 0; n < N; ++n)
+      if (from + 32 * n < seeds * D) rows[from + 32 * n] = found[n];
   }
 }
 
@@ -274,17 +284,20 @@ ATTN_DEVICE uint32_t load_lse(A* lse, const KernelParams& p, int molecule, int h
   return __ballot_sync(WARP, found != -A(INFINITY));
 }
 
+// Starts to fetch the first tiles, as stream_tiles wants it.
+template <typename Plan, typename Load>
+ATTN_DEVICE void begin_tiles(int tiles, const Load& load) {
+  for (int tile = 0; tile < Plan::STAGES - 1; ++tile) {
+    if (tile < tiles) load(tile, tile);
+    copy_commit();
+  }
+}
+
 // Calls use(tile, its stage) for tiles 0, 1, ... in order, while load(tile, stage) fetches the
-// next ones. resident: all of them lie in their stages already.
+// next ones; after begin_tiles, or resident: all of them lie in their stages already.
 template <typename Plan, typename Load, typename Use>
 ATTN_DEVICE void stream_tiles(int tiles, bool resident, const Load& load, const Use& use) {
   constexpr int AHEAD = Plan::STAGES - 1;
-  if (!resident) {
-    for (int tile = 0; tile < AHEAD; ++tile) {
-      if (tile < tiles) load(tile, tile);
-      copy_commit();
-    }
-  }
   int stage = 0;
   for (int tile = 0; tile < tiles; ++tile) {
     if (!resident) {

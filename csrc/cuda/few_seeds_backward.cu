@@ -90,9 +90,9 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
     clear_rows_of_nobody<T, Plan::UNITS>(p, p.dv, place.tile, head, value_dim);
     clear_pairs_of_nobody(p, p.dbias, place.tile, head);
   }
-  load_seeds<T, D>(b_q, p.q, 0, head, seeds, head_dim);
   A dq[SEEDS][Plan::UNITS];
   clear_seeds(dq);
+  bool new_seeds = true;
   ATTN_ROLLED
   for (int item = 0; item < work.items; ++item) {
     const Part part = work.part(p, item);
@@ -100,9 +100,6 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
     const int tiles = (part.last - part.first + KEYS - 1) / KEYS;
     const bool whole = part.keys <= p.split, resident = whole && tiles <= Plan::STAGES;
     const Pairs<T> pairs(p, part.molecule, head, part.keys);
-    load_seeds<T, D>(b_dout, p.dout, part.molecule, head, seeds, value_dim);
-    const uint32_t mask = load_lse(b_lse, p, part.molecule, head);
-
     const auto load = [&](int tile, int stage) {
       const int first = part.first + tile * KEYS;
       load_tile<Plan, T, D>(b_k + stage * Plan::TILE, p.k, p.vector_loads & VECTOR_K, part, first,
@@ -110,6 +107,11 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
       load_tile<Plan, T, D>(b_v + stage * Plan::TILE, p.v, p.vector_loads & VECTOR_V, part, first,
                             head, value_dim);
     };
+    begin_tiles<Plan>(tiles, load);
+    if (new_seeds) load_seeds<T, D>(b_q, p.q, 0, head, seeds, head_dim);
+    new_seeds = false;
+    load_seeds<T, D>(b_dout, p.dout, part.molecule, head, seeds, value_dim);
+    const uint32_t mask = load_lse(b_lse, p, part.molecule, head);
     // exp(S - lse) and dP of this lane's key; 0 where there is none.
     const auto multiply = [&](A(&weight)[SEEDS], A(&dp)[SEEDS], int stage, int j, uint32_t kept) {
       const int row = stage * Plan::TILE + key * STRIDE<T, D>;
@@ -147,12 +149,13 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
       };
       const bool sweeps = whole || p.only_statistics;
       if (sweeps) stream_tiles<Plan>(tiles, false, load, add);
+      if (sweeps && !p.only_statistics && !resident) begin_tiles<Plan>(tiles, load);
       ATTN_UNROLL
       for (int s = 0; s < SEEDS; ++s) {
         if (!(mask >> s & 1)) continue;
         if (!sweeps)
-          for (int i = lane * p.split; i < part.keys; i += 32 * p.split) {
-            const A* from = numbers_of_part<A>(p, part, i, head, s) + value_dim;
+          for (int64_t i = lane * p.split; i < part.keys; i += 32 * p.split) {
+            const A* from = numbers_of_part<A>(p, part, int(i), head, s) + value_dim;
             total[s] += from[0];
             delta[s] += from[1];
           }

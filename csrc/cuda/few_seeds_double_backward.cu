@@ -183,10 +183,9 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsDoubleBackwardPlan<T, D>::THREADS)
     clear_rows_of_nobody<T, Plan::UNITS>(p, p.gv, place.tile, head, value_dim);
     clear_pairs_of_nobody(p, p.gbias, place.tile, head);
   }
-  load_seeds<T, D>(tiles.q, p.q, 0, head, seeds, head_dim);
-  if (p.ddq.data) load_seeds<T, D>(tiles.a, p.ddq, 0, head, seeds, head_dim);
   A gq[SEEDS][Plan::UNITS];
   clear_seeds(gq);
+  bool new_seeds = true;
   ATTN_ROLLED
   for (int item = 0; item < work.items; ++item) {
     const Part part = work.part(p, item);
@@ -194,9 +193,15 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsDoubleBackwardPlan<T, D>::THREADS)
     const int count = (part.last - part.first + KEYS - 1) / KEYS;
     const bool whole = part.keys <= p.split, resident = whole && count <= Plan::STAGES;
     const Pairs<T> pairs(p, part.molecule, head, part.keys);
+    const auto load = [&](int tile, int stage) { tiles.load(p, part, tile, stage, head); };
+    begin_tiles<Plan>(count, load);
+    if (new_seeds) {
+      load_seeds<T, D>(tiles.q, p.q, 0, head, seeds, head_dim);
+      if (p.ddq.data) load_seeds<T, D>(tiles.a, p.ddq, 0, head, seeds, head_dim);
+    }
+    new_seeds = false;
     load_seeds<T, D>(tiles.dout, p.dout, part.molecule, head, seeds, value_dim);
     const uint32_t mask = load_lse(tiles.lse, p, part.molecule, head);
-    const auto load = [&](int tile, int stage) { tiles.load(p, part, tile, stage, head); };
 
     const auto find_statistics = [&] {
       SeedStatistics<A> sums[SEEDS];
@@ -215,14 +220,15 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsDoubleBackwardPlan<T, D>::THREADS)
       };
       const bool sweeps = whole || p.only_statistics;
       if (sweeps) stream_tiles<Plan>(count, false, load, add);
+      if (sweeps && !p.only_statistics && !resident) begin_tiles<Plan>(count, load);
       ATTN_UNROLL
       for (int s = 0; s < SEEDS; ++s) {
         if (s >= seeds) continue;
         SeedStatistics<A>& own = sums[s];
         if (mask >> s & 1) {
           if (!sweeps)
-            for (int i = lane * p.split; i < part.keys; i += 32 * p.split) {
-              const A* from = numbers_of_part<A>(p, part, i, head, s) + value_dim;
+            for (int64_t i = lane * p.split; i < part.keys; i += 32 * p.split) {
+              const A* from = numbers_of_part<A>(p, part, int(i), head, s) + value_dim;
               own.add({from[0], from[1], from[2], from[3]});
             }
           own.add_lanes(sweeps ? KEYS : 32);

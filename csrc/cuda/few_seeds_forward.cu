@@ -35,8 +35,6 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsForwardPlan<T, D>::THREADS)
   const int head_dim = int(p.head_dim), value_dim = int(p.value_dim), seeds = int(p.query_rows);
   const uint32_t mask = (1u << seeds) - 1;
   const Pairs<T> pairs(p, part.molecule, head, part.keys);
-  load_seeds<T, D>(b_q, p.q, 0, head, seeds, head_dim);
-
   A out[SEEDS][Plan::UNITS], highest[SEEDS], total[SEEDS];
   clear_seeds(out);
   clear_seeds(total);  // of this lane's keys
@@ -76,7 +74,10 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsForwardPlan<T, D>::THREADS)
     warp_barrier();
     add_rows<Plan, T, D>(out, b_weights, b_v + stage * Plan::TILE, rows, mask);        // (F3)
   };
-  stream_tiles<Plan>((part.last - part.first + KEYS - 1) / KEYS, false, load, use);
+  const int tiles = (part.last - part.first + KEYS - 1) / KEYS;
+  begin_tiles<Plan>(tiles, load);
+  load_seeds<T, D>(b_q, p.q, 0, head, seeds, head_dim);
+  stream_tiles<Plan>(tiles, false, load, use);
 
   const bool whole = part.keys <= p.split;
   ATTN_UNROLL
