@@ -108,6 +108,16 @@ def check_installed(python: Path | str, folder: Path, environment: dict) -> None
     assert "the CUDA library is not loaded" in done.stdout, done.stdout
 
 
+BESIDE_CUDA = """
+import torch, attnpool_kernels
+from attnpool_kernels.backends import cuda
+assert cuda.load() == "", cuda.load()
+for name in ("forward", "backward", "double_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"attnpool_c::{name}", "CUDA")
+assert not torch.cuda.is_initialized()
+"""
+
+
 def make_wheel(source: Path, **environment: str) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps"]
     done = subprocess.run(
@@ -133,5 +143,9 @@ def test_wheel_with_the_cuda_library(source, whole):
     wheel = make_wheel(source, **({} if whole else small))
     folder = source / "unpacked"
     check_wheel(wheel, folder)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
     if torch.version.cuda is None:
-        check_installed(sys.executable, folder, os.environ | {"PYTHONPATH": str(folder)})
+        check_installed(sys.executable, folder, environment)
+    else:  # every symbol is found, with or without a GPU
+        command = [sys.executable, "-c", BESIDE_CUDA]
+        subprocess.run(command, check=True, cwd=folder, env=environment)
