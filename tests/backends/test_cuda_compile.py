@@ -1,7 +1,7 @@
 """nvcc compiles every CUDA kernel without a spill, within the committed table of registers.
 
 Compiling everything takes minutes (-m slow). In every run: the table belongs to these sources, none
-of its kernels spills, and two of the kernels closest to the limit are compiled again. Those are
+of its kernels spills, and three of the kernels closest to the limit are compiled again. Those are
 skipped where nvcc is absent or of another release than the table's, which says nothing about it.
 """
 
@@ -38,12 +38,16 @@ def test_no_kernel_spills():
 
 @pytest.mark.parametrize(
     ("source", "arch", "dtype", "width"),
-    [("backward", "120", "float", 64), ("double_backward", "90", "Bfloat16", 128)],
+    [
+        ("backward", "120", "float", 64),
+        ("double_backward", "90", "Bfloat16", 128),
+        ("few_seeds_backward", "100", "Bfloat16", 128),
+    ],
 )
-def test_two_of_the_largest(source, arch, dtype, width):
+def test_three_of_the_largest(source, arch, dtype, width):
     needs_nvcc()
     found = nvcc_report.parse(nvcc_report.compile_one(source, arch, (dtype, width)))
-    assert any(f"{source}_queries" in name for name in found[arch])
+    assert any(name.startswith(f"{source}_") for name in found[arch])
     assert not nvcc_report.violations(found, TABLE["archs"], [arch], some=True)
 
 
