@@ -80,9 +80,7 @@ def test_seeds_and_dropout():
     testing.judge(case, torch.float32, lambda batch: testing.run_kernels(batch, kernels))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dim"), [(torch.float32, 24), (torch.bfloat16, 72)], ids=str
-)  # fmt: skip
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 24), (torch.bfloat16, 72)], ids=str)
 def test_few_seeds(dtype, dim):
     case = testing.Case("ptx few", (6, 40), seeds=2, heads=2, dim=dim, bias="pair", dropout=0.3)
     kernels = Simulated(cuda_host.build(), split=32)
