@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <cmath>
@@ -97,8 +98,8 @@ class Reader {
 
   static Device device(const Tensor& x) {
     int32_t type = 0, index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
     return {type, index};
   }
 

@@ -36,7 +36,7 @@ void run(const char* name, Pass pass, const Call& call, const Tensor& q) {
   p.parts = take(need.parts);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
   const int status = run_pass(pass, p, stream);
   STD_TORCH_CHECK(status == 0, "attnpool ", name, " could not be launched: ",

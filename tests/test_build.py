@@ -66,6 +66,12 @@ def test_what_was_asked_and_cannot_be_is_an_error(build, mode, word):
     assert done.returncode != 0 and word in done.stderr + done.stdout
 
 
+def test_sources_use_no_header_of_a_later_torch():
+    """torch 2.10's headers end before 2.13's STABLE_TORCH_ERROR_CODE_CHECK."""
+    for path in (ROOT / "csrc").glob("*.*"):
+        assert "STABLE_TORCH_ERROR" not in path.read_text(), path
+
+
 # Of what may be absent or of another version where the wheel is used.
 LIBRARIES = {"c", "m", "dl", "rt", "pthread", "stdc++", "gcc_s", "torch_cpu", "torch_cuda"}
 INSTALLED = """

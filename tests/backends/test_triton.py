@@ -37,6 +37,8 @@ H100 = {"device": "cuda", "dtype": torch.float32, "head_dim": 32, "value_dim": 3
 @needs_triton
 def test_reasons(change, reason, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if change.get("dtype") == torch.float64 and backend._version() < backend._FLOAT64:
+        reason = "float64: tl.dot needs triton"
     found = backend.why_not(Problem(**(H100 | change)))
     assert found == [] if reason is None else len(found) == 1 and reason in found[0]
 
@@ -138,6 +140,8 @@ def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if torch.__version__ < "2.11":
+        pytest.skip("torch 2.10 cannot trace its own FakeTensorMode (a logger inside)")
     from attnpool_kernels import seed_pool, set_attention
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
