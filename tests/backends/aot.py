@@ -5,8 +5,7 @@ architecture as Triton's launcher would specialise them. The gate looks at regis
 shared memory (cuobjdump) and at the instructions (PTX; for gfx942 the assembly).
 ``triton_resources.json`` keeps what was found, per Triton version, so that a change of it shows in
 review. An entry carries a digest of what was compiled (sources, signature, constants, options), so
-that no stale entry goes unnoticed and an update compiles what has changed only. No entry may spill
-but those listed there under "spills", each with its bytes and the reason.
+that no stale entry goes unnoticed and an update compiles what has changed only. No entry may spill.
 
     python tests/backends/aot.py check                digests of the table, and a sample compiled
     python tests/backends/aot.py check --all          everything compiled; exit code 1 on a finding
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -193,8 +191,8 @@ def launches(variant: Variant) -> list[Launch]:
     dropout, dlse = (0.1, lse) if options else (0.0, None)
     problem = (q, k, k, bias, None if few else ptr, ptr, pairs, seed)
     known, scale = (*problem, out, lse, out, dlse), 0.125
-    # gfx942 has no tiles of its own, and a tensor core for exact float32
-    capability = (9, 0) if variant.sm == GFX942 else divmod(variant.sm, 10)
+    # gfx942 has a tensor core for exact float32
+    capability = tuning.GFX942 if variant.sm == GFX942 else divmod(variant.sm, 10)
     exact = {"PRECISION": "ieee"} if variant.sm == GFX942 else {}
     with as_device(capability, variant.row, **exact), on_launch(found.append):
         if "double_backward" in variant.pass_name:
@@ -246,14 +244,13 @@ def findings(variant: Variant, launch: Launch, compiled, record: Record) -> list
     row = variant.width * DTYPES[variant.row].itemsize
     wide = dots and not launch.arguments.get("STATISTICS")
     wide = wide and launch.arguments["BLOCK_N"] * row >= 8 * 32 * warps
-    allowed = known_spills().get(variant.key, [0])[0]
     amd = variant.sm == GFX942
     text = compiled.asm["amdgcn" if amd else "ptx"]
     wanted = {"tf32": ".tf32", "tf32x3": ".tf32"}.get(launch.arguments.get("PRECISION"))
     half = variant.row in ("fp16", "bf16")
     atomics = r"atomic_(add|fadd|pk_add)_(f|bf)" if amd else r"\b(atom|red)\.[^;]*\.b?f(16|32|64)"
     tests = {
-        f"{record.stack} bytes of spills": record.stack > allowed,
+        f"{record.stack} bytes of spills": record.stack > 0,
         "shared memory over the limit": record.shared > SHARED_LIMIT[variant.sm] * 1024,
         "registers of a block": not amd and record.registers * warps * 32 > 65536,
         "no tensor core instruction": dots and (half or amd) and record.unit == "fma",
@@ -298,7 +295,7 @@ def variants() -> Iterator[Variant]:
     ):
         for row, width, sm in where:
             for name in passes:
-                capability = (9, 0) if sm == GFX942 else divmod(sm, 10)
+                capability = tuning.GFX942 if sm == GFX942 else divmod(sm, 10)
                 if row == "fp64" and backend._version() < backend._FLOAT64:
                     continue
                 if tuning.tile(name, capability, row, width, options) is not None:
@@ -306,23 +303,14 @@ def variants() -> Iterator[Variant]:
 
 
 def read_snapshot() -> dict[str, Any]:
-    """{entries: {key: [registers, spill, shared, unit, digest]}, spills: {key: [bytes, reason]}}"""
+    """{"entries": {key: [registers, spill, shared, unit, digest]}} of this version of Triton."""
     known = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
-    return known.get(triton.__version__, {"entries": {}, "spills": {}})
-
-
-@functools.cache
-def known_spills() -> dict[str, list]:
-    return read_snapshot()["spills"]
+    return known.get(triton.__version__, {"entries": {}})
 
 
 def write_snapshot(entries: dict[str, list]) -> None:
     known = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
-    spills = read_snapshot()["spills"]
-    known[triton.__version__] = {
-        "entries": {key: entries[key] for key in sorted(entries)},
-        "spills": {key: spills[key] for key in sorted(spills)},
-    }
+    known[triton.__version__] = {"entries": {key: entries[key] for key in sorted(entries)}}
     text = json.dumps(known, indent=1)
     text = re.sub(
         r"\[\s+([^\[\]]+?)\s+\]", lambda m: f"[{re.sub(chr(10) + ' +', ' ', m[1])}]", text

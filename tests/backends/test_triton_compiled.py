@@ -27,13 +27,13 @@ ODD = Case("odd width", (3, 18), heads=1, dim=5, value_dim=7)
 
 
 def test_gate_on_a_sample_of_the_table():
-    """Everything is compiled by `make aot`, which also finds the spills of what is not listed."""
+    """Everything is compiled by `make aot`."""
     entries = aot.read_snapshot()["entries"]
     for variant in list(aot.variants())[7 :: aot.SAMPLE]:
         record, found = aot.examine(variant)
-        if variant.key in entries:
+        if entries:
             assert entries[variant.key][:-1] == record.line(), variant.key
-        else:
+        else:  # triton_versions.py judges what other compilers spill
             found = [finding for finding in found if "spills" not in finding]
         assert not found, (variant.key, record)
 
@@ -48,12 +48,11 @@ def test_resource_table_is_of_these_sources():
     assert not [v.key for v in aot.stale(present)], "stale: run `make aot`"
 
 
-def test_every_spill_in_the_resource_table_has_a_reason():
-    snapshot = aot.read_snapshot()
-    for key, (_, spill, *_) in snapshot["entries"].items():
-        allowed, reason = snapshot["spills"].get(key, (0, ""))
-        assert spill <= allowed and (spill == 0 or reason), (key, spill)
-    assert set(snapshot["spills"]) <= set(snapshot["entries"])
+def test_resource_table_is_complete_and_nothing_spills():
+    entries = aot.read_snapshot()["entries"]
+    if entries:
+        assert not [variant.key for variant in aot.variants() if variant.key not in entries]
+        assert not {key: spill for key, (_, spill, *_) in entries.items() if spill}
 
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "SLICE": 16}

@@ -28,6 +28,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from attnpool_kernels.backends.triton import _version
+
 RED_ZONE = 4096  # bytes
 BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
 
@@ -195,8 +197,9 @@ def _patch_numbers(patch) -> None:
     def dot(_):
         def create_dot(self, a, b, acc, input_precision, max_imprecise):
             left, right = (bf16_to_f32(x.data) if is_bf16(x.dtype) else x.data for x in (a, b))
-            if left.shape[-1] < 16:
-                raise GuardError(f"tl.dot of depth {left.shape[-1]}: Triton 3.6 and 3.7 want 16")
+            least = 16 if _version() < (3, 9) else 256 // a.dtype.scalar.primitive_bitwidth
+            if left.shape[-1] < least:
+                raise GuardError(f"tl.dot of depth {left.shape[-1]}: Triton wants {least} here")
             kind = acc.data.dtype
             left, right = left.astype(kind), right.astype(kind)
             names = {"TF32": "tf32", "TF32X3": "tf32x3"}

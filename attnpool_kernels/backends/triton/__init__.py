@@ -65,25 +65,29 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _module(general: str, q: torch.Tensor, q_ptr: torch.Tensor | None):
-    """Where a pass is: few seeds have a schedule of their own."""
-    from . import tuning
+def _module(pass_name: str, args: tuple):
+    """Where a pass is: few seeds have a schedule of their own, where there are tiles for it."""
+    from . import launch, tuning
 
+    q, _, v, bias, q_ptr, _, _, seed, *_ = args
+    module = f"_{pass_name}"
     if q_ptr is None and q.shape[0] <= tuning.FEW:
-        general = "_few_seeds_double" if "double" in general else "_few_seeds"
-    return importlib.import_module(f"{__name__}.{general}")
+        options = bias is not None or seed is not None
+        if launch.tile(f"few_seeds_{pass_name}", q, v, options) is not None:
+            module = "_few_seeds_double" if pass_name == "double_backward" else "_few_seeds"
+    return importlib.import_module(f"{__name__}.{module}")
 
 
 def forward(*args):
     """(out, lse); see attnpool_kernels.autograd for the arguments and the equations."""
-    return _module("_forward", args[0], args[4]).forward(*args)
+    return _module("forward", args).forward(*args)
 
 
 def backward(*args):
     """(dq, dk, dv, dbias)."""
-    return _module("_backward", args[0], args[4]).backward(*args)
+    return _module("backward", args).backward(*args)
 
 
 def double_backward(*args):
     """(gq, gk, gv, gbias, gdout, gdlse)."""
-    return _module("_double_backward", args[0], args[4]).double_backward(*args)
+    return _module("double_backward", args).double_backward(*args)

@@ -23,6 +23,7 @@ from .tiles import (
     find_query_tile,
     find_tile,
     keep_mask,
+    later,
     load_bias,
     load_bias_of_keys,
     load_row_values,
@@ -35,6 +36,7 @@ from .tiles import (
     query_rows,
     renormalise,
     store_pairs,
+    store_products,
     store_row_values,
     store_rows,
     weights,
@@ -58,6 +60,7 @@ def _query_kernel(
         return
     c = tl.full((), scale, ACC)
     r = tl.full((), keep_scale, ACC)
+    one = tl.full((), 1.0, ACC)
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
     zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -85,25 +88,26 @@ def _query_kernel(
                 o_n = first_k + tl.arange(0, BLOCK_N)
                 m_n = o_n < keys
                 s, _ = products(
-                    q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head, H,
-                    zero, D, BD, SLICE, PRECISION)  # fmt: skip
+                    q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n,
+                    head, head, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
                 b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
                 s = add_bias(s, c, b_bias, m_n[None, :])
                 total += tl.sum(weights(s, b_lse[:, None]), 1)
             b_norm = 1.0 / tl.where(total > 0, total, 1.0)
         for first_k in range(0, keys, BLOCK_N):
             o_n = first_k + tl.arange(0, BLOCK_N)
+            k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
             m_n = o_n < keys
             s, _ = products(
-                q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head, H,
-                zero, D, BD, SLICE, PRECISION)  # fmt: skip
+                q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_at, o_n, m_n,
+                head, head_at, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
             dp, _ = products(
-                p_do, sdo, None, None, q_row, o_m, m_m, v, sv, None, None, k_row, o_n, m_n, head, H,
-                zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
-            b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+                p_do, sdo, None, None, q_row, o_m, m_m, v, sv, None, None, k_at, o_n, m_n,
+                head, head_at, H, zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
+            b_bias = load_bias(bias, sb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
             p = weights(add_bias(s, c, b_bias, m_n[None, :]), b_lse[:, None])
             if seed is not None:
-                m_keep = keep_mask(seed, threshold, molecule, head, o_m, first_k, BLOCK_N)
+                m_keep = keep_mask(seed, threshold, molecule, head_at, o_m, first_k, BLOCK_N)
                 dp = tl.where(m_keep, dp * r, 0.0)
             if one_block:  # the whole row is at hand: both statistics from what is used below
                 total = tl.sum(p, 1)
@@ -112,19 +116,20 @@ def _query_kernel(
             p *= b_norm[:, None]
             ds = p * (dp - (b_delta - b_dlse)[:, None])
             if dbias is not None:
-                store_pairs(dbias, pair, pairs, head, H, o_m, m_m, o_n, keys, ds)
+                store_pairs(dbias, pair, pairs, head_at, H, o_m, m_m, o_n, keys, ds)
             ds = ds.to(k.dtype.element_ty)
-            b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
+            b_k = load_rows(k, sk, k_at, head_at, o_n, m_n, D, BD)
             acc = tl.dot(ds, b_k, acc, input_precision=PRECISION)
             if rows <= BLOCK_M:
                 if seed is not None:
                     p = tl.where(m_keep, p * r, 0.0)
-                b_do = load_rows(p_do, sdo, q_row, head, o_m, m_m, DV, BDV)
-                b_dv = tl.dot(tl.trans(p.to(b_do.dtype)), b_do, input_precision=PRECISION)
-                store_rows(dv, k_row, head, H, o_n, m_n, b_dv, DV, BDV)
-                b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
-                b_dk = tl.dot(tl.trans(ds), b_q, input_precision=PRECISION) * c
-                store_rows(dk, k_row, head, H, o_n, m_n, b_dk, D, BD)
+                q_at = later(q_row, first_k, H)
+                store_products(
+                    dv, k_at, o_n, m_n, tl.trans(p.to(v.dtype.element_ty)), p_do, sdo, None, None,
+                    None, q_at, o_m, m_m, head_at, H, one, DV, BDV, PRECISION)  # fmt: skip
+                store_products(
+                    dk, k_at, o_n, m_n, tl.trans(ds), q, sq, None, None, None, q_at, o_m, m_m,
+                    head_at, H, c, D, BD, PRECISION)  # fmt: skip
         if rows > BLOCK_M:
             store_row_values(delta, o_row, head, H, o_m, m_m, b_delta - b_dlse)
             store_row_values(norm, o_row, head, H, o_m, m_m, b_norm)
@@ -165,27 +170,28 @@ def _key_kernel(
     b_dv = tl.zeros((BLOCK_N, BDV), ACC)
     for first_q in range(0, rows, BLOCK_M):
         o_m = first_q + tl.arange(0, BLOCK_M)
+        q_at, head_at = later(q_row, first_q, H), later(head, first_q, H)
         m_m = o_m < rows
         s, _ = products(
-            k, sk, None, None, k_row, o_n, m_n, q, sq, None, None, q_row, o_m, m_m, head, H,
-            zero, D, BD, SLICE, PRECISION)  # fmt: skip
+            k, sk, None, None, k_row, o_n, m_n, q, sq, None, None, q_at, o_m, m_m,
+            head, head_at, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
         dp, _ = products(
-            v, sv, None, None, k_row, o_n, m_n, p_do, sdo, None, None, q_row, o_m, m_m, head, H,
-            zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
-        b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))
-        b_delta = load_row_values(delta, sl, o_row, head, o_m, m_m, 0.0)
-        b_norm = load_row_values(norm, sl, o_row, head, o_m, m_m, 1.0)
-        b_bias = load_bias_of_keys(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+            v, sv, None, None, k_row, o_n, m_n, p_do, sdo, None, None, q_at, o_m, m_m,
+            head, head_at, H, zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
+        b_lse = load_row_values(lse, sl, o_row, head_at, o_m, m_m, float("-inf"))
+        b_delta = load_row_values(delta, sl, o_row, head_at, o_m, m_m, 0.0)
+        b_norm = load_row_values(norm, sl, o_row, head_at, o_m, m_m, 1.0)
+        b_bias = load_bias_of_keys(bias, sb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
         p = weights(add_bias(s, c, b_bias, m_m[None, :]), b_lse[None, :]) * b_norm[None, :]
         kept = p
         if seed is not None:
-            m_keep = tl.trans(keep_mask(seed, threshold, molecule, head, o_m, first, BLOCK_N))
+            m_keep = tl.trans(keep_mask(seed, threshold, molecule, head_at, o_m, first, BLOCK_N))
             dp = tl.where(m_keep, dp * r, 0.0)
             kept = tl.where(m_keep, p * r, 0.0)
         ds = p * (dp - b_delta[None, :])
-        b_do = load_rows(p_do, sdo, q_row, head, o_m, m_m, DV, BDV)
+        b_do = load_rows(p_do, sdo, q_at, head_at, o_m, m_m, DV, BDV)
         b_dv = tl.dot(kept.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
+        b_q = load_rows(q, sq, q_at, head_at, o_m, m_m, D, BD)
         b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     store_rows(dk, k_row, head, H, o_n, m_n, b_dk * c, D, BD)
     store_rows(dv, k_row, head, H, o_n, m_n, b_dv, DV, BDV)

@@ -19,6 +19,7 @@ from .tiles import (
     find_query_tile,
     find_tile,
     keep_mask,
+    later,
     load_bias,
     load_bias_of_keys,
     load_row_values,
@@ -29,6 +30,7 @@ from .tiles import (
     products,
     query_rows,
     store_pairs,
+    store_products,
     store_row_values,
     store_rows,
     weights,
@@ -85,18 +87,19 @@ def block_of_keys(
 ):  # fmt: skip
     """(P, P∘R, dP, T, G) of a tile of queries and keys first_k to live."""
     o_n = first_k + tl.arange(0, BLOCK_N)
+    k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
     m_n = o_n < live
     s, t = products(
-        q, sq, ddq, sddq, q_row, o_m, m_m, k, sk, ddk, sddk, k_row, o_n, m_n, head, H,
-        zero, D, BD, SLICE, PRECISION)  # fmt: skip
+        q, sq, ddq, sddq, q_row, o_m, m_m, k, sk, ddk, sddk, k_at, o_n, m_n,
+        head, head_at, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
     dp, g = products(
-        dout, sdo, None, None, q_row, o_m, m_m, v, sv, ddv, sddv, k_row, o_n, m_n, head, H,
-        zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
-    b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
-    b_e = load_bias(ddbias, sddb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+        dout, sdo, None, None, q_row, o_m, m_m, v, sv, ddv, sddv, k_at, o_n, m_n,
+        head, head_at, H, zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
+    b_bias = load_bias(bias, sb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
+    b_e = load_bias(ddbias, sddb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
     m_keep = None
     if seed is not None:
-        m_keep = keep_mask(seed, threshold, molecule, head, o_m, first_k, BLOCK_N)
+        m_keep = keep_mask(seed, threshold, molecule, head_at, o_m, first_k, BLOCK_N)
     return _finish_block(
         s, t, dp, g, c, r, b_bias, b_e, m_n[None, :], m_keep, b_lse[:, None], b_norm[:, None]
     )
@@ -119,6 +122,7 @@ def _query_kernel(
         return
     c = tl.full((), scale, ACC)
     r = tl.full((), keep_scale, ACC)
+    one = tl.full((), 1.0, ACC)
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
     zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -164,33 +168,32 @@ def _query_kernel(
             ds = p * (dp - b_delta[:, None])
             z = ds * (t - b_t[:, None]) + p * (g - b_y[:, None])
             o_n = first_k + tl.arange(0, BLOCK_N)
+            k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
             m_n = o_n < keys
             if gbias is not None:
-                store_pairs(gbias, pair, pairs, head, H, o_m, m_m, o_n, keys, z)
+                store_pairs(gbias, pair, pairs, head_at, H, o_m, m_m, o_n, keys, z)
             u = (kept * (t - b_t[:, None])).to(v.dtype.element_ty)
             z = z.to(k.dtype.element_ty)
             ds = ds.to(k.dtype.element_ty)
-            b_k = load_rows(k, sk, k_row, head, o_n, m_n, D, BD)
+            b_k = load_rows(k, sk, k_at, head_at, o_n, m_n, D, BD)
             b_gq = tl.dot(z, b_k, b_gq, input_precision=PRECISION)
             if ddk is not None:
-                b_ddk = load_rows(ddk, sddk, k_row, head, o_n, m_n, D, BD)
+                b_ddk = load_rows(ddk, sddk, k_at, head_at, o_n, m_n, D, BD)
                 b_gq = tl.dot(ds, b_ddk, b_gq, input_precision=PRECISION)
-            b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
+            b_v = load_rows(v, sv, k_at, head_at, o_n, m_n, DV, BDV)
             b_gdo = tl.dot(u, b_v, b_gdo, input_precision=PRECISION)
             if ddv is not None:
-                b_ddv = load_rows(ddv, sddv, k_row, head, o_n, m_n, DV, BDV)
+                b_ddv = load_rows(ddv, sddv, k_at, head_at, o_n, m_n, DV, BDV)
                 b_gdo = tl.dot(kept.to(b_v.dtype), b_ddv, b_gdo, input_precision=PRECISION)
             if rows <= BLOCK_M:
-                b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
-                b_gk = tl.dot(tl.trans(z), b_q, input_precision=PRECISION)
-                if ddq is not None:
-                    b_ddq = load_rows(ddq, sddq, q_row, head, o_m, m_m, D, BD)
-                    b_gk = tl.dot(tl.trans(ds), b_ddq, b_gk, input_precision=PRECISION)
-                store_rows(gk, k_row, head, H, o_n, m_n, b_gk * c, D, BD)
-                b_do = load_rows(p_do, sdo, q_row, head, o_m, m_m, DV, BDV)
-                b_gv = tl.dot(tl.trans(u), b_do, input_precision=PRECISION)
-                store_rows(gv, k_row, head, H, o_n, m_n, b_gv, DV, BDV)
-        store_rows(gdout, o_row, head, H, o_m, m_m, b_gdo, DV, BDV)
+                q_at = later(q_row, first_k, H)
+                store_products(
+                    gk, k_at, o_n, m_n, tl.trans(z), q, sq, tl.trans(ds), ddq, sddq, q_at, o_m,
+                    m_m, head_at, H, c, D, BD, PRECISION)  # fmt: skip
+                store_products(
+                    gv, k_at, o_n, m_n, tl.trans(u), p_do, sdo, None, None, None, q_at, o_m, m_m,
+                    head_at, H, one, DV, BDV, PRECISION)  # fmt: skip
+        store_rows(gdout, later(o_row, keys, H), head, H, o_m, m_m, b_gdo, DV, BDV)
     if q_ptr is None:
         q_row = part * n_q
     store_rows(gq, q_row, head, H, o_m, m_m, b_gq * c, D, BD)
@@ -229,34 +232,35 @@ def _key_kernel(
     b_gv = tl.zeros((BLOCK_N, BDV), ACC)
     for first_q in range(0, rows, BLOCK_M):
         o_m = first_q + tl.arange(0, BLOCK_M)
+        q_at, head_at = later(q_row, first_q, H), later(head, first_q, H)
         m_m = o_m < rows
         s, t = products(
-            k, sk, ddk, sddk, k_row, o_n, m_n, q, sq, ddq, sddq, q_row, o_m, m_m, head, H,
-            zero, D, BD, SLICE, PRECISION)  # fmt: skip
+            k, sk, ddk, sddk, k_row, o_n, m_n, q, sq, ddq, sddq, q_at, o_m, m_m,
+            head, head_at, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
         dp, g = products(
-            v, sv, ddv, sddv, k_row, o_n, m_n, p_do, sdo, None, None, q_row, o_m, m_m, head, H,
-            zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
-        b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))[None, :]
-        b_delta = load_row_values(delta, sl, o_row, head, o_m, m_m, 0.0)[None, :]
-        b_t = load_row_values(gdlse, sl, o_row, head, o_m, m_m, 0.0)[None, :]
-        b_y = load_row_values(y, sl, o_row, head, o_m, m_m, 0.0)[None, :]
-        b_norm = load_row_values(norm, sl, o_row, head, o_m, m_m, 1.0)[None, :]
-        b_bias = load_bias_of_keys(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
-        b_e = load_bias_of_keys(ddbias, sddb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+            v, sv, ddv, sddv, k_row, o_n, m_n, p_do, sdo, None, None, q_at, o_m, m_m,
+            head, head_at, H, zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
+        b_lse = load_row_values(lse, sl, o_row, head_at, o_m, m_m, float("-inf"))[None, :]
+        b_delta = load_row_values(delta, sl, o_row, head_at, o_m, m_m, 0.0)[None, :]
+        b_t = load_row_values(gdlse, sl, o_row, head_at, o_m, m_m, 0.0)[None, :]
+        b_y = load_row_values(y, sl, o_row, head_at, o_m, m_m, 0.0)[None, :]
+        b_norm = load_row_values(norm, sl, o_row, head_at, o_m, m_m, 1.0)[None, :]
+        b_bias = load_bias_of_keys(bias, sb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
+        b_e = load_bias_of_keys(ddbias, sddb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
         m_keep = None
         if seed is not None:
-            m_keep = tl.trans(keep_mask(seed, threshold, molecule, head, o_m, first, BLOCK_N))
+            m_keep = tl.trans(keep_mask(seed, threshold, molecule, head_at, o_m, first, BLOCK_N))
         p, kept, dp, t, g = _finish_block(
             s, t, dp, g, c, r, b_bias, b_e, m_m[None, :], m_keep, b_lse, b_norm
         )
         ds = p * (dp - b_delta)
         z = (ds * (t - b_t) + p * (g - b_y)).to(q.dtype.element_ty)
-        b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
+        b_q = load_rows(q, sq, q_at, head_at, o_m, m_m, D, BD)
         b_gk = tl.dot(z, b_q, b_gk, input_precision=PRECISION)
         if ddq is not None:
-            b_ddq = load_rows(ddq, sddq, q_row, head, o_m, m_m, D, BD)
+            b_ddq = load_rows(ddq, sddq, q_at, head_at, o_m, m_m, D, BD)
             b_gk = tl.dot(ds.to(b_ddq.dtype), b_ddq, b_gk, input_precision=PRECISION)
-        b_do = load_rows(p_do, sdo, q_row, head, o_m, m_m, DV, BDV)
+        b_do = load_rows(p_do, sdo, q_at, head_at, o_m, m_m, DV, BDV)
         u = (kept * (t - b_t)).to(b_do.dtype)
         b_gv = tl.dot(u, b_do, b_gv, input_precision=PRECISION)
     store_rows(gk, k_row, head, H, o_n, m_n, b_gk * c, D, BD)

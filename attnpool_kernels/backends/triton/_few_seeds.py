@@ -28,6 +28,7 @@ from .tiles import (
     find_segment,
     find_tile,
     keep_mask,
+    later,
     load_bias,
     load_row_values,
     load_rows,
@@ -35,6 +36,7 @@ from .tiles import (
     molecule_rows,
     products,
     store_pairs,
+    store_products,
     store_row_values,
     store_rows,
     weights,
@@ -88,7 +90,8 @@ def _forward_kernel(
         return
     pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
     o_m = tl.arange(0, BLOCK_M)
-    m_m = o_m < n_q
+    seeds = n_q.to(tl.int32)  # masks of 64 bits take twice the registers
+    m_m = o_m < seeds
     acc, b_lse = attend(
         q, k, v, bias, seed, sq, sk, sv, sb, threshold, tl.full((), scale, ACC), molecule, head, H,
         molecule * 0, o_m, m_m, k_row, first, last, keys, pair, pairs, D, DV, BD, BDV, BLOCK_M,
@@ -117,7 +120,8 @@ def _merge_kernel(
         return
     ACC: tl.constexpr = outs.dtype.element_ty
     o_m = tl.arange(0, BLOCK_M)
-    m_m = o_m < n_q
+    seeds = n_q.to(tl.int32)  # masks of 64 bits take twice the registers
+    m_m = o_m < seeds
     acc = tl.zeros((BLOCK_M, BDV), ACC)
     largest = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
@@ -155,20 +159,20 @@ def merged(statistic, k_row, keys, n_q, head, H, o_m, m_m, SPLIT: tl.constexpr):
 
 @triton.jit
 def _block(
-    q, k, v, bias, seed, p_do, sq, sk, sv, sb, sdo, b_lse, threshold, c, r, molecule, head, H,
-    o_m, m_m, k_row, o_n, m_n, first_k, keys, pair, pairs, zero,
+    q, k, v, bias, seed, p_do, sq, sk, sv, sb, sdo, b_lse, threshold, c, r, molecule, head,
+    head_at, H, o_m, m_m, k_row, o_n, m_n, first_k, keys, pair, pairs, zero,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(P, P∘R, dP) of the seeds and a block of keys, before P is divided by its row sum."""
     row = molecule * 0
     s, _ = products(
-        q, sq, None, None, row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head, H,
-        zero, D, BD, SLICE, PRECISION)  # fmt: skip
+        q, sq, None, None, row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n,
+        head, head_at, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
     dp, _ = products(
-        p_do, sdo, None, None, row, o_m, m_m, v, sv, None, None, k_row, o_n, m_n, head, H,
-        zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
-    b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+        p_do, sdo, None, None, row, o_m, m_m, v, sv, None, None, k_row, o_n, m_n,
+        head, head_at, H, zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
+    b_bias = load_bias(bias, sb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
     p = weights(add_bias(s, c, b_bias, m_n[None, :]), b_lse[:, None])
     kept = p
     if seed is not None:
@@ -194,7 +198,9 @@ def _backward_kernel(
     at = (tl.program_id(0) // H).to(tl.int64)
     c = tl.full((), scale, ACC)
     r = tl.full((), keep_scale, ACC)
+    one = tl.full((), 1.0, ACC)
     o_m = tl.arange(0, BLOCK_M)
+    seeds = n_q.to(tl.int32)  # masks of 64 bits take twice the registers
     zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = tl.zeros((BLOCK_M, BD), ACC)
     low, high = at, at + 1
@@ -211,7 +217,7 @@ def _backward_kernel(
                 low + (tile - low), k_ptr, B, n_k, SPLIT)  # fmt: skip
         live = tl.where(known, last, 0)  # rows of no molecule: not read, gradient 0
         pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
-        m_m = o_m < tl.where(known, n_q, 0)
+        m_m = o_m < tl.where(known, seeds, 0)
         row = molecule * n_q
         b_lse = load_row_values(lse, sl, row, head, o_m, m_m, float("-inf"))
         p_do = dout + molecule * sdo_b
@@ -222,10 +228,11 @@ def _backward_kernel(
         end = tl.where((one_block | (keys > SPLIT)) & (not STATISTICS), first, live)
         for first_k in range(first, end, BLOCK_N):
             o_n = first_k + tl.arange(0, BLOCK_N)
+            k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
             p, kept, dp = _block(
                 q, k, v, bias, seed, p_do, sq, sk, sv, sb, sdo, b_lse, threshold, c, r, molecule,
-                head, H, o_m, m_m, k_row, o_n, o_n < live, first_k, keys, pair, pairs, zero,
-                D, DV, BD, BDV, BLOCK_N, SLICE, PRECISION)  # fmt: skip
+                head, head_at, H, o_m, m_m, k_at, o_n, o_n < live, first_k, keys, pair, pairs,
+                zero, D, DV, BD, BDV, BLOCK_N, SLICE, PRECISION)  # fmt: skip
             total += tl.sum(p, 1)
             b_delta += tl.sum(p * dp, 1)
         if STATISTICS:
@@ -243,30 +250,33 @@ def _backward_kernel(
                 b_dlse = tl.where(b_lse == float("-inf"), 0.0, b_dlse)
             for first_k in range(first, last, BLOCK_N):
                 o_n = first_k + tl.arange(0, BLOCK_N)
+                k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
                 m_n = o_n < last
                 p, kept, dp = _block(
                     q, k, v, bias, seed, p_do, sq, sk, sv, sb, sdo, b_lse, threshold, c, r,
-                    molecule, head, H, o_m, m_m, k_row, o_n, o_n < live, first_k, keys, pair, pairs,
-                    zero, D, DV, BD, BDV, BLOCK_N, SLICE, PRECISION)  # fmt: skip
+                    molecule, head, head_at, H, o_m, m_m, k_at, o_n, o_n < live, first_k, keys,
+                    pair, pairs, zero, D, DV, BD, BDV, BLOCK_N, SLICE, PRECISION)  # fmt: skip
                 if one_block:
                     total = tl.sum(p, 1)
                     b_delta = tl.sum(p * dp, 1)
                 b_norm = 1.0 / tl.where(total > 0, total, 1.0)
                 ds = p * b_norm[:, None] * (dp - (b_delta * b_norm - b_dlse)[:, None])
                 if dbias is not None:
-                    store_pairs(dbias, pair, pairs, head, H, o_m, m_m, o_n, keys, ds)
+                    store_pairs(dbias, pair, pairs, head_at, H, o_m, m_m, o_n, keys, ds)
                 ds = ds.to(k.dtype.element_ty)
-                b_k = load_rows(k, sk, k_row, head, o_n, o_n < live, D, BD)
+                b_k = load_rows(k, sk, k_at, head_at, o_n, o_n < live, D, BD)
                 acc = tl.dot(ds, b_k, acc, input_precision=PRECISION)
-                b_do = load_rows(p_do, sdo, molecule * 0, head, o_m, m_m, DV, BDV)
-                kept = (kept * b_norm[:, None]).to(b_do.dtype)
-                b_dv = tl.dot(tl.trans(kept), b_do, input_precision=PRECISION)
-                store_rows(dv, k_row, head, H, o_n, m_n, b_dv, DV, BDV)
-                b_q = load_rows(q, sq, molecule * 0, head, o_m, m_m, D, BD)
-                b_dk = tl.dot(tl.trans(ds), b_q, input_precision=PRECISION) * c
-                store_rows(dk, k_row, head, H, o_n, m_n, b_dk, D, BD)
+                q_at = later(molecule * 0, first_k, H)
+                kept *= b_norm[:, None]
+                store_products(
+                    dv, k_at, o_n, m_n, tl.trans(kept.to(v.dtype.element_ty)), p_do, sdo, None,
+                    None, None, q_at, o_m, m_m, head_at, H, one, DV, BDV,
+                    PRECISION)  # fmt: skip
+                store_products(
+                    dk, k_at, o_n, m_n, tl.trans(ds), q, sq, None, None, None, q_at, o_m,
+                    m_m, head_at, H, c, D, BD, PRECISION)  # fmt: skip
     if not STATISTICS:
-        store_rows(dq, at * n_q, head, H, o_m, o_m < n_q, acc * c, D, BD)
+        store_rows(dq, at * n_q, head, H, o_m, o_m < seeds, acc * c, D, BD)
 
 
 def few_tiles(n_k: int, molecules: int) -> int:

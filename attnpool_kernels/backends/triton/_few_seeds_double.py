@@ -14,10 +14,12 @@ from ._double_backward import block_of_keys, merge_statistics, statistics_of
 from ._few_seeds import arguments, few_tiles, merge, part_in_slot, part_of, scratch, slot_of
 from .tiles import (
     UNSPECIALIZED,
+    later,
     load_row_values,
     load_rows,
     molecule_pairs,
     store_pairs,
+    store_products,
     store_row_values,
     store_rows,
 )
@@ -40,7 +42,9 @@ def _double_backward_kernel(
     at = (tl.program_id(0) // H).to(tl.int64)
     c = tl.full((), scale, ACC)
     r = tl.full((), keep_scale, ACC)
+    unit = tl.full((), 1.0, ACC)
     o_m = tl.arange(0, BLOCK_M)
+    seeds = n_q.to(tl.int32)  # masks of 64 bits take twice the registers
     zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     one = tl.full((BLOCK_M,), 1.0, ACC)
     b_gq = tl.zeros((BLOCK_M, BD), ACC)
@@ -59,7 +63,7 @@ def _double_backward_kernel(
                 low + (tile - low), k_ptr, B, n_k, SPLIT)  # fmt: skip
         live = tl.where(known, last, 0)  # rows of no molecule: not read, result 0
         pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
-        m_m = o_m < tl.where(known, n_q, 0)
+        m_m = o_m < tl.where(known, seeds, 0)
         row = molecule * n_q
         q_row = molecule * 0
         b_lse = load_row_values(lse, sl, row, head, o_m, m_m, float("-inf"))
@@ -100,7 +104,7 @@ def _double_backward_kernel(
                 b_dlse = load_row_values(
                     dlse + molecule * sdl_b, sdl, q_row, head, o_m, m_m, 0.0)  # fmt: skip
                 b_delta -= tl.where(b_lse == float("-inf"), 0.0, b_dlse)
-            m_first = o_m < tl.where(known & (first == 0), n_q, 0)
+            m_first = o_m < tl.where(known & (first == 0), seeds, 0)
             store_row_values(gdlse, row, head, H, o_m, m_first, b_t)
             b_gdo = tl.zeros((BLOCK_M, BDV), ACC)
             for first_k in range(first, last, BLOCK_N):
@@ -112,40 +116,39 @@ def _double_backward_kernel(
                 ds = p * (dp - b_delta[:, None])
                 z = ds * (t - b_t[:, None]) + p * (g - b_y[:, None])
                 o_n = first_k + tl.arange(0, BLOCK_N)
+                k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
                 m_n = o_n < last
                 m_live = o_n < live
                 if gbias is not None:
-                    store_pairs(gbias, pair, pairs, head, H, o_m, m_m, o_n, keys, z)
+                    store_pairs(gbias, pair, pairs, head_at, H, o_m, m_m, o_n, keys, z)
                 u = (kept * (t - b_t[:, None])).to(v.dtype.element_ty)
                 z = z.to(k.dtype.element_ty)
                 ds = ds.to(k.dtype.element_ty)
-                b_k = load_rows(k, sk, k_row, head, o_n, m_live, D, BD)
+                q_at = later(molecule * 0, first_k, H)
+                store_products(
+                    gk, k_at, o_n, m_n, tl.trans(z), q, sq, tl.trans(ds), ddq, sddq, q_at, o_m,
+                    m_m, head_at, H, c, D, BD, PRECISION)  # fmt: skip
+                store_products(
+                    gv, k_at, o_n, m_n, tl.trans(u), p_do, sdo, None, None, None, q_at, o_m, m_m,
+                    head_at, H, unit, DV, BDV, PRECISION)  # fmt: skip
+                b_k = load_rows(k, sk, k_at, head_at, o_n, m_live, D, BD)
                 b_gq = tl.dot(z, b_k, b_gq, input_precision=PRECISION)
-                b_v = load_rows(v, sv, k_row, head, o_n, m_live, DV, BDV)
-                b_gdo = tl.dot(u, b_v, b_gdo, input_precision=PRECISION)
-                b_q = load_rows(q, sq, q_row, head, o_m, m_m, D, BD)
-                b_gk = tl.dot(tl.trans(z), b_q, input_precision=PRECISION)
-                b_do = load_rows(p_do, sdo, q_row, head, o_m, m_m, DV, BDV)
-                b_gv = tl.dot(tl.trans(u), b_do, input_precision=PRECISION)
                 if ddk is not None:
-                    b_ddk = load_rows(ddk, sddk, k_row, head, o_n, m_live, D, BD)
+                    b_ddk = load_rows(ddk, sddk, k_at, head_at, o_n, m_live, D, BD)
                     b_gq = tl.dot(ds, b_ddk, b_gq, input_precision=PRECISION)
+                b_v = load_rows(v, sv, k_at, head_at, o_n, m_live, DV, BDV)
+                b_gdo = tl.dot(u, b_v, b_gdo, input_precision=PRECISION)
                 if ddv is not None:
-                    b_ddv = load_rows(ddv, sddv, k_row, head, o_n, m_live, DV, BDV)
+                    b_ddv = load_rows(ddv, sddv, k_at, head_at, o_n, m_live, DV, BDV)
                     b_gdo = tl.dot(kept.to(b_v.dtype), b_ddv, b_gdo, input_precision=PRECISION)
-                if ddq is not None:
-                    b_ddq = load_rows(ddq, sddq, q_row, head, o_m, m_m, D, BD)
-                    b_gk = tl.dot(tl.trans(ds), b_ddq, b_gk, input_precision=PRECISION)
-                store_rows(gk, k_row, head, H, o_n, m_n, b_gk * c, D, BD)
-                store_rows(gv, k_row, head, H, o_n, m_n, b_gv, DV, BDV)
             if keys <= SPLIT:
-                store_rows(gdout, row, head, H, o_m, m_first, b_gdo, DV, BDV)
+                store_rows(gdout, later(row, keys, H), head, H, o_m, m_first, b_gdo, DV, BDV)
             else:
                 slot = slot_of(k_row, first, SPLIT) * n_q
-                m_part = o_m < tl.where(known & (first < keys), n_q, 0)
+                m_part = o_m < tl.where(known & (first < keys), seeds, 0)
                 store_rows(gdouts, slot, head, H, o_m, m_part, b_gdo, DV, BDV)
     if not STATISTICS:
-        store_rows(gq, at * n_q, head, H, o_m, o_m < n_q, b_gq * c, D, BD)
+        store_rows(gq, at * n_q, head, H, o_m, o_m < seeds, b_gq * c, D, BD)
 
 
 def double_backward(

@@ -43,8 +43,8 @@ def attend(
         o_n = first_k + tl.arange(0, BLOCK_N)
         m_n = o_n < last
         s, _ = products(
-            q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n, head, H,
-            zero, D, BD, SLICE, PRECISION)  # fmt: skip
+            q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n,
+            head, head, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
         b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
         b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
         s = add_bias(s, c, b_bias, m_n[None, :])

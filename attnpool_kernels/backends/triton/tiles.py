@@ -156,13 +156,27 @@ def molecule_pairs(pair_ptr, molecule, B, n_pairs):
 
 
 @triton.jit
+def later(x, step, H):
+    """x, which a loop over step takes for new in every turn. What follows from it, addresses above
+    all, would else be computed before the loop and hold registers through all of it."""
+    return x + tl.where(H > 0, 0, step)
+
+
+@triton.jit
+def unknown(bound, H):
+    """bound, which the compiler does not know. It would else unroll the loop and load all slices
+    first, into registers."""
+    return tl.where(H > 0, bound, -H)
+
+
+@triton.jit
 def load_slice(
     x, strides, row, head, o_row, m_row, first_d, WIDTH: tl.constexpr, TILE: tl.constexpr
 ):
     """[rows, TILE] of x[row + o_row, head, first_d:]; 0 outside m_row and beyond WIDTH."""
     o_d = first_d + tl.arange(0, TILE)
-    p_x = x + row * strides[0] + head * strides[1]
-    p_x += o_row[:, None].to(tl.int64) * strides[0] + (o_d * strides[2])[None, :]
+    p_x = x + head * strides[1] + ((row + o_row) * strides[0])[:, None]
+    p_x += (o_d * strides[2])[None, :]
     m_x = m_row[:, None]
     if WIDTH % TILE != 0:
         m_x = m_x & (o_d < WIDTH)[None, :]
@@ -176,18 +190,26 @@ def load_rows(x, strides, row, head, o_row, m_row, WIDTH: tl.constexpr, PADDED: 
 
 
 @triton.jit
-def store_rows(x, row, head, H, o_row, m_row, value, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """x[row + o_row, head, :WIDTH] = value for a contiguous x [*, H, WIDTH]."""
-    o_d = tl.arange(0, PADDED)
+def store_slice(
+    x, row, head, H, o_row, m_row, first_d, value, WIDTH: tl.constexpr, TILE: tl.constexpr
+):
+    """x[row + o_row, head, first_d:] = value [rows, TILE] for a contiguous x [*, H, WIDTH]."""
+    o_d = first_d + tl.arange(0, TILE)
     p_x = x + ((row + o_row[:, None].to(tl.int64)) * H + head) * WIDTH + o_d[None, :]
     m_x = m_row[:, None] & (o_d < WIDTH)[None, :]
     tl.store(p_x, value.to(x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
+def store_rows(x, row, head, H, o_row, m_row, value, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """x[row + o_row, head, :WIDTH] = value for a contiguous x [*, H, WIDTH]."""
+    store_slice(x, row, head, H, o_row, m_row, 0, value, WIDTH, PADDED)
+
+
+@triton.jit
 def load_row_values(x, strides, row, head, o_row, m_row, other):
     """[rows] of x[row + o_row, head]; other outside m_row."""
-    p_x = x + row * strides[0] + head * strides[1] + o_row.to(tl.int64) * strides[0]
+    p_x = x + head * strides[1] + (row + o_row) * strides[0]
     return tl.load(p_x, mask=m_row, other=other)
 
 
@@ -233,40 +255,74 @@ def store_pairs(x, pair, pairs, head, H, o_m, m_m, o_n, keys, value):
 
 @triton.jit
 def products(
-    x, sx, x_dot, sx_dot, x_row, o_x, m_x, y, sy, y_dot, sy_dot, y_row, o_y, m_y, head, H, zero,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    x, sx, x_dot, sx_dot, x_row, o_x, m_x, y, sy, y_dot, sy_dot, y_row, o_y, m_y, head, head_at, H,
+    zero, WIDTH: tl.constexpr, PADDED: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(x y^T, x_dot y^T + x y_dot^T) over rows x_row + o_x and y_row + o_y; None counts as zero.
 
     zero is a [o_x, o_y] accumulator. The width is walked in slices, which are loaded where they are
-    used, so that wide or precise operands need not all stay in registers; a single slice is loaded
-    once, outside of the caller's loop, by the compiler.
+    used, so that wide or precise operands need not all stay in registers. A single slice of x is
+    loaded once, outside of the caller's loop over y, by the compiler: head_at is later(head).
     """
     xy = zero
     dot = zero
     if SLICE >= PADDED:
         b_x = load_rows(x, sx, x_row, head, o_x, m_x, WIDTH, PADDED)
-        b_y = load_rows(y, sy, y_row, head, o_y, m_y, WIDTH, PADDED)
+        b_y = load_rows(y, sy, y_row, head_at, o_y, m_y, WIDTH, PADDED)
         xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=PRECISION)
         if x_dot is not None:
             b_xd = load_rows(x_dot, sx_dot, x_row, head, o_x, m_x, WIDTH, PADDED)
             dot = tl.dot(b_xd, tl.trans(b_y), dot, input_precision=PRECISION)
         if y_dot is not None:
-            b_yd = load_rows(y_dot, sy_dot, y_row, head, o_y, m_y, WIDTH, PADDED)
+            b_yd = load_rows(y_dot, sy_dot, y_row, head_at, o_y, m_y, WIDTH, PADDED)
             dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=PRECISION)
     else:
-        # a bound unknown to the compiler, which would unroll the loop and load every slice first
-        for d in range(0, tl.where(H > 0, WIDTH, 0), SLICE):
-            b_x = load_slice(x, sx, x_row, head, o_x, m_x, d, WIDTH, SLICE)
-            b_y = load_slice(y, sy, y_row, head, o_y, m_y, d, WIDTH, SLICE)
+        for d in range(0, unknown(WIDTH, H), SLICE):
+            b_x = load_slice(x, sx, x_row, head_at, o_x, m_x, d, WIDTH, SLICE)
+            b_y = load_slice(y, sy, y_row, head_at, o_y, m_y, d, WIDTH, SLICE)
             xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=PRECISION)
             if x_dot is not None:
-                b_xd = load_slice(x_dot, sx_dot, x_row, head, o_x, m_x, d, WIDTH, SLICE)
+                b_xd = load_slice(x_dot, sx_dot, x_row, head_at, o_x, m_x, d, WIDTH, SLICE)
                 dot = tl.dot(b_xd, tl.trans(b_y), dot, input_precision=PRECISION)
             if y_dot is not None:
-                b_yd = load_slice(y_dot, sy_dot, y_row, head, o_y, m_y, d, WIDTH, SLICE)
+                b_yd = load_slice(y_dot, sy_dot, y_row, head_at, o_y, m_y, d, WIDTH, SLICE)
                 dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=PRECISION)
     return xy, dot
+
+
+@triton.jit
+def product_slice(
+    a, y, sy, a_dot, y_dot, sy_dot, y_row, o_y, m_y, head, first_d, c,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[rows of a, TILE] of c (a y + a_dot y_dot) from first_d on; y_dot None counts as zero."""
+    b_y = load_slice(y, sy, y_row, head, o_y, m_y, first_d, WIDTH, TILE)
+    ay = tl.dot(a.to(b_y.dtype), b_y, input_precision=PRECISION, out_dtype=c.dtype)
+    if y_dot is not None:
+        b_yd = load_slice(y_dot, sy_dot, y_row, head, o_y, m_y, first_d, WIDTH, TILE)
+        ay = tl.dot(a_dot.to(b_yd.dtype), b_yd, ay, input_precision=PRECISION)
+    return ay * c
+
+
+@triton.jit
+def store_products(
+    x, row, o_x, m_x, a, y, sy, a_dot, y_dot, sy_dot, y_row, o_y, m_y, head, H, c,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x[row + o_x, head] = c (a y + a_dot y_dot) for a contiguous x [*, H, WIDTH], some columns at
+    a time: wide operands take registers, and most of all those of float64 without a tensor core."""
+    PART: tl.constexpr = 16 if c.dtype == tl.float64 else 64
+    if PADDED <= PART:
+        value = product_slice(
+            a, y, sy, a_dot, y_dot, sy_dot, y_row, o_y, m_y, head, 0, c, WIDTH, PADDED, PRECISION
+        )
+        store_slice(x, row, head, H, o_x, m_x, 0, value, WIDTH, PADDED)
+    else:
+        for d in range(0, unknown(WIDTH, H), PART):
+            value = product_slice(
+                a, y, sy, a_dot, y_dot, sy_dot, y_row, o_y, m_y, head, d, c, WIDTH, PART, PRECISION
+            )
+            store_slice(x, row, head, H, o_x, m_x, d, value, WIDTH, PART)
 
 
 @triton.jit
