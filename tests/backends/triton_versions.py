@@ -33,7 +33,7 @@ VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 NEEDS = {"3.6.0": ["numpy<2.4"]}  # its interpreter uses what later numpy removed
 PART = "error_budget and not float64 and (edges or everything or parts or long) or guard_sees"
 STEP, STEP_OF_ALL = 61, 19  # every 61st variant of the tile table is compiled
-SLACK = 512  # bytes a thread, half of its registers
+SLACK = 256  # bytes a thread, a quarter of its registers
 MINUTES = 5  # for an installation, 200 MB
 # What pip says without an index that answers; with one it lists the versions that there are.
 OFFLINE = r"from versions: none|Max retries|timed out|Connection|HTTP error 5|IncompleteRead"
