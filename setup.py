@@ -38,15 +38,7 @@ CPUS = int(os.environ.get("MAX_JOBS") or CPUS)  # what torch's own builds read
 
 # Sources of csrc/cpu that are compiled once per vector width; the rest of csrc/cpu once.
 WIDTH_SOURCES = ("product", "forward", "backward", "double_backward", "kernels")
-# Sources of csrc/cuda.
-CUDA_SOURCES = (
-    "forward",
-    "backward",
-    "double_backward",
-    "few_seeds_forward",
-    "few_seeds_backward",
-    "few_seeds_double_backward",
-)
+CUDA_SOURCES = sorted(path.stem for path in (HERE / "csrc" / "cuda").glob("*.cu"))
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 WIDTHS = {
     "baseline": [],

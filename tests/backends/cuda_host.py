@@ -14,22 +14,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from attnpool_kernels import testing
+
 ROOT = Path(__file__).parents[2]
 MODULE = "attnpool_cuda_host"
-SOURCES = (
-    "forward",
-    "backward",
-    "double_backward",
-    "few_seeds_forward",
-    "few_seeds_backward",
-    "few_seeds_double_backward",
-)
+SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 POINTERS = {"q_ptr", "k_ptr", "pair_ptr", "seed"}
 POINTERS |= {"statistics", "partial", "partial_sums", "parts"}  # scratch
@@ -220,3 +216,17 @@ def _view(x: Tensor | None, name: str, by_molecule: bool):
     results = name in ("out", "lse", "dout", "dlse", "gdout", "gdlse")
     molecule = strides.pop(0) if by_molecule and results else 0
     return (x.data_ptr(), molecule, *strides, *[0] * (3 - len(strides)))
+
+
+def compare_absent_cotangents(kernels: Kernels, batch: testing.Batch) -> None:
+    """A cotangent that is absent must give the bits of one that is zero."""
+    names = ("ddq", "ddk", "ddv", "ddbias", "dlse")
+    for name in names:
+        zero, none = replace(batch), replace(batch)
+        for other in names if name == "dlse" else (name,):
+            setattr(zero, other, torch.zeros_like(getattr(batch, other)))
+            setattr(none, other, None)
+        one, other = (testing.run_kernels(x, kernels) for x in (zero, none))
+        one.pop("gdlse"), other.pop("gdlse", None)
+        for key, x in one.items():
+            assert torch.equal(x, other[key]), (name, key)

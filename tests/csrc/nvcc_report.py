@@ -25,14 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "csrc" / "cuda" / "resources.json"
-SOURCES = (
-    "forward",
-    "backward",
-    "double_backward",
-    "few_seeds_forward",
-    "few_seeds_backward",
-    "few_seeds_double_backward",
-)
+SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ("80", "86", "89", "90", "100", "120")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\d+)'"
