@@ -19,8 +19,10 @@ Second order, with A, B, C, E the cotangents of dQ, dK, dV, db::
 δ is rowsum(P∘dP), which (B2) writes with O. O and L are functions of the inputs here, so the saved
 copies get no gradient of their own. Rows without a finite logit have P = 0: every term is 0.
 
-Three nested Functions: the backward of the first applies the second, whose backward applies the
-third, whose backward raises. All residuals go through ``save_for_backward``.
+Each registered operator has its derivative in the dispatcher: that of the first is the second, that
+of the second is the third, and that of the third raises. So eager calls, tracers, exporters and
+compilers that run a recorded graph all meet the same derivatives, at whatever level they keep
+autograd. All residuals go through ``save_for_backward``.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ _TENSORS = 8  # q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed: the first arguments
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend):
-        out, lse = ops.forward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend)
-        ctx.save_for_backward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse)
+        tensors = q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed
+        with _below_autograd():
+            out, lse = ops.forward(*tensors, scale, dropout, backend)
+        ctx.save_for_backward(*tensors, out, lse)
         ctx.options = scale, dropout, backend
         ctx.set_materialize_grads(False)
         return out, lse
@@ -52,18 +56,17 @@ class _Forward(torch.autograd.Function):
         need_dbias = problem[3] is not None and ctx.needs_input_grad[3]
         if dout is None:
             dout = out.new_zeros(1).expand(out.shape)
-        # A compiler traces this with grad mode on although its graphs end at first order; it
-        # raises by itself when someone differentiates them again.
-        nested = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        run = _Backward.apply if nested else ops.backward
-        dq, dk, dv, dbias = run(*problem, out, lse, dout, dlse, scale, dropout, need_dbias, backend)
+        dq, dk, dv, dbias = _backward(
+            *problem, out, lse, dout, dlse, scale, dropout, need_dbias, backend
+        )
         return dq, dk, dv, dbias if need_dbias else None, *[None] * 7
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        gradients = ops.backward(*arguments)
+        with _below_autograd():
+            gradients = ops.backward(*arguments)
         *tensors, scale, dropout, need_dbias, backend = arguments
         ctx.save_for_backward(*tensors)
         ctx.options = scale, dropout, backend
@@ -76,8 +79,9 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, ddq, ddk, ddv, ddbias):
         _refuse_tangents(ddq, ddk, ddv, ddbias)
         tensors = ctx.saved_tensors
-        run = _DoubleBackward.apply if torch.is_grad_enabled() else ops.double_backward
-        gq, gk, gv, gbias, gdout, gdlse = run(*tensors, ddq, ddk, ddv, ddbias, *ctx.options)
+        gq, gk, gv, gbias, gdout, gdlse = _double_backward(
+            *tensors, ddq, ddk, ddv, ddbias, *ctx.options
+        )
         gradients = [gq, gk, gv, gbias if tensors[3] is not None else None]
         gradients += [None] * (_TENSORS - len(gradients) + 2)  # boundaries, seed, out, lse
         gradients += [gdout, gdlse if tensors[-1] is not None else None]
@@ -88,13 +92,55 @@ class _DoubleBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.backend = arguments[-1]
-        return ops.double_backward(*arguments)
+        with _below_autograd():
+            return ops.double_backward(*arguments)
 
     @staticmethod
     def backward(ctx, *_):
         raise NotImplementedError(
             f"backend {ctx.backend!r} has no third derivative; backend='reference' has every order"
         )
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _differentiable(
+    operator: torch._ops.OpOverload, function: type[torch.autograd.Function]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Makes ``function`` the derivative of an operator, as torch's own derivatives are made.
+
+    Returns the operator as Python calls it: what the dispatcher would do with it, without its
+    detour, where no compiler or tracer is there to see the operator.
+    """
+
+    def differentiate(*arguments):
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in arguments
+        ):
+            return function.apply(*arguments)
+        with _below_autograd():
+            return operator(*arguments)
+
+    def call(*arguments):
+        return operator(*arguments) if _recorded() else differentiate(*arguments)
+
+    ops.library.impl(operator, differentiate, "Autograd")
+    return call
+
+
+def _recorded() -> bool:
+    """Whether something above autograd has to see the operator itself."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+attention = _differentiable(ops.forward, _Forward)
+_backward = _differentiable(ops.backward, _Backward)
+_double_backward = _differentiable(ops.double_backward, _DoubleBackward)
 
 
 def _refuse_tangents(*cotangents: Tensor | None) -> None:
@@ -106,19 +152,6 @@ def _refuse_tangents(*cotangents: Tensor | None) -> None:
         raise NotImplementedError(
             "an incoming gradient has a forward-mode tangent: reverse mode only"
         )
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
-    pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float, backend: str,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(F1)-(F3) through a kernel backend, with a graph to second order where it is wanted."""
-    if torch.compiler.is_compiling():
-        # Dynamo refuses a Function that gets one tensor twice: set_attention(x, x, x, ptr).
-        k, v, k_ptr = k.view_as(k), v.view_as(v), k_ptr.view_as(k_ptr)
-    run = _Forward.apply if differentiable else ops.forward
-    return run(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend)
 
 
 class _Composite(torch.autograd.Function):
@@ -182,8 +215,7 @@ def _native_gradients(ctx, tensors, dout, dlse):
     if dout is None:
         dout = out.new_zeros(1).expand(out.shape)
     need_dbias = tensors[3] is not None and ctx.needs_input_grad[5]
-    run = _Backward.apply if torch.is_grad_enabled() else ops.backward
-    gradients = run(*tensors, out, lse, dout, dlse, scale, dropout, need_dbias, backend)
+    gradients = _backward(*tensors, out, lse, dout, dlse, scale, dropout, need_dbias, backend)
     return [*gradients, *[None] * (_TENSORS - len(gradients))]
 
 
@@ -212,6 +244,11 @@ def _native(tensors, dropout: float) -> str | None:
     return None
 
 
+def recording() -> bool:
+    """Whether ``make_fx`` (or what is built on it) records the operators that run."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 def first_order(
     call: Callable[..., tuple[Tensor, Tensor | None]], name: str, *arguments: object
 ) -> tuple[Tensor, Tensor | None]:
@@ -223,4 +260,9 @@ def first_order(
     tracked = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
     if not (tracked and torch.is_grad_enabled()):
         return call(*arguments)
+    if recording():
+        raise NotImplementedError(
+            f"backend {name!r} cannot be recorded by make_fx with inputs that require grad: the "
+            "graph would have no derivative; leave backend=None or name a kernel backend"
+        )
     return _Composite.apply(call, name, *arguments)

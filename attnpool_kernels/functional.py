@@ -15,7 +15,7 @@ from torch import Tensor
 from . import autograd, dispatch
 from .dispatch import BackendError, Problem
 from .dropout import draw_seed
-from .ragged import Ragged, _traced, check_kind
+from .ragged import Ragged, _traced, check_kind, last_of
 from .ragged import _check_contents as check_contents
 
 __all__ = ["BackendError", "Problem", "explain", "seed_pool", "set_attention"]
@@ -157,12 +157,12 @@ def _attend(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse
     seed = draw_seed(q.device) if dropout > 0 else None
     tensors = (q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed)
     if q.is_meta:  # shapes only: the registered operators give them without any backend
-        out, lse = autograd.attention(*tensors, scale, dropout, "cpu", problem.grad_order > 0)
+        out, lse = autograd.attention(*tensors, scale, dropout, "cpu")
         return (out, lse) if return_lse else out
     chosen = dispatch.select(problem, backend)
     if chosen.KIND == "kernel":
         name = chosen.__name__.rpartition(".")[2]
-        out, lse = autograd.attention(*tensors, scale, dropout, name, problem.grad_order > 0)
+        out, lse = autograd.attention(*tensors, scale, dropout, name)
     else:
         out, lse = chosen.attention(*tensors, scale, dropout)
     return (out, lse) if return_lse else out
@@ -369,9 +369,9 @@ def _check_bias(bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr:
     n_k = _lengths(k_ptr, k.shape[0])
     n_q = q.shape[0] if q_ptr is None else n_k if q_ptr is k_ptr else _lengths(q_ptr, q.shape[0])
     pair_ptr = torch.cat([n_k.new_zeros(1), (n_q * n_k).cumsum(0)])
-    if bias.device.type == "cpu" and not _traced(bias) and int(pair_ptr[-1]) != bias.shape[0]:
+    if bias.device.type == "cpu" and not _traced(bias) and last_of(pair_ptr) != bias.shape[0]:
         raise ValueError(
-            f"bias must have P = {int(pair_ptr[-1])} rows, one for each query-key pair of each "
+            f"bias must have P = {last_of(pair_ptr)} rows, one for each query-key pair of each "
             f"molecule, got {bias.shape[0]}"
         )
     return pair_ptr

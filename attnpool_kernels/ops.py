@@ -1,8 +1,12 @@
 """The registered operators: schemas, shapes without data, and the call into the chosen backend.
 
-``torch.ops.attnpool.{forward, backward, double_backward}`` know no derivative: ``autograd`` owns
-the graph. Their last argument names a kernel backend, which is looked up here and nowhere else, so
-that a compiled graph or an exported program holds the choice as a constant.
+``torch.ops.attnpool.{attention, attention_backward, attention_double_backward}`` are the three
+passes. ``autograd`` registers the derivative of each with the dispatcher. Their last argument names
+a kernel backend, which is looked up here and nowhere else, so that a compiled graph or an exported
+program holds the choice as a constant.
+
+The names have changed once: caches of compilers on disk keep graphs of operators that had no
+derivative of their own under the old names.
 """
 
 from __future__ import annotations
@@ -19,14 +23,14 @@ _PROBLEM = (
 _RESULT = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
 _OPTIONS = "float scale, float dropout"
 
-_library = torch.library.Library("attnpool", "DEF")
-_library.define(f"forward({_PROBLEM}, {_OPTIONS}, str backend) -> (Tensor, Tensor)")
-_library.define(
-    f"backward({_PROBLEM}, {_RESULT}, {_OPTIONS}, bool need_dbias, str backend) "
+library = torch.library.Library("attnpool", "DEF")
+library.define(f"attention({_PROBLEM}, {_OPTIONS}, str backend) -> (Tensor, Tensor)")
+library.define(
+    f"attention_backward({_PROBLEM}, {_RESULT}, {_OPTIONS}, bool need_dbias, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(
-    f"double_backward({_PROBLEM}, {_RESULT}, Tensor? ddq, Tensor? ddk, Tensor? ddv, "
+library.define(
+    f"attention_double_backward({_PROBLEM}, {_RESULT}, Tensor? ddq, Tensor? ddk, Tensor? ddv, "
     f"Tensor? ddbias, {_OPTIONS}, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -95,22 +99,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 for _name, _run, _fake in (
-    ("forward", _forward, _fake_forward),
-    ("backward", _backward, _fake_backward),
-    ("double_backward", _double_backward, _fake_double_backward),
+    ("attention", _forward, _fake_forward),
+    ("attention_backward", _backward, _fake_backward),
+    ("attention_double_backward", _double_backward, _fake_double_backward),
 ):
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _run, _key)
-    torch.library.register_fake(f"attnpool::{_name}", _fake, lib=_library)
+        library.impl(_name, _run, _key)
+    torch.library.register_fake(f"attnpool::{_name}", _fake, lib=library)
 
-
-def forward(*arguments) -> tuple[Tensor, Tensor]:
-    return torch.ops.attnpool.forward.default(*arguments)
-
-
-def backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.attnpool.backward.default(*arguments)
-
-
-def double_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.attnpool.double_backward.default(*arguments)
+forward = torch.ops.attnpool.attention.default
+backward = torch.ops.attnpool.attention_backward.default
+double_backward = torch.ops.attnpool.attention_double_backward.default

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -49,9 +50,13 @@ def check_kind(ptr: object, name: str = "ptr") -> None:
 
 def _check_contents(ptr: Tensor, rows: int, name: str) -> None:
     """One pass in C++ where the library is loaded and nothing is wrong, else torch operators."""
-    native = getattr(torch.ops.attnpool_c, "check_ptr", None)
-    if native is not None and ptr.device.type == "cpu" and native(ptr, rows) == 0:
-        return
+    with unrecorded():
+        native = getattr(torch.ops.attnpool_c, "check_ptr", None)
+        if native is None or ptr.device.type != "cpu" or native(ptr, rows) != 0:
+            _check_elements(ptr, rows, name)
+
+
+def _check_elements(ptr: Tensor, rows: int, name: str) -> None:
     first, last = int(ptr[0]), int(ptr[-1])
     if first != 0:
         raise ValueError(f"{name}[0] must be 0, got {first}")
@@ -75,6 +80,19 @@ def _traced(tensor: Tensor) -> bool:
     )
 
 
+def unrecorded() -> AbstractContextManager:
+    """Keeps a check of contents out of the graph that ``make_fx`` records over real tensors."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return nullcontext()
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+def last_of(ptr: Tensor) -> int:
+    """The last element of boundaries whose contents can be read."""
+    with unrecorded():
+        return int(ptr[-1])
+
+
 class Ragged:
     """Boundaries of molecules in a concatenated batch, made once per batch and shared by layers.
 
@@ -94,7 +112,7 @@ class Ragged:
         self._last: int | None = None  # ptr[-1] once the contents have been checked
         if ptr.device.type == "cpu" and not _traced(ptr):
             _check_contents(self.ptr, 2**63 - 1, "ptr")
-            self._last = int(self.ptr[-1])
+            self._last = last_of(self.ptr)
 
     @classmethod
     def from_ptr(cls, ptr: Tensor) -> Ragged:
@@ -110,12 +128,10 @@ class Ragged:
             raise TypeError(f"counts must be int32 or int64, got {counts.dtype}")
         if counts.dim() != 1:
             raise ValueError(f"counts must have shape [B], got {tuple(counts.shape)}")
-        if counts.device.type == "cpu" and not _traced(counts) and bool((counts < 0).any()):
-            i = int((counts < 0).nonzero()[0])
-            raise ValueError(f"counts must not be negative, got counts[{i}] = {int(counts[i])}")
         ends = counts.cumsum(0, dtype=counts.dtype)
-        if counts.device.type == "cpu" and not _traced(counts) and bool((ends < 0).any()):
-            raise ValueError(f"counts must have a sum that fits into {counts.dtype}")
+        if counts.device.type == "cpu" and not _traced(counts):
+            with unrecorded():
+                _check_counts(counts, ends)
         return cls(torch.cat([counts.new_zeros(1), ends]))
 
     @classmethod
@@ -137,8 +153,9 @@ class Ragged:
         ):
             raise TypeError(f"num_molecules must be an int, got {type(num_molecules).__name__}")
         if num_molecules is None or (batch.device.type == "cpu" and not _traced(batch)):
-            largest = int(batch[-1]) if batch.numel() else -1
-            _check_batch(batch, largest, num_molecules)
+            with unrecorded():
+                largest = int(batch[-1]) if batch.numel() else -1
+                _check_batch(batch, largest, num_molecules)
             num_molecules = largest + 1 if num_molecules is None else num_molecules
         edges = torch.arange(num_molecules + 1, device=batch.device, dtype=batch.dtype)
         return cls(torch.searchsorted(batch, edges, out_int32=batch.dtype == torch.int32))
@@ -165,7 +182,7 @@ class Ragged:
         rows: N, default ptr[-1] (which synchronises on a CUDA device).
         """
         if rows is None:
-            rows = int(self.ptr[-1])
+            rows = last_of(self.ptr)
         elif not torch.compiler.is_compiling():
             if isinstance(rows, bool) or not isinstance(rows, int | torch.SymInt):
                 raise TypeError(f"rows must be an int, got {type(rows).__name__}")
@@ -255,6 +272,14 @@ def _integers(name: str, values: Sequence[int]) -> Tensor:
     if made.is_floating_point() or made.is_complex() or made.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {made.dtype}")
     return made.long()
+
+
+def _check_counts(counts: Tensor, ends: Tensor) -> None:
+    if bool((counts < 0).any()):
+        i = int((counts < 0).nonzero()[0])
+        raise ValueError(f"counts must not be negative, got counts[{i}] = {int(counts[i])}")
+    if bool((ends < 0).any()):
+        raise ValueError(f"counts must have a sum that fits into {counts.dtype}")
 
 
 def _check_batch(batch: Tensor, largest: int, num_molecules: int | None) -> None:

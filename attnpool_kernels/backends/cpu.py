@@ -43,13 +43,21 @@ def why_not(problem: Problem) -> list[str]:
     return reasons
 
 
+@cache
+def _operators() -> torch._ops._OpNamespace:
+    """The library's operators. A saved graph comes here without a call of ``why_not``."""
+    if reason := load():
+        raise RuntimeError(f"backend 'cpu' cannot run: {reason}")
+    return torch.ops.attnpool_c
+
+
 def forward(*arguments):
-    return torch.ops.attnpool_c.forward.default(*arguments)
+    return _operators().forward.default(*arguments)
 
 
 def backward(*arguments):
-    return torch.ops.attnpool_c.backward.default(*arguments)
+    return _operators().backward.default(*arguments)
 
 
 def double_backward(*arguments):
-    return torch.ops.attnpool_c.double_backward.default(*arguments)
+    return _operators().double_backward.default(*arguments)

@@ -3,6 +3,9 @@
 Serves what no kernel serves (dimensions over 256, other devices, third derivatives, forward mode)
 and needs no compiler. Half types are computed in float32. Reads the boundaries on the host, so it
 synchronises on an accelerator.
+
+torch's ``make_fx`` records softmax, as every function whose derivative uses its result, with that
+result detached: a recorded gradient would have a wrong derivative. So recording one raises.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import autograd
 from ..dropout import keep_mask
 
 if TYPE_CHECKING:
@@ -30,6 +34,22 @@ def attention(
     pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Equations (F1)-(F3) of ``autograd``; arguments as of the registered forward."""
+    out, lse = _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
+    if autograd.recording():
+        for x in (out, lse):
+            if x.requires_grad:
+                x.register_hook(_refuse_recorded)
+    return out, lse
+
+
+def _refuse_recorded(gradient: Tensor) -> None:
+    raise NotImplementedError(
+        "backend 'reference': a gradient recorded by make_fx would have a wrong derivative (torch "
+        "detaches the result of softmax in its graph); leave backend=None or name a kernel backend"
+    )
+
+
+def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = (x.to(wide).transpose(0, 1) for x in (q, k, v))  # [H, N, D]
     heads, rows = q.shape[:2]
