@@ -12,7 +12,6 @@ derivative of their own under the old names.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from . import backends
 
