@@ -107,7 +107,7 @@ class SetTransformerAggregation(Aggregation):
         x, ragged = grouped(x, index, ptr, dim_size, dim, max_num_elements)
         for block in self.encoders:
             x = block(x, ragged)
-        out = _NanToNum.apply(decoded(self.pma(x, ragged), self.decoders))
+        out = decoded(self.pma(x, ragged), self.decoders).nan_to_num()
         if self.empty == "zero":
             out = out.masked_fill((ragged.counts() == 0).to(out.device)[:, None, None], 0.0)
         return out.flatten(1, 2) if self.concat else out.mean(1)
@@ -117,21 +117,6 @@ class SetTransformerAggregation(Aggregation):
             f"{type(self).__name__}({self.channels}, num_seed_points={self.num_seed_points}, "
             f"heads={self.heads}, layer_norm={self.layer_norm}, dropout={self.dropout})"
         )
-
-
-class _NanToNum(torch.autograd.Function):
-    """nan_to_num as torch_geometric ends with, whose gradient costs nothing: it is passed on.
-
-    torch's own stops at elements that are not finite; the layers before make NaN of either.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.nan_to_num()
-
-    @staticmethod
-    def backward(ctx, dout):
-        return dout
 
 
 class RaggedSetTransformerAggregation(SetTransformerAggregation):
