@@ -120,6 +120,29 @@ def test_database_of_schnetpack_2(tmp_path, monkeypatch):
     assert np.allclose(found.molecules.y, wanted, rtol=1e-14)
 
 
+def test_two_files_of_one_split(source):
+    """The same again does no harm; another one is not passed over."""
+    folder, _, _ = source
+    kept = (folder / "splits/split_12_4_2_3.npz").read_bytes()
+    (folder / "split_12_4_2_3.npz").write_bytes(kept)
+    assert tuple(load("oe62", folder).splits) == (0, 1, 2, 3, 4)
+    np.savez(folder / "splits/split_3_1_1_3.npz", train_idx=[0, 1, 2], val_idx=[3], test_idx=[4])
+    with pytest.raises(
+        ValueError, match=r"split_12_4_2_3.npz and .*split_3_1_1_3.npz are both split 3"
+    ):
+        load("oe62", folder)
+
+
+def test_periodic_structures_are_said(tmp_path):
+    atoms = molecules(COUNT)
+    for one in atoms[3:5]:
+        one.pbc, one.cell = True, [9, 9, 9]
+    write_ase(tmp_path / oe62.FILE, atoms, properties(atoms))
+    write_splits(tmp_path)
+    with pytest.warns(UserWarning, match="2 of 18 structures are periodic; they are read as mol"):
+        assert same_structures(load("oe62", tmp_path).molecules, atoms)
+
+
 def test_wrong_databases(tmp_path):
     path, atoms = tmp_path / oe62.FILE, molecules(4)
     write_splits(tmp_path / "splits", 8)
