@@ -1,14 +1,13 @@
 """OE62 in small: databases written by SchNetPack and, as SchNetPack 1 does, by ASE alone."""
 
 import importlib.util
-import typing
 
 import numpy as np
 import pytest
-import torch.utils.data.dataloader
 from ase.db import connect
 from ase.units import Bohr, Hartree
 
+from attnpool_kernels.zoo import libraries
 from attnpool_kernels.zoo.datasets import load, oe62
 
 from .small import indices, molecules, same_structures
@@ -91,18 +90,11 @@ def test_orbitals(source):
         load("oe62", folder, orbital="gap")
 
 
-def schnetpack_data(monkeypatch):
+def test_database_of_schnetpack_2(tmp_path):
+    """With units, which are honoured."""
     if importlib.util.find_spec("schnetpack") is None:
         pytest.skip("schnetpack is not installed")
-    loader = torch.utils.data.dataloader
-    if not hasattr(loader, "T_co"):  # a name that schnetpack 2.1 imports and newer torch lacks
-        monkeypatch.setattr(loader, "T_co", typing.TypeVar("T_co", covariant=True), raising=False)
-    return importlib.import_module("schnetpack.data")
-
-
-def test_database_of_schnetpack_2(tmp_path, monkeypatch):
-    """With units, which are honoured."""
-    data = schnetpack_data(monkeypatch)
+    data = libraries.schnetpack("data")
     atoms = molecules(COUNT)
     rows = [{k: row[k] / Hartree for k in ("HOMO", "LUMO")} for row in properties(atoms)]
     in_bohr = [one.copy() for one in atoms]
