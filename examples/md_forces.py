@@ -5,13 +5,20 @@ Needs torch_geometric and ase. The energies are those of ASE's effective medium 
 quick; put any calculator of ASE in its place (tblite's GFN2-xTB for real chemistry).
 """
 
-import ase
 import numpy as np
 import torch
-from ase import units
-from ase.build import molecule
-from ase.calculators.emt import EMT
-from ase.md.verlet import VelocityVerlet
+
+try:
+    import ase
+    import torch_geometric  # noqa: F401, the backbone is its SchNet
+    from ase import units
+    from ase.build import molecule
+    from ase.calculators.emt import EMT
+    from ase.md.verlet import VelocityVerlet
+except ImportError as error:
+    raise SystemExit(
+        f"needs torch_geometric and ase: pip install torch_geometric ase ({error})"
+    ) from None
 
 from attnpool_kernels.zoo.calculator import PooledCalculator
 from attnpool_kernels.zoo.model import PooledModel

@@ -6,8 +6,12 @@ with one each.
 """
 
 import torch
-from torch_geometric.data import Batch, Data
-from torch_geometric.nn import GIN
+
+try:
+    from torch_geometric.data import Batch, Data
+    from torch_geometric.nn import GIN
+except ImportError as error:
+    raise SystemExit(f"needs torch_geometric: pip install torch_geometric ({error})") from None
 
 from attnpool_kernels.zoo.pyg import SetTransformerAggregation
 

@@ -6,7 +6,11 @@ The energies are those of a Lennard-Jones cluster, in its own units.
 """
 
 import torch
-from torch_geometric.nn import SchNet
+
+try:
+    from torch_geometric.nn import SchNet
+except ImportError as error:
+    raise SystemExit(f"needs torch_geometric: pip install torch_geometric ({error})") from None
 
 from attnpool_kernels.nn import AttentionPooling
 from attnpool_kernels.zoo.pyg import MoleculeGraph, pooled_schnet

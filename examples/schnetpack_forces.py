@@ -1,15 +1,21 @@
 """SchNetPack's potential with attention-based pooling in the place of ``Atomwise``.
 
 Run: python examples/schnetpack_forces.py
-Needs schnetpack 2. The data are random positions with the forces of a harmonic attraction to the
-molecule's centre.
+Needs schnetpack 2, see "Models" in the README. The data are random positions with the forces of a
+harmonic attraction to the molecule's centre.
 """
 
-import schnetpack
 import torch
 
 from attnpool_kernels.nn import AttentionPooling
+from attnpool_kernels.zoo import libraries
 from attnpool_kernels.zoo.schnetpack import PooledAtomwise
+
+try:
+    # ``import schnetpack``, which fails from torch 2.13 on unless a name is put where it looks.
+    schnetpack = libraries.schnetpack()
+except ImportError as error:
+    raise SystemExit(str(error)) from None
 
 
 def model(width: int = 32) -> torch.nn.Module:

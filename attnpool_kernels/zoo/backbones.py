@@ -7,10 +7,7 @@ place of a property). The libraries are imported where a backbone is made.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import typing
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from ..nn.attention import positive
 from ..ragged import Ragged
+from . import libraries
 from .basis import GaussianRBF, SphericalBasis, gaussians
 from .graph import checked_cutoff, edges, lengths, triplets
 
@@ -94,7 +92,7 @@ class SchNet(Backbone):
         cutoff: float = 10.0,
     ) -> None:
         super().__init__(hidden_channels, cutoff)
-        net = _pyg("schnet").SchNet(
+        net = libraries.pyg("schnet").SchNet(
             hidden_channels, positive("num_filters", num_filters),
             positive("num_interactions", num_interactions),
             _at_least_two("num_gaussians", num_gaussians), self.cutoff, interaction_graph=_no_graph,
@@ -144,7 +142,7 @@ class DimeNetPlusPlus(Backbone):
         _positive(locals(), "out_emb_channels num_output_layers num_before_skip num_after_skip")
         super().__init__(latent, cutoff)
         self._bases(hidden_channels, num_spherical, num_radial, envelope_exponent)
-        parts, act = _pyg("dimenet"), torch.nn.SiLU()
+        parts, act = libraries.pyg("dimenet"), torch.nn.SiLU()
         self.output_blocks = torch.nn.ModuleList(
             parts.OutputPPBlock(
                 num_radial, hidden_channels, out_emb_channels, latent, num_output_layers, act,
@@ -165,7 +163,7 @@ class DimeNetPlusPlus(Backbone):
         if positive("num_spherical", num_spherical) < 2:
             raise ValueError(f"num_spherical must be at least 2, got {num_spherical}")
         exponent = positive("envelope_exponent", exponent)
-        parts = _pyg("dimenet")
+        parts = libraries.pyg("dimenet")
         self.rbf = parts.BesselBasisLayer(num_radial, self.cutoff, exponent)
         self.sbf = SphericalBasis(num_spherical, num_radial, parts.Envelope(exponent))
         self.emb = parts.EmbeddingBlock(num_radial, hidden, torch.nn.SiLU())
@@ -214,7 +212,7 @@ class DimeNet(DimeNetPlusPlus):
         _positive(locals(), "num_output_layers num_before_skip num_after_skip")
         Backbone.__init__(self, latent, cutoff)
         self._bases(hidden_channels, num_spherical, num_radial, envelope_exponent)
-        parts, act = _pyg("dimenet"), torch.nn.SiLU()
+        parts, act = libraries.pyg("dimenet"), torch.nn.SiLU()
         self.output_blocks = torch.nn.ModuleList(
             parts.OutputBlock(
                 num_radial, hidden_channels, latent, num_output_layers, act, "glorot_orthogonal"
@@ -254,13 +252,13 @@ class SchNetPackSchNet(Backbone):
         super().__init__(n_atom_basis, cutoff)
         if n_filters is not None:
             positive("n_filters", n_filters)
-        self.net = _schnetpack("representation").SchNet(
+        self.net = libraries.schnetpack("representation").SchNet(
             n_atom_basis, positive("n_interactions", n_interactions), *self._radial(n_rbf),
             n_filters, shared_interactions,
         )  # fmt: skip
 
     def _radial(self, n_rbf: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-        layers = _schnetpack("nn")
+        layers = libraries.schnetpack("nn")
         n_rbf = _at_least_two("n_rbf", n_rbf)
         return GaussianRBF(n_rbf, self.cutoff), layers.CosineCutoff(self.cutoff)
 
@@ -290,7 +288,7 @@ class PaiNN(SchNetPackSchNet):
         Backbone.__init__(self, n_atom_basis, cutoff)
         if not epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {epsilon}")
-        self.net = _schnetpack("representation").PaiNN(
+        self.net = libraries.schnetpack("representation").PaiNN(
             n_atom_basis, positive("n_interactions", n_interactions), *self._radial(n_rbf),
             shared_interactions=shared_interactions, shared_filters=shared_filters,
             epsilon=epsilon,
@@ -311,45 +309,6 @@ def _at_least_two(name: str, value: int) -> int:
 
 def _no_graph(*_):
     raise RuntimeError("the edges come from zoo.graph")
-
-
-def _pyg(module: str) -> ModuleType:
-    return _library(
-        f"torch_geometric.nn.models.{module}", "torch_geometric", "pip install torch_geometric"
-    )
-
-
-def _schnetpack(module: str) -> ModuleType:
-    """A module of SchNetPack.
-
-    Its versions up to 2.1.1 import the type variable ``T_co`` from torch's loader, where torch has
-    none from 2.13 on: it is there while they are imported.
-    """
-    loader = torch.utils.data.dataloader
-    missing = not hasattr(loader, "T_co")
-    if missing:
-        loader.T_co = typing.TypeVar("T_co", covariant=True)  # type: ignore[attr-defined]
-    try:
-        return _library(
-            f"schnetpack.{module}", "schnetpack",
-            "pip install h5py hydra-core hydra-colorlog fasteners dirsync torch-ema matscipy "
-            "tensorboardX && pip install --no-deps schnetpack (it asks for an old sympy that it "
-            "does not need)",
-        )  # fmt: skip
-    finally:
-        if missing:
-            del loader.T_co  # type: ignore[attr-defined]
-
-
-def _library(module: str, package: str, install: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != package:
-            raise ImportError(
-                f"{package} needs {error.name}, which is missing: {install}"
-            ) from error
-        raise ImportError(f"this backbone needs {package}: {install}") from error
 
 
 BACKBONES: dict[str, type[Backbone]] = {

@@ -15,6 +15,7 @@ cosine, (1 + cos πr/r_c) / 2, whose value and slope are 0 there.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.data import chemical_symbols
 
 from .model import PooledModel
-from .molecules import Molecules
+from .molecules import Molecules, charge_and_spin
 
 
 class PooledCalculator(Calculator):
@@ -40,13 +41,20 @@ class PooledCalculator(Calculator):
             energy has more digits than a float32 holds.
         elements: atomic numbers that are allowed; default: those that a checkpoint was trained on,
             those that the backbone can embed otherwise.
-        options: of ``ase.calculators.calculator.Calculator``.
+        options: of ``ase.calculators.calculator.Calculator``: label, directory, atoms.
 
     Properties: "energy", "free_energy" (the same number) and "forces", -∂E/∂r. There are no
-    energies of atoms: attention pools vectors, not energies.
+    energies of atoms: attention pools vectors, not energies. Results are those of the last
+    molecule that was calculated, and nothing is left of the one before, even if that fails. After
+    a change of ``model`` call ``reset()``.
+
+    The models know neither charge nor spin: molecules that state them, in ``atoms.info`` or as
+    initial charges and moments, are calculated all the same, with one warning for each of the
+    values that a calculator meets.
 
     Raises ValueError: a target that is not one energy in eV; for an ``Atoms`` object that is
     periodic, empty or has another element. PropertyNotImplementedError: any other property.
+    TypeError: an option that is none, such as charge.
     """
 
     implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012, as in ASE
@@ -61,6 +69,7 @@ class PooledCalculator(Calculator):
         **options,
     ) -> None:
         super().__init__(**options)
+        self._told: set[str] = set()
         if isinstance(model, str | Path):
             model, elements = _loaded(model, elements)
         elif not isinstance(model, PooledModel):
@@ -75,24 +84,51 @@ class PooledCalculator(Calculator):
         for name in ("mean", "std", "atomref"):
             setattr(self.model, name, getattr(model, name).to(device, torch.float64))
 
+    def set(self, **parameters) -> dict:
+        """As of ASE's calculators, but this one has no parameters: TypeError for any."""
+        if parameters:
+            raise TypeError(
+                f"PooledCalculator has no option {next(iter(parameters))!r}; the models know "
+                "elements and positions only"
+            )
+        return super().set()
+
     def calculate(
         self,
         atoms: Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
+        properties: Sequence[str] | None = ("energy",),
         system_changes: Sequence[str] = all_changes,
     ) -> None:
-        """Fills ``results``; forces only where they are among the properties."""
-        super().calculate(atoms, properties, system_changes)
-        if self.atoms is None:
+        """Fills ``results``; forces only where they are among the properties.
+
+        None stands for all that are implemented. Results that are there already are kept for the
+        same atoms only, whatever ``system_changes`` says.
+        """
+        if isinstance(properties, str):
+            raise TypeError(f"properties must be a list of names, got {properties!r}")
+        if properties is None:
+            properties = self.implemented_properties
+        for name in properties:
+            if name not in self.implemented_properties:
+                raise PropertyNotImplementedError(
+                    f"properties must be among {', '.join(self.implemented_properties)}, got "
+                    f"{name!r}"
+                )
+        of = self.atoms if atoms is None else atoms
+        if of is None:
             raise ValueError("atoms must be given in the first call")
-        molecules = self._checked(self.atoms)
+        # A new dictionary, not an emptied one: somebody may hold that of the molecule before.
+        kept = {} if atoms is None or self.check_state(atoms) else self.results
+        self.results = {}
+        super().calculate(atoms, properties, system_changes)
+        molecules = self._checked(of)
         if "forces" in properties:
             energy, forces = self.model.energy_and_forces(molecules, create_graph=False)
-            self.results["forces"] = forces.double().cpu().numpy()
+            kept = kept | {"forces": forces.double().cpu().numpy()}
         else:
             with torch.no_grad():
                 energy = self.model(molecules)
-        self.results["energy"] = self.results["free_energy"] = energy.item()
+        self.results = kept | {"energy": energy.item(), "free_energy": energy.item()}
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True):
         """As of ASE's calculators, with the reason why there are no energies of atoms."""
@@ -117,7 +153,15 @@ class PooledCalculator(Calculator):
                 f"atoms must be of elements that the model knows ({_symbols(self.elements)}), got "
                 f"{_symbols(unknown)}"
             )
-        return Molecules.from_ase([atoms]).to(self.model.std.device)
+        stated = charge_and_spin(atoms)
+        if stated and stated not in self._told:
+            self._told.add(stated)
+            warnings.warn(
+                f"{atoms.get_chemical_formula()} states {stated}, which is not used: the models "
+                "know elements and positions only",
+                stacklevel=3,
+            )
+        return Molecules.from_ase([atoms], warn=False).to(self.model.std.device)
 
 
 def _symbols(numbers) -> str:

@@ -6,12 +6,23 @@ Positions are in ångström and energies in eV from here on; loaders convert wha
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..ragged import Ragged
+
+if TYPE_CHECKING:
+    import ase
+
+# Names under which programs put charge and spin into atoms.info, and the value of a closed shell.
+_CLOSED_SHELL = {
+    "charge": 0, "total_charge": 0, "net_charge": 0, "spin": 0, "total_spin": 0, "magmom": 0,
+    "mult": 1, "multiplicity": 1, "spin_multiplicity": 1,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +104,24 @@ class Molecules:
         return Molecules(**values)
 
     @classmethod
-    def from_ase(cls, atoms: Iterable) -> Molecules:
-        """From ``ase.Atoms``, without targets; positions of ASE are in Å."""
+    def from_ase(cls, atoms: Iterable[ase.Atoms], warn: bool = True) -> Molecules:
+        """From ``ase.Atoms``, without targets; positions of ASE are in Å.
+
+        Raises ValueError for periodic structures. Warns once of those that state a charge or a
+        spin (see ``charge_and_spin``), which no model here knows of, unless ``warn`` is False.
+        """
         import numpy as np
 
         atoms = list(atoms)
+        for i, one in enumerate(atoms):
+            if one.pbc.any():
+                raise ValueError(
+                    f"atoms must not be periodic, molecule {i} has pbc={one.pbc.tolist()}; for a "
+                    "molecule in a box set atoms.pbc = False"
+                )
+        if warn:
+            stated = {i: text for i, one in enumerate(atoms) if (text := charge_and_spin(one))}
+            warn_of_charges(stated, len(atoms), stacklevel=3)
         counts = torch.tensor([len(a) for a in atoms], dtype=torch.int64)
         z = np.concatenate([a.numbers for a in atoms] or [np.empty(0, int)])
         pos = np.concatenate([a.positions for a in atoms] or [np.empty((0, 3))])
@@ -105,6 +129,50 @@ class Molecules:
             torch.from_numpy(z.astype("int64")), torch.from_numpy(pos.astype("float64")),
             torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
         )  # fmt: skip
+
+
+def charge_and_spin(atoms: ase.Atoms) -> str:
+    """What atoms say of a charge or a spin other than that of a neutral closed shell, or "".
+
+    Looked at are ``atoms.info``, the parameters of the calculator, and the sums of the initial
+    charges and magnetic moments. A plain word "charge" in the comment of an xyz file counts too.
+    """
+    found: dict[str, object] = {}
+    for held in (getattr(atoms.calc, "parameters", None), atoms.info):
+        if isinstance(held, Mapping):
+            found |= {str(k): v for k, v in held.items() if str(k).lower() in _CLOSED_SHELL}
+    results = getattr(atoms.calc, "results", None)
+    if isinstance(results, Mapping) and "magmom" in results:
+        found["magmom"] = results["magmom"]
+    stated = []
+    for name, value in found.items():
+        try:
+            neutral = value is None or (
+                value is not True and abs(float(value) - _CLOSED_SHELL[name.lower()]) < 0.01  # type: ignore[arg-type]
+            )
+        except (TypeError, ValueError):
+            neutral = False
+        if not neutral:
+            stated.append(name if value is True else f"{name}={value}")
+    for name, sum_of in (
+        ("initial charges", atoms.get_initial_charges().sum()),
+        ("initial magnetic moments", atoms.get_initial_magnetic_moments().sum()),
+    ):
+        if abs(sum_of) > 0.01:
+            stated.append(f"{name} of {sum_of:.3g} in all")
+    return ", ".join(stated)
+
+
+def warn_of_charges(stated: Mapping[int, str], count: int, where: str = "", stacklevel: int = 2):
+    """One warning for all of the molecules of ``stated``, by their numbers; none for none."""
+    if not stated:
+        return
+    number, text = next(iter(stated.items()))
+    warnings.warn(
+        f"{where}{len(stated)} of {count} molecules state a charge or a spin (molecule {number}: "
+        f"{text}), which is not used: the models know elements and positions only",
+        stacklevel=stacklevel,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

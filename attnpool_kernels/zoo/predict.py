@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from . import sdf, xyz
+from .lines import lines
 from .molecules import Molecules
 
 if TYPE_CHECKING:
@@ -75,53 +78,138 @@ def load_task(path: str | Path) -> PoolingTask:
 
 
 def read_molecules(path: str | Path) -> list[ase.Atoms]:
-    """All molecules of a file that ASE reads (.xyz, extended xyz, ...), or of an SDF file.
+    """All molecules of a file: xyz and extended xyz, SDF and MOL (V2000), or what else ASE reads.
 
-    Raises ValueError for files without molecules, for molecules without atoms, for periodic
-    structures, and for files that cannot be read.
+    A name that ends with .gz, .bz2 or .xz is read decompressed. In titles and comments bytes that
+    are not UTF-8 do no harm.
+
+    Raises ValueError for files without molecules, for molecules without atoms or with all atoms at
+    one place, for periodic structures, for drawings, and for files that cannot be read to their
+    end, naming the line in xyz and SDF. A drawing is an SDF record with "2D" in its second line
+    and every z 0: its bonds have any length, so a prediction would have no meaning.
+
+    Warns, once for a file, where a prediction may be that of another molecule. Hydrogens are
+    missing where the bonds of an SDF leave room for some at C, N and O, or where a molecule without
+    bonds in its file has carbon and no hydrogen; the latter may be right (CO2), so it is read. An
+    SDF record with every z 0 and neither "2D" nor "3D" may be a drawing. Of formats in which ASE
+    reads one molecule it is said that there may be more. Charges and spins are put in
+    ``atoms.info``, where ``Molecules.from_ase`` warns of them.
     """
     import ase.io
+    from ase.io.formats import UnknownFileTypeError
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"file must exist, got {path}")
     if not path.read_bytes().strip():
         raise ValueError(f"{path} is empty")
+    records: list[sdf.Record] = []
     try:
-        if path.suffix.lower() in (".sdf", ".sd"):
-            found: Any = [ase.io.read(io.StringIO(x), format="sdf") for x in _records(path)]
+        kind, single = _format(path)
+        if kind == "xyz":
+            frames = xyz.read(lines(path))
+        elif kind == "sdf":
+            records = [sdf.parsed(block) for block in sdf.blocks(lines(path))]
+            frames = [_atoms(record) for record in records]
         else:
-            found = ase.io.read(path, index=":")
+            found: Any = ase.io.read(path, index=":", format=kind, do_not_split_by_at_sign=True)
+            frames = cast("list[ase.Atoms]", found)
+    except UnknownFileTypeError as error:
+        raise ValueError(f"{path} cannot be read: neither its name nor its beginning is of a "
+                         "format that ASE knows") from error  # fmt: skip
     except Exception as error:  # readers of ASE raise whatever a damaged line leads to
         reason = str(error).strip() or type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason.splitlines()[0]}") from error
-    frames = cast("list[ase.Atoms]", found)
     if not frames:
         raise ValueError(f"{path} has no molecules")
     for number, atoms in enumerate(frames):
-        if not len(atoms):
-            raise ValueError(f"{path}: molecule {number} has no atoms")
-        if atoms.pbc.any():
-            raise ValueError(
-                f"{path}: molecule {number} is periodic, which no model here is; "
-                'for a molecule write pbc="F F F"'
-            )
-        if not bool(torch.as_tensor(atoms.positions).isfinite().all()):
-            raise ValueError(f"{path}: positions of molecule {number} must be finite")
+        _check(path, f"molecule {number}", atoms)
+    if single:
+        warnings.warn(
+            f"{path}: of the format {kind} ASE reads one molecule; if the file has more, they are "
+            "not read", stacklevel=2,
+        )  # fmt: skip
+    _doubtful(path, frames, records)
     return frames
 
 
-def _records(path: Path) -> Iterable[str]:
-    """Molecules of an SDF file: ASE reads only the first."""
-    lines: list[str] = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.startswith("$$$$"):
-            yield "".join(lines)
-            lines = []
-        else:
-            lines.append(line)
-    if "".join(lines).strip():
-        yield "".join(lines)
+def _format(path: Path) -> tuple[str, bool]:
+    """ "xyz", "sdf" or the name of another format of ASE, and whether that holds one molecule."""
+    from ase.io.formats import UnknownFileTypeError, filetype, get_compression, ioformats
+
+    bare, _ = get_compression(str(path))
+    suffix = Path(bare).suffix.lower()
+    if suffix in (".xyz", ".extxyz"):
+        return "xyz", False
+    if suffix in (".sdf", ".sd", ".mol", ".mdl"):
+        return "sdf", False
+    kind = filetype(str(path))
+    if kind in ("xyz", "extxyz"):
+        return "xyz", False
+    if kind in ("sdf", "mol"):
+        return "sdf", False
+    if kind not in ioformats:  # then it is the end of the name
+        raise UnknownFileTypeError(kind)
+    return kind, ioformats[kind].single
+
+
+def _atoms(record: sdf.Record) -> ase.Atoms:
+    import ase
+
+    info = {}
+    if record.charge:
+        info["charge"] = record.charge
+    if record.unpaired:
+        info["multiplicity"] = record.unpaired + 1
+    return ase.Atoms(record.z, record.pos, info=info)
+
+
+def _check(path: Path, name: str, atoms: ase.Atoms) -> None:
+    """ValueError for what no model can take."""
+    if not len(atoms):
+        raise ValueError(f"{path}: {name} has no atoms")
+    if atoms.pbc.any():
+        raise ValueError(
+            f'{path}: {name} is periodic, which no model here is; for a molecule write pbc="F F F"'
+        )
+    if not bool(torch.as_tensor(atoms.positions).isfinite().all()):
+        raise ValueError(f"{path}: positions of {name} must be finite")
+    if len(atoms) > 1 and not (atoms.positions - atoms.positions[0]).any():
+        raise ValueError(
+            f"{path}: {name} has no coordinates, its {len(atoms)} atoms are at one place"
+        )
+
+
+def _doubtful(path: Path, frames: Sequence[ase.Atoms], records: Sequence[sdf.Record]) -> None:
+    """ValueError for drawings, warnings for what may not be the whole molecule."""
+    known = [r.implied for r in records] if records else [None] * len(frames)
+    missing = {}
+    for number, (atoms, implied) in enumerate(zip(frames, known)):
+        if implied:
+            missing[number] = f"its bonds leave room for {implied}"
+        elif implied is None and 6 in atoms.numbers and 1 not in atoms.numbers:
+            missing[number] = "it has carbon and no hydrogen"
+    flat = []
+    for number, record in enumerate(records):
+        if record.flat and record.dimension.upper() == "2D":
+            raise ValueError(
+                f'{path}: molecule {number} is a drawing: its second line says "2D" and every z is '
+                '0; make 3-D coordinates first, or write "3D" if the molecule is flat'
+            )
+        if record.flat and record.dimension.upper() != "3D":
+            flat.append(number)
+    if missing:
+        number, text = next(iter(missing.items()))
+        warnings.warn(
+            f"{path}: {len(missing)} of {len(frames)} molecules seem to lack hydrogens (molecule "
+            f"{number}, {frames[number].get_chemical_formula()}: {text}); the models know the "
+            "atoms that are listed only", stacklevel=3,
+        )  # fmt: skip
+    if flat:
+        warnings.warn(
+            f"{path}: {len(flat)} of {len(frames)} molecules may be drawings (molecule {flat[0]}: "
+            'every z is 0, and the second line says neither "2D" nor "3D")', stacklevel=3,
+        )  # fmt: skip
 
 
 def check_elements(frames: Sequence[ase.Atoms], known: Sequence[int]) -> None:

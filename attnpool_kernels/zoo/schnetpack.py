@@ -1,6 +1,7 @@
 """A pooling in the place of SchNetPack's ``Atomwise``: dictionary in, dictionary out.
 
-Imports nothing of SchNetPack; the keys are those of its versions 2.x.
+Imports nothing of SchNetPack; the keys are those of its versions 2.x. Where torch is 2.13 or later,
+``libraries.schnetpack()`` imports it: up to 2.1.1 it asks torch for a name that is gone.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnpool_kernels import Ragged
-from attnpool_kernels.zoo import backbones
+from attnpool_kernels.zoo import libraries
 from attnpool_kernels.zoo.backbones import BACKBONES, backbone
 from attnpool_kernels.zoo.basis import GaussianRBF, SphericalBasis, gaussians
 from attnpool_kernels.zoo.graph import edges, triplets
@@ -213,7 +213,7 @@ def test_torch_is_left_as_it_was():
     if importlib.util.find_spec("schnetpack") is None:
         pytest.skip("schnetpack is not installed")
     before = hasattr(torch.utils.data.dataloader, "T_co")
-    backbones._schnetpack("nn")
+    libraries.schnetpack("nn")
     assert hasattr(torch.utils.data.dataloader, "T_co") == before
 
 
@@ -232,7 +232,7 @@ def test_gaussians_are_never_denormal():
 def test_gaussians_of_schnetpack():
     if importlib.util.find_spec("schnetpack") is None:
         pytest.skip("schnetpack is not installed")
-    theirs, ours = backbones._schnetpack("nn").GaussianRBF(8, 5.0), GaussianRBF(8, 5.0)
+    theirs, ours = libraries.schnetpack("nn").GaussianRBF(8, 5.0), GaussianRBF(8, 5.0)
     assert ours.n_rbf == theirs.n_rbf
     ours.load_state_dict(theirs.state_dict(), strict=True)
     for distance in (torch.rand(9) * 5, torch.rand(9, 1) * 5):

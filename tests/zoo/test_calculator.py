@@ -175,6 +175,131 @@ def test_refused_properties():
         atoms.get_stress()
 
 
+def water():
+    return molecule("H2O")
+
+
+def fresh(atoms, made):
+    """Energy and forces of the model itself, which remembers nothing."""
+    energy, forces = made.energy_and_forces(Molecules.from_ase([atoms]), create_graph=False)
+    return energy.item(), forces.numpy()
+
+
+def asks(atoms, name):
+    return getattr(atoms, {"energy": "get_potential_energy", "forces": "get_forces"}[name])()
+
+
+@pytest.mark.parametrize("first", [["energy", "forces"], ["forces"], ["energy"], None])
+@pytest.mark.parametrize("second", [["energy"], ["free_energy"], ["energy", "forces"], None, []])
+@pytest.mark.parametrize("change", ["other atoms", "moved", "moved in place", "none"])
+def test_nothing_is_left_of_the_molecule_before(first, second, change):
+    """Every order of direct calls and of questions, against calculators of their own."""
+    made, a = model(), water()
+    b = {"other atoms": molecule("CO"), "moved": a.copy()}.get(change, a)
+    calculator = PooledCalculator(made)
+    a.calc = b.calc = calculator
+    calculator.calculate(a, first)
+    held, kept = calculator.results, dict(calculator.results)
+    if change.startswith("moved"):
+        b.positions[0] += 0.2
+    calculator.calculate(b, second, system_changes=[])  # what callers say is not relied on
+    assert {"energy", "free_energy"} <= calculator.results.keys()
+    energy, forces = fresh(b, made)
+    for name, value in calculator.results.items():
+        np.testing.assert_allclose(value, forces if name == "forces" else energy, atol=1e-10)
+    assert "forces" in calculator.results or "forces" not in (
+        ["forces"] if second is None else second
+    )
+    np.testing.assert_allclose(b.get_forces(), forces, atol=1e-12)
+    assert b.get_potential_energy() == pytest.approx(energy, abs=1e-10)
+    assert held.keys() == kept.keys()  # who held the results before, holds them still
+    energy, forces = fresh(a, made)
+    assert a.get_potential_energy() == pytest.approx(energy, abs=1e-10)
+    np.testing.assert_allclose(a.get_forces(), forces, atol=1e-12)
+
+
+@pytest.mark.parametrize("ask", ["energy", "forces"])
+def test_nothing_is_left_after_a_failure(ask):
+    """A molecule that was refused has no results, not those of the one before."""
+    made, a = model(), water()
+    calculator = PooledCalculator(made, elements=[1, 6, 8])
+    for b in (
+        ase.Atoms("HF", [[0, 0, 0], [0, 0, 0.9]]),
+        ase.Atoms("OH2", a.positions, cell=[9, 9, 9], pbc=True),
+        ase.Atoms("OH2", np.zeros((3, 3))),
+        ase.Atoms(),
+    ):
+        a.calc = b.calc = calculator
+        calculator.calculate(a, ["energy", "forces"])
+        for _ in range(2):  # the second time from what the first has left
+            with pytest.raises(ValueError):
+                calculator.calculate(b, [ask])
+            with pytest.raises(ValueError):
+                asks(b, ask)
+            assert calculator.results == {}
+        np.testing.assert_allclose(a.get_forces(), fresh(a, made)[1], atol=1e-12)
+
+
+def test_results_are_kept_for_the_same_atoms_only():
+    calculator, a = PooledCalculator(model()), water()
+    calculator.calculate(a, ["forces"])
+    forces = calculator.results["forces"]
+    calculator.calculate(a.copy(), ["energy"])
+    assert calculator.results["forces"] is forces
+    calculator.calculate(None, ["energy"])  # of the atoms before
+    assert "forces" not in calculator.results or calculator.results["forces"] is forces
+    a.calc = calculator
+    a.get_forces()[:] = 7.0  # what is handed out is a copy
+    assert abs(a.get_forces()).max() < 7.0
+    assert calculator.calculation_required(molecule("CO"), ["energy"])
+    assert not calculator.calculation_required(a, ["energy", "forces"])
+    assert calculator.get_property("forces", molecule("CO"), allow_calculation=False) is None
+
+
+def test_properties_by_name():
+    calculator = PooledCalculator(model())
+    calculator.calculate(water(), None)
+    assert calculator.results.keys() == {"energy", "free_energy", "forces"}
+    with pytest.raises(TypeError, match="properties must be a list of names, got 'forces'"):
+        calculator.calculate(water(), "forces")
+    with pytest.raises(PropertyNotImplementedError, match="energy, free_energy, forces, got 'str"):
+        calculator.calculate(water(), ["energy", "stress"])
+    with pytest.raises(ValueError, match="atoms must be given in the first call"):
+        PooledCalculator(model()).calculate()
+
+
+def test_charge_and_spin_are_said_once(recwarn):
+    atoms = water()
+    atoms.info["charge"] = 1
+    atoms.calc = PooledCalculator(model())
+    for i in range(3):
+        atoms.positions[0] += 0.01
+        assert atoms.get_potential_energy() and len(atoms.get_forces()) == 3
+        assert [str(w.message) for w in recwarn if "charge=1" in str(w.message)] == [
+            "H2O states charge=1, which is not used: the models know elements and positions only"
+        ], i
+    recwarn.clear()
+    atoms.set_initial_magnetic_moments([2, 0, 0])
+    atoms.get_forces()
+    [said] = [w for w in recwarn if w.category is UserWarning]
+    assert "charge=1, initial magnetic moments of 2 in all" in str(said.message)
+    recwarn.clear()
+    neutral = water()
+    neutral.info.update(charge=0, multiplicity=1)
+    neutral.calc = PooledCalculator(model())
+    neutral.get_forces()
+    assert not [w for w in recwarn if w.category is UserWarning]
+
+
+def test_options_that_are_none():
+    with pytest.raises(TypeError, match="no option 'charge'; the models know elements"):
+        PooledCalculator(model(), charge=1)
+    with pytest.raises(TypeError, match="no option 'spin'"):
+        PooledCalculator(model()).set(spin=1)
+    atoms = water()
+    assert PooledCalculator(model(), label="a/b", atoms=atoms).label == "a/b" and atoms.calc
+
+
 def trained(tmp_path, **changes):
     """The folder of a run on a file of MD17's format, and its task."""
     from lightning.pytorch import Trainer

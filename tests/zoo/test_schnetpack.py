@@ -1,12 +1,12 @@
 """The pooling in SchNetPack's place: with its dictionaries, and with the library where it is."""
 
 import importlib.util
-import typing
 
 import pytest
 import torch
 
 from attnpool_kernels.nn import AttentionPooling, SumPooling
+from attnpool_kernels.zoo import libraries
 from attnpool_kernels.zoo.schnetpack import PooledAtomwise
 
 IDX_M = torch.tensor([0, 0, 0, 1, 2, 2])
@@ -37,11 +37,7 @@ def test_bad_input():
 def test_schnetpack_trains_on_forces():
     if importlib.util.find_spec("schnetpack") is None:
         pytest.skip("schnetpack is not installed")
-    loader = torch.utils.data.dataloader
-    if not hasattr(loader, "T_co"):  # a name that schnetpack 2.1 imports and newer torch lacks
-        loader.T_co = typing.TypeVar("T_co", covariant=True)
-    import schnetpack as spk
-
+    spk = libraries.schnetpack()
     radial = spk.nn.GaussianRBF(8, 5.0)
     model = spk.model.NeuralNetworkPotential(
         representation=spk.representation.SchNet(

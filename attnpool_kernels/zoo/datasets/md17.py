@@ -182,6 +182,8 @@ def _frames(path: Path, stored: Mapping[str, np.ndarray]) -> tuple[np.ndarray, .
             f"{path} must hold F {list(pos.shape)} and E [{len(pos)}], got {list(forces.shape)} "
             f"and {list(energy.shape)}"
         )
+    if "lattice" in stored and np.any(stored["lattice"]):
+        raise ValueError(f"{path} is periodic, it holds a lattice, and no model here is")
     energy_unit = _unit(path, stored, "e_unit", "kcal/mol", ENERGY_UNITS)
     length_unit = _unit(path, stored, "r_unit", "Ang", LENGTH_UNITS)
     return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def _database(path: Path) -> dict[str, np.ndarray]:
     """Structures, properties of molecules by name, and of atoms as ``atoms/<name>``."""
     from ase.db import connect
 
-    z, pos = [], []
+    z, pos, periodic = [], [], 0
     values: dict[str, list[np.ndarray]] = {}
     try:
         with connect(str(path), type="db", use_lock_file=False) as database:
@@ -93,6 +94,7 @@ def _database(path: Path) -> dict[str, np.ndarray]:
             length = _factor(path, "positions", metadata.get("_distance_unit", "Ang"))
             rows = database.select()
             for row in tqdm(rows, desc=f"reading {path.name}", unit=" mol", total=len(database)):
+                periodic += bool(np.any(row.pbc))
                 z.append(row.numbers)
                 pos.append(row.positions * length)
                 for name, value in row.data.items():
@@ -101,6 +103,11 @@ def _database(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} cannot be read as a database of ASE: {error!r}") from error
     if not z:
         raise ValueError(f"{path} holds no molecules")
+    if periodic:
+        warnings.warn(
+            f"{path}: {periodic} of {len(z)} structures are periodic; they are read as molecules, "
+            "without images", stacklevel=4,
+        )  # fmt: skip
     counts = np.array([len(atoms) for atoms in z])
     found = {"z": np.concatenate(z), "pos": np.concatenate(pos), "counts": counts}
     for name, listed in values.items():
@@ -129,17 +136,29 @@ def _factor(path: Path, name: str, unit: str | None) -> float:
 
 def _splits(folder: Folder, path: Path, count: int) -> dict[int, Split]:
     splits: dict[int, Split] = {}
+    files: dict[int, Path] = {}
     for place in (path.parent, path.parent / "splits"):
         for file in sorted(place.glob("split_*.npz")):
             number = re.search(r"_(\d+)\.npz$", file.name)
-            if number is not None:
-                folder.check(file)
-                splits.setdefault(int(number[1]), _split(file, count))
+            if number is None:
+                continue
+            folder.check(file)
+            seed, split = int(number[1]), _split(file, count)
+            if seed in splits and not _equal(splits[seed], split):
+                raise ValueError(
+                    f"{files[seed]} and {file} are both split {seed}, and they differ: one must go"
+                )
+            files[seed], splits[seed] = file, split
     if not splits:
         raise FileNotFoundError(
             f"no split_*_<number>.npz beside {path} or in {path.parent / 'splits'}; {WHERE}"
         )
     return dict(sorted(splits.items()))
+
+
+def _equal(one: Split, other: Split) -> bool:
+    parts = ((one.train, other.train), (one.val, other.val), (one.test, other.test))
+    return all(torch.equal(a, b) for a, b in parts)
 
 
 def _split(path: Path, count: int) -> Split:

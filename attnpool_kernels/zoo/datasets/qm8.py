@@ -55,7 +55,7 @@ def read(folder: Folder, *, weights_only: bool = True, position_unit: str = "ang
         path, values = folder.need("qm8.sdf", GDB8), folder.need("qm8.sdf.csv", GDB8)
         folder.check(path)
         folder.check(values)
-        found = folder.cached(path, 1, lambda: structures.sdf(path)) | {"y": _targets(values)}
+        found = folder.cached(path, 2, lambda: structures.sdf(path)) | {"y": _targets(values)}
     else:
         path = stored
         folder.check(path)

@@ -5,10 +5,12 @@ Ramakrishnan et al., Sci. Data 1, 140022 (2014). Splits of Buterez et al., Commu
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
+from ..lines import lines
 from ..molecules import Target
 from . import structures
 from .contents import HARTREE, KCAL_PER_MOL, Contents, packed
@@ -87,18 +89,31 @@ def _raw(folder: Folder) -> list[Path]:
 
 
 def _version(skip: set[int]) -> int:
-    """Of the cache: it depends on the list too."""
-    return 1 + sum((i + 1) * 2654435761 % 2**32 for i in skip)
+    """Of the cache: that of the reader and of the list, 2 and 48 bits of a digest."""
+    listed = hashlib.sha256(repr(sorted(skip)).encode()).hexdigest()
+    return 2 << 48 | int(listed[:12], 16)
 
 
 def _uncharacterized(path: Path) -> set[int]:
-    """Records to leave out, from 0. Nine lines of text, then a number at the start of each line."""
-    found = set()
-    for line in path.read_text().splitlines()[9:]:
+    """Records to leave out, from 0. Nine lines of text, then a number at the start of each line.
+
+    The list ends at the first line of anything else; ValueError for a number after that.
+    """
+    found: set[int] = set()
+    end = 0
+    for number, line in enumerate(lines(path), 1):
         first = (line.split() or [""])[0]
-        if not first.isdigit():
-            break
-        found.add(int(first) - 1)
+        if number <= 9 or not first:
+            continue
+        if not first.isdecimal():
+            end = end or number
+        elif end:
+            raise ValueError(
+                f"{path} must list molecules from its tenth line on without other text between, "
+                f"got {first} in line {number} after the text in line {end}"
+            )
+        else:
+            found.add(int(first) - 1)
     if not found:
         raise ValueError(f"{path} must list molecules from its tenth line on, and lists none")
     return found

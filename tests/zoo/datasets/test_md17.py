@@ -183,6 +183,7 @@ def test_wrong_input(tmp_path):
         ("R", frames["R"][:0], r"got \[9\] and \[0, 9, 3\]"),
         ("F", frames["F"][:9], r"got \[9, 9, 3\]"),
         ("E", frames["E"][:9], r"and \[9, 1\]"),
+        ("lattice", 9 * np.eye(3), "is periodic, it holds a lattice"),
     ):
         np.savez(path, **frames | {field: value})
         with pytest.raises(ValueError, match=message):

@@ -1,14 +1,13 @@
 """OE62 in small: databases written by SchNetPack and, as SchNetPack 1 does, by ASE alone."""
 
 import importlib.util
-import typing
 
 import numpy as np
 import pytest
-import torch.utils.data.dataloader
 from ase.db import connect
 from ase.units import Bohr, Hartree
 
+from attnpool_kernels.zoo import libraries
 from attnpool_kernels.zoo.datasets import load, oe62
 
 from .small import indices, molecules, same_structures
@@ -91,18 +90,11 @@ def test_orbitals(source):
         load("oe62", folder, orbital="gap")
 
 
-def schnetpack_data(monkeypatch):
+def test_database_of_schnetpack_2(tmp_path):
+    """With units, which are honoured."""
     if importlib.util.find_spec("schnetpack") is None:
         pytest.skip("schnetpack is not installed")
-    loader = torch.utils.data.dataloader
-    if not hasattr(loader, "T_co"):  # a name that schnetpack 2.1 imports and newer torch lacks
-        monkeypatch.setattr(loader, "T_co", typing.TypeVar("T_co", covariant=True), raising=False)
-    return importlib.import_module("schnetpack.data")
-
-
-def test_database_of_schnetpack_2(tmp_path, monkeypatch):
-    """With units, which are honoured."""
-    data = schnetpack_data(monkeypatch)
+    data = libraries.schnetpack("data")
     atoms = molecules(COUNT)
     rows = [{k: row[k] / Hartree for k in ("HOMO", "LUMO")} for row in properties(atoms)]
     in_bohr = [one.copy() for one in atoms]
@@ -118,6 +110,29 @@ def test_database_of_schnetpack_2(tmp_path, monkeypatch):
     assert [t.name for t in found.targets] == ["homo", "lumo"]
     wanted = [[row["HOMO"][0] * Hartree, row["LUMO"][0] * Hartree] for row in rows]
     assert np.allclose(found.molecules.y, wanted, rtol=1e-14)
+
+
+def test_two_files_of_one_split(source):
+    """The same again does no harm; another one is not passed over."""
+    folder, _, _ = source
+    kept = (folder / "splits/split_12_4_2_3.npz").read_bytes()
+    (folder / "split_12_4_2_3.npz").write_bytes(kept)
+    assert tuple(load("oe62", folder).splits) == (0, 1, 2, 3, 4)
+    np.savez(folder / "splits/split_3_1_1_3.npz", train_idx=[0, 1, 2], val_idx=[3], test_idx=[4])
+    with pytest.raises(
+        ValueError, match=r"split_12_4_2_3.npz and .*split_3_1_1_3.npz are both split 3"
+    ):
+        load("oe62", folder)
+
+
+def test_periodic_structures_are_said(tmp_path):
+    atoms = molecules(COUNT)
+    for one in atoms[3:5]:
+        one.pbc, one.cell = True, [9, 9, 9]
+    write_ase(tmp_path / oe62.FILE, atoms, properties(atoms))
+    write_splits(tmp_path)
+    with pytest.warns(UserWarning, match="2 of 18 structures are periodic; they are read as mol"):
+        assert same_structures(load("oe62", tmp_path).molecules, atoms)
 
 
 def test_wrong_databases(tmp_path):

@@ -145,7 +145,7 @@ def test_qm8_wrong_tables(tmp_path):
     assert len(load("qm8", tmp_path, drop_missing=True)) == 17
     y[3, 5] = "none"
     write_csv(tmp_path / "qm8.sdf.csv", QM8_HEADER, y)
-    with pytest.raises(ValueError, match=r"a cell that is not a number: .*none"):
+    with pytest.raises(ValueError, match=r"a cell that is not a number in line 5: .*none"):
         load("qm8", tmp_path)
 
 
@@ -164,6 +164,23 @@ def test_damaged_sdf(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no molecules"):
         structures.sdf(path)
+
+
+def test_tables_with_blank_lines_and_other_encodings(tmp_path):
+    """As with structures: what is blank is passed over, and errors name the line of the file."""
+    path = tmp_path / "t.csv"
+    path.write_bytes("\ufeff\r\nname,a,b\r\n\r\n \t\r\nx,1,2\r\n , \r\n\r\ny,,4".encode())
+    header, values = structures.table(path)
+    assert header == ["a", "b"]
+    np.testing.assert_array_equal(values, [[1, 2], [np.nan, 4]])
+    path.write_bytes("name,a\n\nÄthanol,1\n".encode("latin-1"))
+    assert structures.table(path)[1].tolist() == [[1.0]]
+    path.write_text("name,a\n\n\nx,1\ny,1,2\n")
+    with pytest.raises(ValueError, match="must have 2 columns, got 3 in line 5"):
+        structures.table(path)
+    path.write_text(" \n")
+    with pytest.raises(ValueError, match="has no header"):
+        structures.table(path)
 
 
 class Anything:
@@ -278,6 +295,34 @@ def test_qm9_download(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "new")) == [
         "gdb9.sdf", "gdb9.sdf.cache.npz", "gdb9.sdf.csv", "uncharacterized.txt",
     ]  # fmt: skip
+
+
+def test_qm9_list_with_blank_lines(tmp_path):
+    """What follows a blank line is in the list too; what follows a text is an error."""
+    atoms = molecules(10)
+    write_qm9(tmp_path / "raw", atoms)
+    path = tmp_path / "raw/uncharacterized.txt"
+    text = "\n" * 9 + "3 C\n\n \t\r\n6 C\n\n8\n---\n\n"
+    path.write_bytes(text.encode() + b"caf\xe9\n")
+    kept = [one for i, one in enumerate(atoms) if i not in (2, 5, 7)]
+    assert same_structures(load("qm9", tmp_path).molecules, kept)
+    path.write_text(text + "9 C\n")
+    with pytest.raises(ValueError, match="got 9 in line 18 after the text in line 16"):
+        load("qm9", tmp_path)
+
+
+@pytest.mark.parametrize(("one", "other"), [((1, 6), (3, 4)), ((0, 4), (1, 3)), ((2,), (3,))])
+def test_qm9_cache_is_of_the_list(tmp_path, one, other):
+    """Lists of the same length and sum: the cache of one is not handed out for the other."""
+    atoms = molecules(10)
+    for skip in (one, other):
+        if (tmp_path / "raw").exists():
+            lines = ["text"] * 9 + [f"{i + 1:7d} C 1 2 3" for i in skip]
+            (tmp_path / "raw/uncharacterized.txt").write_text("\n".join(lines))
+        else:
+            write_qm9(tmp_path / "raw", atoms, skip)
+        kept = [a for i, a in enumerate(atoms) if i not in skip]
+        assert same_structures(load("qm9", tmp_path).molecules, kept)
 
 
 def test_qm9_wrong_files(tmp_path):

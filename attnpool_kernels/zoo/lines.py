@@ -1,0 +1,23 @@
+"""Lines of text files of molecules, whatever wrote them: any line ends, any encoding of names."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def lines(path: Path) -> Iterator[str]:
+    r"""The lines of a file, each with "\n" at its end; compressed files by their names (.gz, ...).
+
+    Numbers and elements are ASCII, so bytes that are not UTF-8 are those of a title or a comment
+    in an older encoding: they become U+FFFD and the rest of the line is kept. Only "\n", "\r\n"
+    and "\r" end a line; ``str.splitlines`` knows others, which occur inside of titles.
+    """
+    from ase.io.formats import open_with_compression
+
+    with (
+        open_with_compression(str(path), "rb") as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace") as text,
+    ):
+        yield from text

@@ -1,0 +1,83 @@
+"""xyz files, plain and extended: every frame, or the line that is none."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    import ase
+
+
+def read(lines: Iterable[str]) -> list[ase.Atoms]:
+    """All frames of an xyz file.
+
+    Blank lines before, between and after the frames are passed over; ASE would end there. ASE
+    reads the frames themselves: comments of key=value pairs and ``Properties`` keep their meaning.
+
+    Raises ValueError that names the line: a frame must be a number of atoms, a comment, and as
+    many lines of an element and three coordinates (or what ``Properties`` says).
+    """
+    import ase.io
+
+    found: list[ase.Atoms] = []
+    for start, frame in frames(lines):
+        try:
+            atoms = ase.io.read(io.StringIO("".join(frame)), format="extxyz")
+        except Exception as error:  # ASE raises whatever a damaged line leads to
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, KeyError):
+                reason = f"unknown element {reason}"
+            raise ValueError(f"molecule {len(found)} in lines {start} to "
+                             f"{start + len(frame) - 1}: {reason}") from error  # fmt: skip
+        found.append(cast("ase.Atoms", atoms))
+    return found
+
+
+def frames(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The number of its first line, from 1, and the lines of each frame."""
+    numbered = [(i, line) for i, line in enumerate(lines, 1)]
+    at = 0
+    while at < len(numbered):
+        start, header = numbered[at]
+        if not header.strip():
+            at += 1
+            continue
+        if not (header.strip().isascii() and header.strip().isdigit()):
+            raise ValueError(
+                f"line {start} must be the number of atoms of a molecule, got {shown(header)}"
+            )
+        atoms = int(header)
+        end = at + 2 + atoms
+        body = numbered[at + 2 : end]
+        if len(numbered) < end:
+            raise ValueError(
+                f"the molecule of {atoms} atoms that begins in line {start} is cut off: the file "
+                f"ends after {len(body)} of them"
+            )
+        extended = "Properties" in numbered[at + 1][1]  # then ASE counts the columns
+        for number, line in body:
+            if not line.strip() or not (extended or _is_atom(line)):
+                raise ValueError(
+                    f"line {number} must be an atom of the molecule of {atoms} atoms that begins "
+                    f"in line {start}, its element and three coordinates, got {shown(line)}"
+                )
+        while end < len(numbered) and numbered[end][1].lstrip().startswith("VEC"):
+            end += 1  # vectors of a cell, in the dialect of ADF
+        yield start, [line for _, line in numbered[at:end]]
+        at = end
+
+
+def _is_atom(line: str) -> bool:
+    fields = line.split()
+    try:
+        return len([float(x) for x in fields[1:4]]) == 3
+    except ValueError:
+        return False
+
+
+def shown(line: str) -> str:
+    """A line in an error, the first 60 characters."""
+    text = line.rstrip("\n")
+    return repr(text if len(text) <= 60 else text[:57] + "...")
