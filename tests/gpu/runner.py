@@ -67,6 +67,11 @@ def _read(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _short(x: Any) -> Any:
+    """Five digits are enough of anything measured."""
+    if isinstance(x, dict):
+        return {key: _short(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [_short(value) for value in x]
     return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
@@ -248,8 +253,10 @@ class Runner:
         facts: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """The last row of a case: its own status, or the worst of its rows."""
-        rows = [row["status"] for row in self.journal.rows if row["key"] == case.key]
-        worst = max((status, *rows), key=lambda name: STATUSES.index(name))
+        rows = [row for row in self.journal.rows if row["key"] == case.key]
+        worst = max((status, *(row["status"] for row in rows)), key=STATUSES.index)
+        texts = [text, *(row.get("text", "") for row in rows if row["status"] in BAD)]
+        text = "; ".join(filter(None, texts))
         row = {"what": "case", "status": worst, "text": text, "took": seconds}
         self._row(case, row | (facts or {}), versions)
 
