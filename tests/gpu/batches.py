@@ -47,7 +47,10 @@ def of_a_sum(batch: Batch) -> Batch:
 SPECIAL: dict[str, tuple[testing.Case, Callable[[Batch], Batch]]] = {
     "positive": (replace(CASES["dimension 128"], logits=0.3), positive),
     "positive seeds": (replace(CASES["seeds, dimension 128"], logits=0.3), positive),
-    "positive, dimension 32": (testing.Case("", (18, 64, 130), dim=32, lse=True), positive),
+    "positive, dimension 32": (
+        testing.Case("", (18, 64, 130), dim=32, lse=True, logits=0.3),
+        positive,
+    ),
     "gradients of a sum": (testing.Case("", (18, 23, 0, 65), dim=32), of_a_sum),
     "gradients of a sum, seeds": (testing.Case("", (18, 23, 0, 65), dim=32, seeds=4), of_a_sum),
 }
@@ -67,11 +70,7 @@ def far(name: str, dtype: torch.dtype, device: str, size: int) -> Batch:
     step = size // max(1, length - 1)
     wanted = [(key, x) for key, x in _tensors(batch) if x.dim() == 3 and x.dtype == dtype]
     total = step * (length - 1) + SLOT * (len(wanted) + 1)
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-        if free < 1.1 * total * dtype.itemsize:
-            need, have = 1.1 * total * dtype.itemsize / 1e9, free / 1e9
-            raise Outcome("missing", f"needs {need:.1f} GB of memory, {have:.1f} are free")
+    require_memory(total * dtype.itemsize, device)
     storage = torch.empty(total, dtype=dtype, device=device)
     views = {}
     for place, (key, x) in enumerate(wanted):
@@ -81,6 +80,17 @@ def far(name: str, dtype: torch.dtype, device: str, size: int) -> Batch:
         view = storage.as_strided(x.shape, strides, place * SLOT)
         views[key] = view.copy_(x)
     return replace(batch, **views)
+
+
+def require_memory(need: int, device: str) -> None:
+    """Ends the case as "missing" where the GPU has less than ``need`` bytes, and a tenth, free."""
+    if device != "cuda":
+        return
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < 1.1 * need:
+        text = f"needs {1.1 * need / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+        raise Outcome("missing", text)
 
 
 def make(name: str, dtype: torch.dtype, device: str) -> Batch:

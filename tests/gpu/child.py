@@ -53,8 +53,6 @@ def main(pipe: int, parent: int) -> int:
 
 
 def _run(case: Case, settings: Any, emit: Any) -> tuple[str, str]:
-    if case.needs_cuda and settings.device != "cuda":
-        return "needs cuda", ""
     try:
         module = importlib.import_module(f"gpu.blocks.{case.block}")
         module.run(case, settings, emit)
@@ -65,9 +63,10 @@ def _run(case: Case, settings: Any, emit: Any) -> tuple[str, str]:
     except Exception as error:
         from attnpool_kernels import BackendError
 
+        if isinstance(error, BackendError):
+            return "refused", str(error).splitlines()[0][:LONGEST]
         traceback.print_exc()
-        status = "refused" if isinstance(error, BackendError) else "failed"
-        return status, f"{type(error).__name__}: {error}"[:LONGEST]
+        return "failed", f"{type(error).__name__}: {error}"[:LONGEST]
     return "ok", ""
 
 

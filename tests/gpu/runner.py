@@ -124,8 +124,12 @@ class Runner:
                 return
             shards: dict[tuple, list[Case]] = {}
             for case in cases:
-                own = case.shard or case.key
-                shards.setdefault((own, case.backend, case.environment), []).append(case)
+                if case.needs_cuda and settings.device != "cuda":
+                    self._end(case, "needs cuda", "", 0.0, {})
+                    continue
+                interpreted = settings.device == "cpu" and case.backend == "triton"
+                key = case.shard or case.key, interpreted, case.environment
+                shards.setdefault(key, []).append(case)
             waiting, lock = list(shards.values()), threading.Lock()
 
             def work() -> None:
