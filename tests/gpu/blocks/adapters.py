@@ -45,6 +45,7 @@ def run(case: Case, settings: Settings, emit: Emit) -> None:
     """The first row may refuse the whole case; the others say of themselves what they are."""
     import torch
 
+    from attnpool_kernels import BackendError
     from gpu import batches
 
     dtype = getattr(torch, case.dtype)
