@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 
@@ -91,6 +94,14 @@ def require_memory(need: int, device: str) -> None:
     if free < 1.1 * need:
         text = f"needs {1.1 * need / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
         raise Outcome("missing", text)
+
+
+@contextmanager
+def memory_to_itself(folder: Path) -> Iterator[None]:
+    """Waits for other processes that need most of the GPU's memory; a killed one waits for none."""
+    with open(folder / "memory.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def make(name: str, dtype: torch.dtype, device: str) -> Batch:

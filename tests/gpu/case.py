@@ -14,8 +14,8 @@ A block is a module of ``gpu.blocks`` with
   that name it in ``after``;
 - optionally ``table(rows) -> list[str]``: lines for the table at the end, from the block's rows.
 
-A case whose ``shard`` is "" has a process of its own. Cases of a shard share one, in their order; a
-case that kills it costs itself, and a new process goes on behind it.
+A case whose ``shard`` is "" has a process of its own. Cases of a backend with the same shard share
+one, in their order; a case that kills it costs itself, and a new process goes on behind it.
 """
 
 from __future__ import annotations

@@ -127,8 +127,10 @@ class Runner:
                 if case.needs_cuda and settings.device != "cuda":
                     self._end(case, "needs cuda", "", 0.0, {})
                     continue
+                # Without CUDA starting processes takes the most time of all.
                 interpreted = settings.device == "cpu" and case.backend == "triton"
-                key = case.shard or case.key, interpreted, case.environment
+                kind = interpreted if settings.device == "cpu" else case.backend
+                key = case.shard or case.key, kind, case.environment
                 shards.setdefault(key, []).append(case)
             waiting, lock = list(shards.values()), threading.Lock()
 
