@@ -61,7 +61,7 @@ SPECIAL: dict[str, tuple[testing.Case, Callable[[Batch], Batch]]] = {
 # Which axis of [rows, heads, width] is so far apart that offsets within it pass 2^32 elements.
 FAR = {"far rows": 0, "far heads": 1, "far width": 2}
 FAR_SHAPE = testing.Case("", (18, 0, 15), heads=5, dim=16)
-SLOT = 4096  # elements between the tensors, which lie in one storage
+SLOT = 1024  # elements between the tensors, which lie in one storage
 
 
 def far(name: str, dtype: torch.dtype, device: str, size: int) -> Batch:
@@ -72,6 +72,8 @@ def far(name: str, dtype: torch.dtype, device: str, size: int) -> Batch:
     length = max(x.shape[axis] for _, x in _tensors(batch) if x.dim() == 3)
     step = size // max(1, length - 1)
     wanted = [(key, x) for key, x in _tensors(batch) if x.dim() == 3 and x.dtype == dtype]
+    if step < SLOT * len(wanted):
+        raise ValueError(f"{name}: {size} elements are too few to keep the tensors apart")
     total = step * (length - 1) + SLOT * (len(wanted) + 1)
     require_memory(total * dtype.itemsize, device)
     storage = torch.empty(total, dtype=dtype, device=device)

@@ -26,7 +26,9 @@ LONGEST = 2000  # characters of an error in a row
 
 
 def main(pipe: int, parent: int) -> int:
-    _die_with(parent)
+    end_with_parent()
+    if os.getppid() != parent:
+        return 1
     os.set_inheritable(pipe, False)
 
     def tell(event: str, **facts: Any) -> None:
@@ -123,9 +125,7 @@ def _plain(x: Any) -> Any:
     return str(x)
 
 
-def _die_with(parent: int) -> None:
+def end_with_parent() -> None:
     """Linux kills this process when its parent ends, however that ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        sys.exit(1)

@@ -18,8 +18,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[0] = str(ROOT)  # instead of this folder, whose names are not for everybody
-sys.path.insert(1, str(ROOT / "tests"))
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose names are not for everybody
+    sys.path.insert(1, str(ROOT / "tests"))
 
 import argparse  # noqa: E402
 import datetime  # noqa: E402

@@ -89,5 +89,5 @@ def _older_verdict(host, found, exact, dtype):
     shares = {}
     for name, x in exact.items():
         worst = max(_error(yard[name], x) for yard in yards)
-        shares[name] = _error(found[name], x) / (3 * worst) if worst else 0.0
-    return testing.violations(found, exact, yards, dtype), shares
+        shares[name] = _error(found[name], x) / (6 * worst) if worst else 0.0
+    return testing.violations(found, exact, yards, dtype, slack=2.0), shares

@@ -25,6 +25,7 @@ from typing import Any
 from .case import BAD, STATUSES, UNFINISHED, Case, Settings, pack
 
 START = 90.0  # seconds that a process may take to import torch on a cold machine
+LEAST = 40.0  # seconds of a block, where they are there: what it leaves goes to the others
 SHORTEST = 1.0  # seconds for which no process is started any more
 TAIL = 1500  # characters of a dead process's output in its row
 
@@ -89,8 +90,8 @@ class Runner:
             if self._stop.is_set():
                 return
             left = max(0.0, self.end - time.time())
-            share = block.WEIGHT / sum(other.WEIGHT for other in blocks[place:])
-            deadline = time.time() + left * share
+            share = left * block.WEIGHT / sum(other.WEIGHT for other in blocks[place:])
+            deadline = time.time() + max(share, min(left / 2, LEAST))
             self._over[block.NAME] = threading.Event()
             if getattr(block, "BACKGROUND", False):
                 thread = threading.Thread(
@@ -127,10 +128,10 @@ class Runner:
                 if case.needs_cuda and settings.device != "cuda":
                     self._end(case, "needs cuda", "", 0.0, {})
                     continue
-                # Without CUDA starting processes takes the most time of all.
-                interpreted = settings.device == "cpu" and case.backend == "triton"
-                kind = interpreted if settings.device == "cpu" else case.backend
-                key = case.shard or case.key, kind, case.environment
+                key: tuple = case.shard or case.key, case.backend, case.environment
+                if settings.device == "cpu" and case.shard:
+                    # Starting processes takes the most time here: as few as can be.
+                    key = case.backend == "triton", case.environment
                 shards.setdefault(key, []).append(case)
             waiting, lock = list(shards.values()), threading.Lock()
 

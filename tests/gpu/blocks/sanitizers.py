@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from gpu.case import ROOT, Case, Emit, Outcome, Settings
+from gpu.child import end_with_parent
 
 NAME = "sanitizers"
 WEIGHT = 6.0
@@ -122,7 +123,8 @@ def output_of(command: list[str], limit: float) -> tuple[int | None, str]:
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
         )  # fmt: skip
         try:
             code = process.wait(limit)
