@@ -1,0 +1,565 @@
+"""The clocks, shapes, rivals, compilations ahead of time and the sweep, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from attnpool_kernels import backends, dispatch
+from attnpool_kernels.backends import cpu
+from benchmarks import cases as suites
+from benchmarks import providers, replay, sheet, sweep
+from benchmarks.cases import PASSES, Workload
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [path for path in (str(ROOT / "tests"),) if path not in sys.path]
+
+from gpu import alone, clock, fake_cuda, rivals, shapes  # noqa: E402
+from gpu.blocks import prewarm, speed  # noqa: E402
+from gpu.blocks import rivals as rivals_block  # noqa: E402
+from gpu.blocks import sweep as sweep_block  # noqa: E402
+from gpu.case import Case, Outcome, Settings  # noqa: E402
+
+SMALL = shapes.equal(5, 3, 2, 16)
+POOLED = shapes.Shape("pooled", (4, 9, 1), 2, 8, 2)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with fake_cuda.installed(monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def as_cuda(device, monkeypatch):
+    """The CPU kernels under the name "cuda"."""
+    if cpu.load():
+        pytest.skip(cpu.load())
+    names = ("KIND", "forward", "backward", "double_backward")
+    module = SimpleNamespace(**{name: getattr(cpu, name) for name in names})
+    module.why_not, module.load = lambda problem: [], lambda: ""
+    module.__name__ = "cuda"
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: module if name == "cuda" else load(name))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    clock.copy_rate.cache_clear()
+    monkeypatch.setattr(clock.card, "copy_rate", lambda *_: 3.0e12)
+    yield device
+    clock.copy_rate.cache_clear()
+
+
+def settings(tmp_path, name="cuda", **options):
+    return Settings(name, tmp_path, tmp_path, **({"cores": 1, "deadline": 1e12} | options))
+
+
+def rows_of(block, case, chosen):
+    rows = []
+    block.run(case, chosen, rows.append)
+    return rows
+
+
+# The clock of graphs
+
+
+def test_calls_are_captured_and_replayed(device):
+    seen = []
+    recording = replay.record([lambda place=place: seen.append(place) for place in range(5)])
+    assert seen == [0, 0, 0, 1, 2, 3, 4]  # twice before the capture, then all of them
+    assert recording.calls == 5 and device.replays == 1
+    took = recording.seconds()
+    assert device.replays == 1 + replay.REPLAYS >= 21
+    assert took == pytest.approx(fake_cuda.REPLAY / 5, rel=0.2)
+    assert device.stream is device.first
+
+
+def test_a_call_that_waits_is_found_before_the_capture(device):
+    with pytest.raises(replay.CannotRecord, match=r"it waits for the device \(called a synch"):
+        replay.record([torch.cuda.synchronize])
+    assert not device.capturing and device.mode == 0 and device.stream is device.first
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(device):
+    def call():
+        if device.capturing:
+            raise RuntimeError("the true cause\nand more")
+
+    with pytest.raises(replay.CannotRecord, match=r"cannot be captured \(the true cause\)"):
+        replay.record([call])
+    assert device.stream is device.first
+
+
+def test_inputs_of_a_graph_exceed_the_cache(device):
+    for size in (1000, 2**20, 60 * 2**20, 2**31):
+        count = replay.turns(size)
+        assert count == replay.MOST or count * size > 3 * fake_cuda.CACHE
+        assert count == 1 or (count - 1) * size <= 3 * fake_cuda.CACHE
+
+
+@pytest.mark.parametrize("what", PASSES)
+def test_the_suite_times_cuda_contenders_by_replay(device, tmp_path, monkeypatch, what):
+    work = Workload("ragged", "molecules", (5, 1, 9, 3), heads=2, dim=8, passes=(what,))
+    monkeypatch.setattr(replay, "MOST", 3)
+    monkeypatch.setattr(replay, "repeated", lambda *_: 1e-4)
+    waiting = providers.CONTENDERS["naive"]
+
+    def waits(batch):
+        call = waiting.prepare(batch)
+
+        def run(*inputs):
+            torch.cuda.synchronize()
+            return call(*inputs)
+
+        return run
+
+    slow = providers.Contender("einsum", "", waits, waiting.why_not, waiting.kernel)
+    monkeypatch.setitem(providers.CONTENDERS, "einsum", slow)
+    table = sheet.Sheet(tmp_path / "out.csv")
+    table.start({})
+    limit = SimpleNamespace(limit=lambda *_: 1e-3, limit_by=lambda *_: "", library=lambda *_: 1.0)
+    limit.product = limit.matmul = {}
+    run = sweep.Sweep("x", "cuda", limit, table, sweep.Limits(0.0, 5.0), ["naive", "einsum"])
+    run.run([work])
+    naive, other = table.rows
+    assert (naive.status, naive.reason) == ("ok", "")
+    assert naive.p50_ms == pytest.approx(1e3 * fake_cuda.REPLAY / 3, rel=0.3)
+    assert other.status == "ok"
+    assert other.reason.startswith("timed by plain calls: it waits for the device")
+
+
+def test_a_long_call_needs_no_graph(device, monkeypatch):
+    batch = Workload("n", "n", (4,), heads=1, dim=4).make("cuda")
+    batch.prepare("forward")
+    monkeypatch.setattr(replay, "repeated", lambda *_: 1.0)
+    _, reason = replay.of_batch(batch, lambda q, k, v: q, "forward", 1.0)
+    assert reason == "" and device.replays == 0
+
+
+# Shapes and passes
+
+
+def test_floors_are_those_of_the_notes():
+    """18 atoms, 1,024 molecules, 8 x 64, bf16 at 3.0 TB/s: 25, 44 and 69 microseconds."""
+    shape = shapes.equal(18, 1024, 8, 64)
+    times = [shape.bytes(what, torch.bfloat16) / 3.0e6 for what in PASSES]
+    assert times == pytest.approx([25.2, 44.0, 69.2], abs=0.5)
+    assert shape.flops("forward") == 4 * 8 * 64 * 1024 * 18**2
+    pooled = shapes.Shape("", (100,), 1, 8, 2)
+    assert pooled.bytes("forward", torch.float32) == 4 * (8 * (200 + 2 + 2) + 2)
+
+
+def test_all_shapes_that_were_asked_for_are_there():
+    every = shapes.every()
+    assert len({shape.name for shape in every}) == len(every)
+    for n in (15, 18, 32, 55, 64):
+        for b in (128, 1024, 4096):
+            for h, d in ((8, 16), (8, 32), (8, 64), (16, 64)):
+                assert shapes.equal(n, b, h, d) in every
+    assert {shape.seeds for shape in every} >= {1, 4, 16, 32}
+    around = [shape for shape in every if shape.family == "neighbours"]
+    assert {(s.heads, s.dim) for s in around} == {(8, 16), (10, 64)}
+    assert all(len(s.sizes) == 10_000 and 20 <= min(s.sizes) < max(s.sizes) <= 60 for s in around)
+    assert {s.sizes for s in every if s.family == "long"} == {(4096,), (16_384,)}
+    names = {shape.name for shape in every}
+    assert set(rivals_block.HALF) | set(rivals_block.SINGLE) <= names
+
+
+@pytest.mark.parametrize("shape", [SMALL, POOLED], ids=["sets", "seeds"])
+def test_passes_alone_give_what_they_give_together(shape):
+    if cpu.load():
+        pytest.skip(cpu.load())
+    batch = shape.workload(torch.float64).make("cpu")
+    batch.prepare("double_backward")
+    call = rivals.ours("cpu")(batch)
+    expected = batch.run(call, "double_backward")
+    for passes in (alone.Autograd(batch, call), alone.Kernels(batch, cpu)):
+        found = passes.double_backward() | passes.backward() | passes.forward()
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x)
+    empty = shapes.without_values(shape, torch.float64)
+    for one, other in zip((*batch.inputs, batch.dout, *batch.cotangents),
+                          (*empty.inputs, empty.dout, *empty.cotangents)):  # fmt: skip
+        assert one.shape == other.shape and one.dtype == other.dtype
+    assert torch.equal(batch.ptr, empty.ptr)
+
+
+# Blocks, as on a GPU and as rehearsed
+
+
+@pytest.mark.parametrize("name", ["cuda", "cpu"])
+def test_cases_have_names_of_their_own(tmp_path, name):
+    for block in (speed, rivals_block, prewarm, sweep_block):
+        found = block.cases(settings(tmp_path, name))
+        assert len({case.key for case in found}) == len(found) > 0
+        assert all(case.block == block.NAME for case in found)
+        environments = {}
+        for case in found:
+            known = environments.setdefault((case.shard or case.key, case.backend), case)
+            assert known.environment == case.environment
+    assert not prewarm.cases(settings(tmp_path, name, backends=("cpu",)))
+
+
+def test_speed_comes_in_the_order_of_worth(tmp_path):
+    found = speed.cases(settings(tmp_path))
+    assert found[0].name == "1024 x 18 atoms, 8x64" and found[0].dtype == "bfloat16"
+    assert [case.backend for case in found[:: speed.SHARD]][:2] == ["cuda", "triton"]
+    assert all(case.after == "prewarm" for case in found if case.backend == "triton")
+
+
+@pytest.mark.parametrize("shape", [SMALL, POOLED], ids=["sets", "seeds"])
+def test_speed_as_on_a_gpu(as_cuda, monkeypatch, shape):
+    monkeypatch.setattr(replay, "MOST", 4)
+    rows = []
+    speed.timed(shape, torch.float32, "cuda", "cuda", rows.append)
+    timed, check = rows[:3], rows[3]
+    assert [row["what"] for row in timed] == list(PASSES)
+    for row in timed:
+        assert row["clock"] == "graph" and row["turns"] == 4 and row["replays"] == 20
+        assert row["seconds"] == pytest.approx(fake_cuda.REPLAY / 4, rel=0.2)
+        assert row["floor"] == pytest.approx(shape.bytes(row["what"], torch.float32) / 3.0e12)
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["floor"])
+        assert row["eager_us"] > 0 and row["host_us"] > 0
+    assert check["status"] == "ok" and check["error"] < 1e-5
+    lines = speed.table(
+        [row | {"name": "x", "backend": "cuda", "dtype": "float32"} for row in rows]
+    )
+    assert any(line.startswith("x ") and "250.0" in line for line in lines)
+
+
+def test_one_pass_that_fails_does_not_cost_the_others(as_cuda, monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 1)
+
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(backends.load("cuda"), "backward", broken)
+    rows = []
+    with pytest.raises(RuntimeError, match="planted"):
+        speed.timed(SMALL, torch.float32, "cuda", "cuda", rows.append)
+    assert [(row["what"], row.get("status", "ok")) for row in rows] == [
+        ("forward", "ok"), ("backward", "failed"), ("double_backward", "ok"),
+    ]  # fmt: skip
+    assert rows[2]["seconds"] > 0 and "the public call" in rows[2]["text"]
+
+
+def test_wrong_results_are_seen_by_the_clock(as_cuda, monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 1)
+    module = backends.load("cuda")
+    right = module.backward
+    monkeypatch.setattr(module, "backward", lambda *x: [1.01 * y for y in right(*x)])
+    rows = []
+    speed.timed(SMALL, torch.float32, "cuda", "cuda", rows.append)
+    assert rows[-1]["status"] == "wrong" and "d0" in rows[-1]["text"]
+
+
+def stand_in_varlen(monkeypatch, seen):
+    """torch's packed attention, computed set by set."""
+
+    def varlen_attn(q, k, v, q_ptr, k_ptr, longest_q, longest_k):
+        assert q_ptr.dtype == k_ptr.dtype == torch.int32
+        assert longest_q == q_ptr.diff().max() and longest_k == k_ptr.diff().max()
+        seen.append(q.shape)
+        bounds = zip(q_ptr[:-1], q_ptr[1:], k_ptr[:-1], k_ptr[1:])
+        parts = [
+            torch.softmax(torch.einsum("ihd,jhd->hij", q[a:b], k[c:d]) * q.shape[2] ** -0.5, 2)
+            @ v[c:d].transpose(0, 1)
+            for a, b, c, d in bounds
+        ]
+        return torch.cat([part.transpose(0, 1) for part in parts])
+
+    module = ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = varlen_attn
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+
+
+@pytest.mark.parametrize("shape", [SMALL, POOLED], ids=["sets", "seeds"])
+def test_a_rival_as_on_a_gpu(as_cuda, monkeypatch, shape):
+    monkeypatch.setattr(replay, "MOST", 2)
+    seen, rows = [], []
+    stand_in_varlen(monkeypatch, seen)
+    passes = PASSES[:2]
+    rivals_block.timed(
+        shape, torch.bfloat16, "torch varlen", rivals.varlen, passes, "cuda", rows.append
+    )
+    assert [row["what"] for row in rows] == [*passes, "check"] and seen
+    assert rows[0]["clock"] == rows[1]["clock"] == "graph" and rows[2]["status"] == "ok"
+    with pytest.raises(Outcome, match="float16 and bfloat16") as found:
+        rivals_block.timed(
+            shape, torch.float32, "torch varlen", rivals.varlen, passes, "cuda", rows.append
+        )
+    assert found.value.status == "refused"
+
+
+def test_every_rival_can_be_called_on_ragged_sets(monkeypatch):
+    """On the CPU: the fused kernels of CUDA are replaced by torch's own choice."""
+    import torch.nn.attention as attention
+
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda *_: __import__("contextlib").nullcontext())
+    monkeypatch.setattr("benchmarks.baselines.sdpa_kernel", attention.sdpa_kernel)
+    stand_in_varlen(monkeypatch, [])
+    packed = sys.modules["torch.nn.attention.varlen"].varlen_attn
+    flash = ModuleType("flash_attn")
+    flash.flash_attn_varlen_func = packed
+    masks = ModuleType("xformers.ops.fmha.attn_bias")
+
+    class Mask:
+        @staticmethod
+        def from_seqlens(q_counts, k_counts, device=None):
+            def ptr(counts):
+                return torch.tensor([0, *counts]).cumsum(0).int()
+
+            return ptr(q_counts), ptr(k_counts), max(q_counts), max(k_counts)
+
+    masks.BlockDiagonalMask = Mask
+    ops = ModuleType("xformers.ops")
+    ops.memory_efficient_attention = lambda q, k, v, attn_bias: packed(
+        q[0], k[0], v[0], *attn_bias
+    )[None]
+    for module in (flash, masks, ops):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for shape in (SMALL, POOLED, shapes.Shape("ragged", (4, 9, 1), 2, 8)):
+        batch = shape.workload(torch.bfloat16).make("cpu")
+        expected = rivals.RIVALS["naive, padded"](batch)(*batch.inputs)
+        for name, prepare in rivals.RIVALS.items():
+            found = prepare(batch)(*batch.inputs)
+            torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03, msg=name)
+
+
+def test_a_library_that_is_not_there_is_missing(monkeypatch):
+    batch = SMALL.workload(torch.bfloat16).make("cpu")
+    for name, prepare in (("xformers", rivals.xformers), ("flash_attn", rivals.flash_attn)):
+        for part in [key for key in sys.modules if key.split(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, part)
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(Outcome, match=name) as found:
+            prepare(batch)
+        assert found.value.status == "missing"
+
+
+def test_a_rival_that_refuses_is_a_row(as_cuda, monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 1)
+
+    def refuses(batch):
+        def call(q, k, v):
+            raise RuntimeError("No available kernel. Aborting execution.")
+
+        return call
+
+    rows = []
+    rivals_block.timed(SMALL, torch.float32, "cudnn", refuses, PASSES[:2], "cuda", rows.append)
+    assert [(row["what"], row["status"]) for row in rows] == [("forward", "refused")]
+
+
+@pytest.mark.parametrize("block", [speed, rivals_block], ids=["speed", "rivals"])
+def test_rehearsal_on_a_cpu(tmp_path, block):
+    chosen = settings(tmp_path, "cpu")
+    found = [case for case in block.cases(chosen) if not case.needs_cuda]
+    assert {case.dtype for case in found} == {"bfloat16", "float32"}
+    everything = []
+    for case in found:
+        if case.name.endswith(": pyg") and not providers.installed("torch_geometric"):
+            with pytest.raises(Outcome, match="torch_geometric"):
+                rows_of(block, case, chosen)
+            continue
+        rows = rows_of(block, case, chosen)
+        assert all(row.get("status", "ok") == "ok" for row in rows), (case, rows)
+        everything += [
+            {"name": case.name, "backend": case.backend, "dtype": case.dtype} | row for row in rows
+        ]
+    assert {row["what"] for row in everything} >= set(PASSES)
+    assert len(block.table(everything)) > 5
+
+
+# Compilations ahead of time
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton interprets in this process")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    from gpu import variants
+
+    return variants
+
+
+def test_a_launch_finds_what_was_compiled_ahead(compiler, tmp_path):
+    import attnpool_kernels.backends.triton as backend
+
+    JIT = triton.runtime.jit.JITFunction
+    compile_ = JIT._do_compile
+    batch = shapes.without_values(SMALL, torch.bfloat16)
+    with compiler.collecting((9, 0)) as collected:
+        alone.Kernels(batch, backend).forward()
+    assert JIT._do_compile is compile_
+    jobs = list(collected.found.values())
+    done = list(compiler.compiled(jobs, collected.target, 1, lambda: 100.0))
+    assert len(done) == len(jobs) == 1 and not done[0].error
+    files = set((tmp_path / "triton").rglob("*.cubin"))
+    assert len(files) == 1
+    hashes = []
+    with compiler.collecting((9, 0)) as collected:
+        # What the launcher itself does with the arguments of the same call.
+        JIT._do_compile = lambda self, *x: hashes.append(compile_(self, *x).hash)
+        alone.Kernels(batch, backend).forward()
+    assert set((tmp_path / "triton").rglob("*.cubin")) == files and len(hashes) == 1
+
+
+def test_a_compiler_that_dies_costs_its_variant(compiler, monkeypatch):
+    parent = os.getpid()
+
+    def compile_(source, target, options):
+        assert os.getpid() != parent
+        if source.place == 1:
+            os._exit(1)
+
+    monkeypatch.setattr(compiler.triton, "compile", compile_)
+
+    def job(place):
+        kernel = SimpleNamespace(__module__="a.b", __name__=str(place))
+        return compiler.Variant(SimpleNamespace(fn=kernel, place=place), SimpleNamespace())
+
+    jobs = [job(place) for place in range(6)]
+    found = list(compiler.compiled(jobs, compiler.target((9, 0)), 1, lambda: 100.0))
+    good = {one.name for one in found if not one.error}
+    assert good >= {f"b.{place}" for place in (0, 3, 4, 5)}, found
+    assert any("its process ended" in one.error for one in found) and len(found) == 6
+    assert list(compiler.compiled(jobs, compiler.target((9, 0)), 1, lambda: -1.0)) == []
+
+
+def test_prewarm_finds_every_variant_of_the_blocks(compiler, monkeypatch, tmp_path):
+    """And in the rehearsal compiles a few; here none, the compiler has its own test."""
+    asked = []
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(
+        compiler, "compiled", lambda jobs, *_: asked.extend(jobs) or [
+            compiler.Compiled(job.name, 0.1) for job in jobs
+        ],
+    )  # fmt: skip
+    chosen = settings(tmp_path, "cpu")
+    (case,) = prewarm.cases(chosen)
+    (row,) = rows_of(prewarm, case, chosen)
+    assert row["compiled"] == len(asked) == prewarm.REHEARSED and row["status"] == "ok"
+    with compiler.collecting((9, 0)) as collected:
+        for call in prewarm.of_blocks(torch.bfloat16, False):
+            call()
+    names = {variant.name for variant in collected.found.values()}
+    assert any("few_seeds" in name for name in names) and len(collected.found) > 100
+    assert any("double" in name for name in names)
+
+
+# Tiles
+
+
+def test_a_file_of_tiles_can_be_taken_over(monkeypatch):
+    from attnpool_kernels.backends.triton import tuning
+    from gpu import tiles
+
+    key, tile = tiles.Key("bf16", 64, "forward"), (16, 32, 64, 1, 3, 255)
+    text = tiles.lines((9, 0), {key: (tile, 31.2e-6, 24e-6)})
+    assert "31.2 -> 24.0 µs" in text
+    original = tiles.shipped(key, (9, 0))
+    with tiles.using({key: tile}):
+        assert tiles.shipped(key, (9, 0)) == tile
+        assert tiles.shipped(tiles.Key("bf16", 32, "forward"), (9, 0)) != tile
+    assert tiles.shipped(key, (9, 0)) == original != tile
+    tuning.tile.cache_clear()
+    monkeypatch.setattr(tuning, "_CHIPS", tuning._CHIPS | tiles.take_over(text))
+    assert tiles.shipped(key, (9, 0)) == tile
+    assert tiles.shipped(key, (8, 0)) == original
+    tuning.tile.cache_clear()
+
+
+def test_candidates_are_tiles_of_the_table():
+    from gpu import tiles
+
+    found = tiles.candidates()
+    assert tiles.Key("bf16", 64, "forward") in found
+    for key, candidates in found.items():
+        original = tiles.shipped(key, (9, 0))
+        assert original is not None and candidates and original not in candidates
+        for m, n, part, warps, stages, *most in candidates:
+            assert {m, n, part, warps} <= {2**i for i in range(9)} and 1 <= stages <= 4
+            assert part <= key.width and most in ([], [255])
+
+
+def test_pruning_reads_the_machine_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests/backends"))
+    from gpu import candidates, tiles
+
+    layout = "#mma = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [4, 1], x}>"
+    dot = (
+        "%1 = tt.dot %a, %b, %c : tensor<16x64xbf16, #ttg.dot_op<{opIdx = 0, parent = #mma, "
+        "kWidth = 2}>> * tensor<64x32xbf16, #ttg.dot_op<{opIdx = 1}>> -> tensor<16x32xf32, #mma>"
+    )
+    assert candidates.repeated(f"{layout}\n{dot}") == 4.0
+    assert candidates.repeated(f"{layout}\n{dot.replace('16x64', '64x64')}") == 1.0
+    entry = {"tile": [1], "spills": 0, "repeated": 1.0, "shared": 1000}
+    costs = [{"instructions": {"18": x, "55": 100}} for x in (5, 9, 3, 1, 2)]
+    entries = [entry | cost | {"tile": [i]} for i, cost in enumerate(costs)]
+    entries[3] |= {"repeated": 4.0}
+    entries[4] |= {"spills": 500}
+    assert [x["tile"] for x in candidates.pruned(entries)] == [[2], [1]]  # the first is the table's
+    key = tiles.Key("bf16", 32, "forward")
+    found = candidates.measured(key, (16, 16, 32, 1, 1, 255))
+    assert found["registers"] > 0 and found["repeated"] == 1.0
+    assert found["instructions"]["55"] > found["instructions"]["18"] > 100
+
+
+@pytest.fixture
+def tuned(as_cuda, monkeypatch):
+    """Kernels whose time and result depend on the tile that the table holds."""
+    import attnpool_kernels.backends.triton as backend
+    from attnpool_kernels.backends.triton import tuning
+
+    times = {16: 3e-4, 32: 5e-4, 64: 1e-4, 128: 1e-5}
+    current = []
+
+    def forward(*x):
+        width = tuning.tile("forward", (9, 0), "fp32", 16, False)["BLOCK_M"]
+        current[:] = [times[width]]
+        if width == 128:
+            raise RuntimeError("out of resource: shared memory")
+        out, lse = cpu.forward(*x)
+        return (out + 1.0 if width == 64 else out), lse
+
+    def seconds(calls, stream):
+        calls[0]()
+        return {"seconds": current[0]}
+
+    monkeypatch.setattr(backend, "forward", forward)
+    monkeypatch.setattr(clock, "kernels", seconds)
+    tiles = [(16, 16, 16, 1, 1), (64, 16, 16, 1, 1), (128, 16, 16, 1, 1)]
+    monkeypatch.setattr(sweep_block, "REHEARSED", {"fp32 16 forward": tiles})
+    monkeypatch.setattr("gpu.tiles.candidates", lambda: {
+        __import__("gpu.tiles").tiles.Key("fp32", 16, "forward"): tiles
+    })  # fmt: skip
+    monkeypatch.setattr(sweep_block, "_shapes", lambda *_: [SMALL])
+
+
+def test_the_sweep_keeps_the_fastest_right_tile(tuned, tmp_path):
+    from gpu import tiles
+
+    case = Case("sweep", "measure fp32 16 forward", "triton", "float32")
+    chosen = settings(tmp_path)
+    rows = rows_of(sweep_block, case, chosen)
+    assert [row["status"] for row in rows] == ["ok", "ok", "wrong", "refused"]
+    assert rows[0]["shipped"] and not rows[1]["shipped"]
+    taken = tiles.take_over((tmp_path / "tiles.txt").read_text())
+    assert taken == {((9, 0), "fp32", 16, "forward"): (16, 16, 16, 1, 1)}
+    assert any("1.67x" in line for line in sweep_block.table(rows))
+    late = settings(tmp_path, deadline=0.0)
+    assert {row["status"] for row in rows_of(sweep_block, case, late)} == {"no time"}
+    assert tiles.take_over((tmp_path / "tiles.txt").read_text()) == taken  # what was found stays
+
+
+def test_suites_have_no_batch_without_work():
+    """The workloads of the rivals' modules are those of the suite."""
+    names = {contender.name for contender in providers.CONTENDERS.values() if contender.module}
+    assert set(rivals.MODULES) <= names and suites.PASSES == PASSES
