@@ -158,7 +158,10 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         from gpu import child
 
-        sys.exit(child.main(int(sys.argv[2]), int(sys.argv[3])))
-    code = main(sys.argv[1:])
+        code = child.main(int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        code = main(sys.argv[1:])
     sys.stdout.flush()
-    os._exit(code)  # threads that wait for a process that cannot be killed do not hold us
+    sys.stderr.flush()
+    # Threads that wait for a process that cannot be killed do not hold us, nor does CUDA's own end.
+    os._exit(code)

@@ -15,7 +15,7 @@ from .case import Settings
 KERNELS = ("cuda", "triton", "cpu")
 DTYPES = ("bfloat16", "float32", "float16", "float64")  # what matters most comes first
 PASSES = ("forward", "backward", "double_backward")
-BESIDE = 6  # processes that share the GPU where nothing is timed
+BESIDE = 8  # processes that share the GPU where nothing is timed
 
 
 def kernels(settings: Settings) -> list[str]:

@@ -102,7 +102,7 @@ class Runner:
             else:
                 self._block(block, deadline, skip)
         for thread in threads:
-            thread.join(max(0.0, self.end - time.time()) + 5.0)
+            thread.join(max(0.0, self.end + 1.0 - time.time()))
 
     def stop(self) -> None:
         """Kills everything that runs; nothing new starts."""
@@ -146,8 +146,8 @@ class Runner:
             workers = [threading.Thread(target=work, daemon=True) for _ in range(parallel)]
             for worker in workers:
                 worker.start()
-            for worker in workers:
-                worker.join()
+            for worker in workers:  # one may wait for a process that cannot be killed
+                worker.join(max(0.0, self.end + 1.0 - time.time()))
         finally:
             self._over[block.NAME].set()
 
@@ -161,7 +161,12 @@ class Runner:
                 for case in rest:
                     self._end(case, "no time", "", 0.0, {})
                 return
-            rest = rest[self._process(rest, settings) :]
+            try:
+                done = self._process(rest, settings)
+            except Exception as error:  # a full disk, too many processes: what can be is not known
+                self._end(rest[0], "failed", f"runner: {type(error).__name__}: {error}", 0.0, {})
+                done = 1
+            rest = rest[done:]
 
     def _process(self, cases: list[Case], settings: Settings) -> int:
         """Runs cases until one ends the process. Returns for how many there are rows now."""

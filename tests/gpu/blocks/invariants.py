@@ -1,7 +1,6 @@
 """What must hold beside the values: the same bits again and alone, graphs, streams, huge tensors.
 
-Whatever needs CUDA has a process of its own, so that a graph is captured by the first call that a
-process makes.
+A captured graph has a process of its own, whose first call it is.
 """
 
 from __future__ import annotations
@@ -31,24 +30,24 @@ def cases(settings: Settings) -> list[Case]:
     for backend in kernels(settings):
         after = "prewarm" if backend == "triton" else ""
 
-        def add(name: str, dtype: str, cuda: bool = True, seconds: float = 60.0) -> None:
-            shard = "all" if small and not cuda else ""
-            case = Case(NAME, name, backend, dtype, seconds, cuda, shard, after)  # noqa: B023
+        def add(name: str, dtype: str, shard: str = "", cuda: bool = True) -> None:
+            case = Case(NAME, name, backend, dtype, 120.0, cuda, shard, after)  # noqa: B023
             found.append(case)
 
         for dtype in ("float32",) if small else DTYPES:
             for kind in ("sets", "few seeds"):
-                add(f"repeats of {kind}", dtype, cuda=False)
-                add(f"alone or in a batch, {kind}", dtype, cuda=small and backend == "triton")
+                add(f"repeats of {kind}", dtype, "bits", cuda=False)
+                interpreted = small and backend == "triton"
+                add(f"alone or in a batch, {kind}", dtype, "bits", cuda=interpreted)
         for dtype in DTYPES:
             for kind in ("sets", "few seeds"):
                 add(f"first call captured, {kind}", dtype)
         for kind in ("sets", "few seeds"):
-            add(f"replays through autograd, {kind}", "float32")
-            add(f"no synchronisation, {kind}", "float32")
-            add(f"side stream, {kind}", "float32")
+            add(f"replays through autograd, {kind}", "float32", "streams")
+            add(f"no synchronisation, {kind}", "float32", "streams")
+            add(f"side stream, {kind}", "float32", "streams")
         if backend != "triton" or not small:
-            add("more than 2^31 elements", "bfloat16", cuda=False, seconds=120.0)
+            add("more than 2^31 elements", "bfloat16", "bits", cuda=False)
     return found
 
 

@@ -9,7 +9,7 @@ from gpu.case import Case, Emit, Settings
 from gpu.passes import DTYPES, PASSES, kernels, parallel
 
 NAME = "smoke"
-WEIGHT = 3.0
+WEIGHT = 5.0
 FAMILIES = {"sets": "empty among them", "few seeds": "four seeds"}
 ON_CPU = {"sets": "smallest", "few seeds": "smallest of seeds"}
 PARALLEL = parallel
