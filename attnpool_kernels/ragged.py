@@ -72,9 +72,10 @@ def _check_elements(ptr: Tensor, rows: int, name: str) -> None:
 
 
 def _traced(tensor: Tensor) -> bool:
-    """True where contents cannot be read: under a compiler, for fake and for meta tensors."""
+    """True where contents cannot be read: under compilers and torch.jit.trace, fake and meta."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or tensor.is_meta
         or type(tensor) not in (Tensor, torch.nn.Parameter)
     )
