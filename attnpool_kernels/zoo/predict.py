@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import pickle
 import warnings
 import zipfile
@@ -241,10 +242,17 @@ def predicted(
 def table(task: PoolingTask, frames: Sequence[ase.Atoms], values: torch.Tensor) -> list[list[str]]:
     """Header and rows: number, formula, atoms, and a column for each target with its unit."""
     rows = [["molecule", "formula", "atoms", *(f"{t.name} [{t.unit}]" for t in task.targets)]]
+    widths = task.model.std.tolist()
     for number, (atoms, row) in enumerate(zip(frames, values.tolist())):
-        found = [f"{value:.8g}" for value in row]
+        found = [f"{value:.{_digits(value, std)}g}" for value, std in zip(row, widths)]
         rows.append([str(number), atoms.get_chemical_formula(), str(len(atoms)), *found])
     return rows
+
+
+def _digits(value: float, std: float) -> int:
+    """Significant digits: eight, and more where a millionth of the target's std needs them."""
+    ratio = abs(value) / std
+    return 8 if not 1 < ratio < math.inf else min(17, max(8, 6 + math.ceil(math.log10(ratio))))
 
 
 def as_csv(rows: Iterable[Iterable[Any]]) -> str:
