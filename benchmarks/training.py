@@ -297,10 +297,7 @@ def peak(contender: str, size: Size, what: str, data: Data, limit_s: float) -> m
     child.start()
     there.close()
     try:
-        if not here.poll(limit_s):
-            child.kill()
-            return memory.Probe("timeout", f"over {limit_s:.0f} s")
-        return here.recv()
+        return memory.answer(here, child, limit_s)
     except EOFError:
         child.join(5)
         return memory.Probe("error", f"its process ended with {child.exitcode}")
@@ -315,11 +312,9 @@ def _child(pipe, contender: str, size: Size, what: str, data: Data, threads: int
     try:
         step = stepper(CONTENDERS[contender], size, what)
         step(data.first(2))  # makes the state of Adam, loads code
-        before = memory._reset()
+        mark = memory.ready(pipe)
         step(data)
-        after = memory._mark()
-        bytes_ = None if before is None or after is None else max(0, after - before)
-        pipe.send(memory.Probe("ok", peak_bytes=bytes_))
+        pipe.send(memory.Probe("ok", peak_bytes=mark.peak()))
     except BaseException as error:
         pipe.send(memory.Probe(*memory.classify(error)))
     pipe.close()

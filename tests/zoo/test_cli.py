@@ -401,7 +401,7 @@ def test_two_processes_train_as_one_does(zoo, tmp_path, qm7b):
     command += ["-m", "attnpool_kernels.zoo", *options, "--output", "two"]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     found = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.count("best by the validation loss") == 1  # one process speaks
