@@ -60,6 +60,7 @@ def test_backends_lists_names():
     assert backends() == backends.PRIORITY and "reference" in backends()
 
 
+@pytest.mark.timing
 def test_import_is_cheap_and_clean():
     """A fresh process: no optional package, and a small share of what importing torch takes.
 

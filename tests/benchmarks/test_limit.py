@@ -57,6 +57,7 @@ def test_the_best_of_two_measurements():
     assert best.memory == ((2**16, 1e11), (2**20, 6e10), (2**24, 2e10))
 
 
+@pytest.mark.timing
 @with_library
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_loop_is_as_fast_as_any_library(dtype):
@@ -67,6 +68,7 @@ def test_loop_is_as_fast_as_any_library(dtype):
     assert found.fma[dtype] < torch.get_num_threads() * 2 * 2 * lanes * 7e9
 
 
+@pytest.mark.timing
 @with_library
 @pytest.mark.parametrize("width", rates._widths() if not cpu.load() else [])
 def test_loop_takes_its_time(width):
@@ -109,6 +111,7 @@ def before():
     return rates.measure({F32, F64}, "cpu", 0.1)
 
 
+@pytest.mark.timing
 @with_library
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_nothing_beats_its_limit(name, before, tmp_path):

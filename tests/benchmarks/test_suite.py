@@ -251,6 +251,7 @@ def test_a_mark_that_cannot_be_reset_is_no_measurement(monkeypatch):
 def test_run_without_memory(tmp_path, monkeypatch):
     """Memory that cannot be measured, and children that never answer in time: the run goes on."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(run.rates, "measure", lambda *arguments: RATES)
     arguments = ["--tiny", "--contenders", "naive", "--budget", "0.001", "--no-molecules"]
     arguments += ["--minutes", "inf", "--output"]
     monkeypatch.setattr(memory, "probe", lambda *a, **k: memory.Probe("ok", seconds=1e-3))
