@@ -1,10 +1,11 @@
-"""Properties that hold for every batch, on drawn batches (fixed examples; -m slow draws more)."""
+"""Properties that hold for every batch, on drawn batches (fixed examples, see ``examples``)."""
 
 from dataclasses import replace
 
 import pytest
+import seeds
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from attnpool_kernels import seed_pool, set_attention, testing
@@ -40,13 +41,19 @@ def cases(draw, **fixed):
 
 
 def examples(count):
-    return settings(
-        max_examples=count,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    """Fixed examples, others with each --seed-shift."""
+
+    def decorate(test):
+        with_settings = settings(
+            max_examples=count,
+            derandomize=not seeds.shift(),
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )(test)
+        return seed(seeds.shift())(with_settings) if seeds.shift() else with_settings
+
+    return decorate
 
 
 @pytest.fixture
