@@ -118,7 +118,9 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, kind)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            device, kind
+        )
 
     def packed(rows: int, width: int) -> Tensor:
         return _laid_out(normal(rows, case.heads, width), case.layout)
@@ -140,7 +142,9 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
         bias = normal(sum(pairs), case.heads, kind=kind)
         ddbias = normal(sum(pairs), case.heads, kind=kind)
         if case.bias == "mask":
-            forbidden = torch.rand(bias.shape, generator=generator) < 0.3
+            forbidden = (
+                torch.rand(bias.shape, generator=generator, dtype=torch.float32, device="cpu") < 0.3
+            )
             forbidden[: k_counts[0] if k_counts else 0] = True  # every key of the first query
             bias = bias.masked_fill(forbidden.to(device), -torch.inf)
     rows = (n_q,) if case.seeds is None else (len(k_counts), n_q)
@@ -157,7 +161,7 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
 
 
 def _ptr(counts: Iterable[int], index: torch.dtype, device: str) -> Tensor:
-    counts = torch.tensor([0, *counts], dtype=torch.int64)
+    counts = torch.tensor([0, *counts], dtype=torch.int64, device="cpu")
     return counts.cumsum(0).to(device, index)
 
 
@@ -200,18 +204,20 @@ def dense(
     if scale_first:
         q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
     case, molecules = batch.case, len(batch.case.counts)
-    k_of = torch.full((k.shape[0],), -1)
+    k_of = torch.full((k.shape[0],), -1, device=q.device)
     k_of[: sum(case.counts)] = torch.repeat_interleave(
-        torch.arange(molecules), torch.tensor(case.counts, dtype=torch.int64)
+        torch.arange(molecules, device=q.device),
+        torch.tensor(case.counts, device=q.device, dtype=torch.int64),
     )
     if case.seeds is not None:
-        q_of = torch.arange(molecules).repeat_interleave(case.seeds)
+        q_of = torch.arange(molecules, device=q.device).repeat_interleave(case.seeds)
         q = q.repeat(molecules, 1, 1)
     else:
         counts = case.q_counts or case.counts
-        q_of = torch.full((q.shape[0],), -2)
+        q_of = torch.full((q.shape[0],), -2, device=q.device)
         q_of[: sum(counts)] = torch.repeat_interleave(
-            torch.arange(molecules), torch.tensor(counts, dtype=torch.int64)
+            torch.arange(molecules, device=q.device),
+            torch.tensor(counts, device=q.device, dtype=torch.int64),
         )
     own = (q_of[:, None] == k_of[None, :]).to(q.device)  # row-major order is the order of pairs
     logits = torch.einsum("ihd,jhd->hij", q, k) * scale
