@@ -265,7 +265,7 @@ def kept(ptr: Tensor) -> dict | None:
 def _integers(name: str, values: Sequence[int]) -> Tensor:
     """A sequence (list, tuple, numpy array) as int64; floats and bools are not rounded."""
     try:
-        made = torch.as_tensor(values)
+        made = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or a sequence of int, got {values!r}") from error
     if made.numel() == 0:

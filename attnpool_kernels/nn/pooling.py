@@ -68,7 +68,9 @@ class _Pooling(torch.nn.Module):
 
     def located(self, x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Ragged, Tensor]:
         """The rows, the molecules on their device, and the molecule of each row."""
-        check_rows("x", x, self.channels, next(self.parameters(), None))
+        # A quantised layer's integers say nothing about the dtype of the rows.
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        check_rows("x", x, self.channels, like)
         x, ragged = covered(x, ptr)
         if ragged.ptr.device != x.device:
             ragged = ragged.to(x.device)
@@ -193,12 +195,16 @@ class WeightedAverage(_Pooling):
         if self.std <= 0:
             raise ValueError(f"std must be positive, got {std}")
 
-    def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
-        return self._pool(x, ragged, batch)[0]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, ptr: Tensor | Ragged, weights: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, C_out] from x [N, C] and the boundaries [B + 1]; or as ``with_weights``."""
+        found = self._pool(*self.located(x, ptr))
+        return found if weights else found[0]
 
     def with_weights(self, x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Tensor]:
         """y [B, C_out] and the weights a [N] of the atoms."""
-        return self._pool(*self.located(x, ptr))
+        return self(x, ptr, weights=True)
 
     def _pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> tuple[Tensor, Tensor]:
         weights = segment_softmax(self.gate(x), ragged, batch)
@@ -254,12 +260,12 @@ class SeedPooling(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.reduce = one_of("reduce", reduce, ("mean", "concat"))
-        positive("channels", channels)
+        self.channels = positive("channels", channels)
         dim = channels if out_features is None else positive("out_features", out_features)
         self.pma = PMA(dim, seeds, heads, in_dim=channels, **options)
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[B, C_out] from x [N, C] and the boundaries [B + 1]."""
-        check_rows("x", x, self.pma.mab.attn.key_dim)
+        check_rows("x", x, self.channels)
         out = self.pma(*covered(x, ptr))
         return out.mean(1) if self.reduce == "mean" else out.flatten(1)

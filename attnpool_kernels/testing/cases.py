@@ -95,7 +95,9 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, kind)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            device, kind
+        )
 
     def packed(rows: int, width: int) -> Tensor:
         return _laid_out(normal(rows, case.heads, width), case.layout)
@@ -117,7 +119,9 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
         bias = normal(sum(pairs), case.heads, kind=kind)
         ddbias = normal(sum(pairs), case.heads, kind=kind)
         if case.bias == "mask":
-            forbidden = torch.rand(bias.shape, generator=generator) < 0.3
+            forbidden = (
+                torch.rand(bias.shape, generator=generator, dtype=torch.float32, device="cpu") < 0.3
+            )
             forbidden[: k_counts[0] if k_counts else 0] = True  # every key of the first query
             bias = bias.masked_fill(forbidden.to(device), -torch.inf)
     rows = (n_q,) if case.seeds is None else (len(k_counts), n_q)
@@ -134,7 +138,7 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
 
 
 def _ptr(counts: Iterable[int], index: torch.dtype, device: str) -> Tensor:
-    counts = torch.tensor([0, *counts], dtype=torch.int64)
+    counts = torch.tensor([0, *counts], dtype=torch.int64, device="cpu")
     return counts.cumsum(0).to(device, index)
 
 

@@ -26,18 +26,20 @@ def dense(batch: Batch, dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tenso
     """
     q, k, v = (x.to(dtype) for x in inputs[:3])
     case, molecules = batch.case, len(batch.case.counts)
-    k_of = torch.full((k.shape[0],), -1)
+    k_of = torch.full((k.shape[0],), -1, device=q.device)
     k_of[: sum(case.counts)] = torch.repeat_interleave(
-        torch.arange(molecules), torch.tensor(case.counts, dtype=torch.int64)
+        torch.arange(molecules, device=q.device),
+        torch.tensor(case.counts, device=q.device, dtype=torch.int64),
     )
     if case.seeds is not None:
-        q_of = torch.arange(molecules).repeat_interleave(case.seeds)
+        q_of = torch.arange(molecules, device=q.device).repeat_interleave(case.seeds)
         q = q.repeat(molecules, 1, 1)
     else:
         counts = case.q_counts or case.counts
-        q_of = torch.full((q.shape[0],), -2)
+        q_of = torch.full((q.shape[0],), -2, device=q.device)
         q_of[: sum(counts)] = torch.repeat_interleave(
-            torch.arange(molecules), torch.tensor(counts, dtype=torch.int64)
+            torch.arange(molecules, device=q.device),
+            torch.tensor(counts, device=q.device, dtype=torch.int64),
         )
     own = (q_of[:, None] == k_of[None, :]).to(q.device)  # row-major order is the order of pairs
     logits = torch.einsum("ihd,jhd->hij", q, k) * batch.scale

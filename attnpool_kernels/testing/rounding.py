@@ -263,7 +263,7 @@ def model(batch: Batch, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     if batch.dlse is not None:
         shapes["gdlse"] = lse_shape
     found = {
-        name: (torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
+        name: tuple(torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2))
         for name, shape in shapes.items()
     }
     found["lse"][0].fill_(-torch.inf)

@@ -61,7 +61,7 @@ class Batches:
         index = self.index
         if self.data is not None:
             generator = torch.Generator().manual_seed(self.data.seed * 1_000_003 + self.data.epoch)
-            index = index[torch.randperm(len(index), generator=generator)]
+            index = index[torch.randperm(len(index), generator=generator, device="cpu")]
         counts = self.molecules.ptr.diff()
         for part in index.split(self.size)[: len(self)]:
             own = part[self.rank :: self.world]
@@ -131,7 +131,7 @@ class MoleculeData(LightningDataModule):
         self.targets = tuple(found.targets[i] for i in columns)
         parts = {}
         for part, index in vars(split).items():
-            index = torch.as_tensor(index, dtype=torch.int64)[: self.limit]
+            index = torch.as_tensor(index, dtype=torch.int64, device="cpu")[: self.limit]
             if not len(index):
                 raise ValueError(f"split must have molecules to {_PURPOSE[part]}, got none")
             parts[part] = index

@@ -389,7 +389,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _width(pool: torch.nn.Module, channels: int) -> int:
     """Width of a pooled row, found by pooling one atom."""
-    weight = next(pool.parameters(), torch.empty(0))
+    weight = next(pool.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
     training = pool.training
     with torch.no_grad():
         one = torch.zeros(1, channels, dtype=weight.dtype, device=weight.device)

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from . import sdf, xyz
+from .defaults import plain_defaults
 from .lines import lines
 from .molecules import Molecules
 
@@ -61,14 +63,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_task(path: str | Path) -> PoolingTask:
     """The model of a checkpoint, in evaluation mode, on the CPU.
 
+    In float32, or in float64 where its weights are so, whatever the process's default dtype is.
+
     Raises ValueError for files that are damaged, of another program or of another model.
     """
     from .task import PoolingTask
 
     file, found = checkpoint_file(path), read_checkpoint(path)
     try:
-        task = PoolingTask(**found["hyper_parameters"])
-        task.load_state_dict(found["state_dict"])
+        with plain_defaults():
+            task = PoolingTask(**found["hyper_parameters"])
+        state = found["state_dict"]
+        if any(name in state and state[name].dtype == torch.float64 for name in _weights(task)):
+            task = task.double()
+        task.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
         lines = str(error).splitlines()
         raise ValueError(
@@ -76,6 +84,11 @@ def load_task(path: str | Path) -> PoolingTask:
         ) from error
     task.on_load_checkpoint(found)
     return task.eval()
+
+
+def _weights(task: torch.nn.Module) -> list[str]:
+    """Names of the parameters: the statistics beside them are in float64 in any model."""
+    return [name for name, _ in task.named_parameters()]
 
 
 def read_molecules(path: str | Path) -> list[ase.Atoms]:
@@ -173,7 +186,7 @@ def _check(path: Path, name: str, atoms: ase.Atoms) -> None:
         raise ValueError(
             f'{path}: {name} is periodic, which no model here is; for a molecule write pbc="F F F"'
         )
-    if not bool(torch.as_tensor(atoms.positions).isfinite().all()):
+    if not bool(np.isfinite(atoms.positions).all()):
         raise ValueError(f"{path}: positions of {name} must be finite")
     if len(atoms) > 1 and not (atoms.positions - atoms.positions[0]).any():
         raise ValueError(
@@ -233,7 +246,7 @@ def predicted(
 ) -> torch.Tensor:
     """Predictions [B, T], float64, in the units of ``task.targets``."""
     molecules = Molecules.from_ase(frames)
-    parts = torch.arange(len(molecules)).split(batch_size)
+    parts = torch.arange(len(molecules), device="cpu").split(batch_size)
     with torch.no_grad():
         found = [task(molecules.select(part).to(task.device)) for part in parts]
     return torch.cat(found).double().cpu()
