@@ -194,6 +194,89 @@ Target<T> target_of(const View& x, Dtype dtype, int64_t molecule, int64_t first,
   return {buffer, ld, false};
 }
 
+// A sum over any number of blocks. The first TOGETHER are added up in the target, one rounding a
+// block; then, and whenever the target holds so many again, it is taken over into a sum that loses
+// nothing. So the error does not grow with the number of blocks, and short sums cost nothing.
+constexpr int64_t TOGETHER = 16;
+
+template <typename T>
+struct LongSum {
+  T *sum, *lost;         // [rows][width]; used from the block after TOGETHER on
+  int64_t blocks = 0;    // in the target
+  bool started = false;  // whether there is anything in sum
+
+  // To be called before every block: whether it is added to the target, else it replaces it.
+  bool next(const Target<T>& to, int64_t rows, int64_t width) {
+    if (blocks == TOGETHER) take_over(to, rows, width, nullptr);
+    return blocks++ > 0;
+  }
+
+  // decay[i] is what the older sums of row i must be multiplied by first.
+  void take_over(const Target<T>& to, int64_t rows, int64_t width, const T* decay) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t x = 0; x < width; x += WIDTH<T>) {
+        Vector<T> s = load(to.row(i) + x), l{};
+        if (started) {
+          s = load(sum + i * width + x), l = load(lost + i * width + x);
+          if (decay) s *= decay[i], l *= decay[i];
+          add_exactly<T>(s, l, load(to.row(i) + x));
+        }
+        store(sum + i * width + x, s);
+        store(lost + i * width + x, l);
+      }
+    blocks = 0;
+    started = true;
+  }
+
+  // Everything to the target.
+  void finish(const Target<T>& to, int64_t rows, int64_t width, const T* decay = nullptr) {
+    if (!started) return;
+    take_over(to, rows, width, decay);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t x = 0; x < width; x += WIDTH<T>)
+        store(to.row(i) + x,
+              whole_sum<T>(load(sum + i * width + x), load(lost + i * width + x)));
+  }
+};
+
+// Most query rows of a molecule of a task.
+inline int64_t longest_of(const AttnParams& a, const Task& task) {
+  int64_t longest = 0;
+  for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule)
+    longest = larger(longest, query_span(a, molecule).size);
+  return longest;
+}
+
+// Rows that a sum over the keys of a molecule, or over molecules, may need in a LongSum.
+template <typename T>
+int64_t long_rows(const AttnParams& a, int64_t longest, int64_t keys) {
+  if (a.shared_seeds) return a.heads * a.query_rows;
+  return a.key_rows > TOGETHER * keys ? longest : 0;
+}
+
+// f(molecule, head, sum over keys) for the molecules and heads of a task. With shared seeds that
+// sum goes on from molecule to molecule, in dq_sum. buffers: long_rows x ld each.
+template <typename T, typename F>
+void for_each_head(const AttnParams& a, const Task& task, T* const (&buffers)[2], int64_t ld, F f) {
+  const auto sum_of = [&](int64_t head, const LongSum<T>& like) {
+    const int64_t skip = a.shared_seeds ? head * a.query_rows * ld : 0;
+    return LongSum<T>{buffers[0] + skip, buffers[1] + skip, like.blocks, like.started};
+  };
+  LongSum<T> before{nullptr, nullptr};  // what all heads have in common
+  for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule) {
+    LongSum<T> sum{nullptr, nullptr};
+    for (int64_t head = task.head; head < task.head_end; ++head) {
+      sum = sum_of(head, before);
+      f(molecule, head, sum);
+    }
+    if (a.shared_seeds) before = sum;
+  }
+  for (int64_t head = task.head; before.started && head < task.head_end; ++head)
+    sum_of(head, before)
+        .finish({static_cast<T*>(task.dq_sum) + head * a.query_rows * ld, ld, true}, a.query_rows,
+                ld);
+}
+
 // One (molecule, head) and the block of pairs at hand.
 struct Pairs {
   int64_t molecule, head;
@@ -334,15 +417,20 @@ void read_lse(const View& lse, int64_t molecule, int64_t first, int64_t head, in
   for (int64_t i = count; i < whole_vectors<T>(count); ++i) minus_lse[i] = 0;
 }
 
+// What a block's weights are relative to, see below.
+enum class Base { top, lse, whole };
+
 // p: logits (without bias) to weights. With all keys of the rows in the block they are taken from
-// the rows' own maximum and must be divided by their sum: the rounding of a large LSE would spoil
-// the cancellations of the derivatives. Otherwise they come from the LSE.
-template <typename T, bool ALL_KEYS, bool BIAS>
+// the rows' own maximum (top) and must be divided by their sum: the rounding of a large LSE would
+// spoil the cancellations of the derivatives. Otherwise they come from the LSE, or, to be divided
+// by their sum as well, from a whole number near it: that is subtracted without any rounding.
+template <typename T, Base BASE, bool BIAS>
 void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lanes) {
   const Vector<T> infinity = splat(T(__builtin_inf()));
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
     Vector<T> shift = load(minus_lse + x);
-    if (ALL_KEYS) {
+    if (BASE == Base::whole) shift = nearest_whole<T>(shift);
+    if (BASE == Base::top) {
       Vector<T> top = -infinity;
       for (int64_t j = 0; j < nj; ++j) {
         Vector<T> logit = load(p + j * QUERIES + x);
@@ -356,21 +444,29 @@ void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lan
     }
     for (int64_t j = 0; j < nj; ++j) {
       Vector<T> logit = load(p + j * QUERIES + x);
-      if (BIAS && !ALL_KEYS) logit += load(bias + j * QUERIES + x) * T(LOG2_E);
-      store(p + j * QUERIES + x, exp2<T>(logit + shift));
+      if (BIAS && BASE != Base::top) logit += load(bias + j * QUERIES + x) * T(LOG2_E);
+      const Vector<T> power = logit + shift;
+      store(p + j * QUERIES + x, BASE == Base::whole
+                                     ? exp2<T, true>(power, logit - (power - shift))
+                                     : exp2<T>(power));
     }
   }
 }
 
 // (F1), (F2) of a block; pairs is scratch for the bias.
 template <typename T>
-void block_weights(const AttnParams& a, const Pairs& at, bool all_keys, const T* k, int64_t ld,
+void block_weights(const AttnParams& a, const Pairs& at, Base base, const T* k, int64_t ld,
                    const T* q_t, const T* minus_lse, T* pairs, T* p) {
   pair_products(at, k, ld, q_t, a.head_dim, p, T(a.scale * LOG2_E), false);
   if (a.bias.data) pack_pairs(a, a.bias, at, pairs);
-  const auto run = a.bias.data ? (all_keys ? weights_of<T, true, true> : weights_of<T, false, true>)
-                               : (all_keys ? weights_of<T, true, false>
-                                           : weights_of<T, false, false>);
+  constexpr Base TOP = Base::top, LSE = Base::lse, WHOLE = Base::whole;
+  const auto run =
+      a.bias.data ? (base == TOP ? weights_of<T, TOP, true>
+                                 : base == LSE ? weights_of<T, LSE, true>
+                                               : weights_of<T, WHOLE, true>)
+                  : (base == TOP ? weights_of<T, TOP, false>
+                                 : base == LSE ? weights_of<T, LSE, false>
+                                               : weights_of<T, WHOLE, false>);
   run(p, pairs, minus_lse, at.nj, whole_vectors<T>(at.ni));
 }
 
