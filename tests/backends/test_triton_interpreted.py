@@ -208,6 +208,21 @@ def test_offsets_beyond_2_to_the_31():
         assert torch.equal(x, expected[name]), name
 
 
+def test_units_2_to_the_31_apart():
+    """The head dimension outermost; the last unit lies 15 * 2^28 elements behind the first."""
+    batch = Case("far units", (2, 9), heads=1, dim=16).make(torch.float16)
+    expected = run(batch)
+    for name in ("q", "v", "dout", "ddk"):
+        near = getattr(batch, name)
+        pages = mmap.mmap(-1, 15 * 2**29 + 4096)
+        storage = torch.from_numpy(np.frombuffer(pages, np.float16))
+        setattr(batch, name, storage.as_strided(near.shape, (1, 16, 2**28)).copy_(near))
+    with guard():
+        found = testing.run_kernels(batch, backend)
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]), name
+
+
 @pytest.mark.parametrize("left_out", ["ddq", "ddk", "ddv", "ddbias", "all"])
 def test_cotangents_that_are_none_are_zero(left_out):
     case = Case("some", (9, 33), heads=1, bias="pair", lse=True)
