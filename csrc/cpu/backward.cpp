@@ -63,14 +63,16 @@ void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, cons
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
     Vector<T> sum{}, total{};
     if (NORM == Norm::own) {
-      for (int64_t j = 0; j < nj; ++j) {
+      Vector<T> sums[2] = {};
+      sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&few)[2]) {
         const int64_t at = j * QUERIES + x;
         const Vector<T> weight = load(p + at);
         Vector<T> dp = load(ds + at);
         if (DROPOUT) dp *= load(keep + at);
-        total += weight;
-        sum += weight * dp;
-      }
+        few[0] += weight;
+        few[1] += weight * dp;
+      });
+      total = sums[0], sum = sums[1];
       total = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
       sum *= total;
     } else {
@@ -130,9 +132,11 @@ void find_norms(const AttnParams& a, int64_t molecule, int64_t head, int64_t fir
       block_weights(a, at, Base::whole, w.k, w.head_ld, w.q_t, w.minus_lse, w.pairs, w.p);
       dead.clear_pairs(w.p, at.ni, at.nj);
       for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-        Vector<T> block{}, sum = load(sums + x), rest = load(lost + x);
-        for (int64_t j = 0; j < at.nj; ++j) block += load(w.p + j * QUERIES + x);
-        add_exactly<T>(sum, rest, block);
+        Vector<T> block[1] = {}, sum = load(sums + x), rest = load(lost + x);
+        sum_keys<T>(at.nj, block, [&](int64_t j, Vector<T>(&few)[1]) {
+          few[0] += load(w.p + j * QUERIES + x);
+        });
+        add_exactly<T>(sum, rest, block[0]);
         store(sums + x, sum);
         store(lost + x, rest);
       }

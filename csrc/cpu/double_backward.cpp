@@ -238,18 +238,17 @@ class Head {
 
   void add_sums(Sums<T>& sums, bool first) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      Vector<T> total{}, delta{}, t{}, s1{}, w{};
-      for (int64_t j = 0; j < at_.nj; ++j) {
+      Vector<T> block[sums.COUNT] = {};
+      sum_keys<T>(at_.nj, block, [&](int64_t j, Vector<T>(&few)[sums.COUNT]) {
         const int64_t at = j * QUERIES + x;
         const Vector<T> p = load(w_.p + at), dp = load(w_.dp + at);
         const Vector<T> weighted = p * load(w_.tangent + at);
-        total += p;
-        delta += p * dp;
-        t += weighted;
-        s1 += weighted * dp;
-        w += p * load(w_.g + at);
-      }
-      const Vector<T> block[] = {total, delta, t, s1, w};
+        few[sums.TOTAL] += p;
+        few[sums.DELTA] += p * dp;
+        few[sums.T_] += weighted;
+        few[sums.S1] += weighted * dp;
+        few[sums.W] += p * load(w_.g + at);
+      });
 #pragma GCC unroll 5
       for (int i = 0; i < sums.COUNT; ++i) {
         Vector<T> sum = block[i], lost{};
@@ -284,12 +283,12 @@ class Head {
   void centre() {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
       const Vector<T> t = load(w_.t + x), delta = load(w_.delta_l + x) + load(w_.dlse + x);
-      Vector<T> sum{};
-      for (int64_t j = 0; j < at_.nj; ++j) {
+      Vector<T> sum[1] = {};
+      sum_keys<T>(at_.nj, sum, [&](int64_t j, Vector<T>(&few)[1]) {
         const int64_t at = j * QUERIES + x;
-        sum += load(w_.p + at) * (load(w_.tangent + at) - t) * (load(w_.dp + at) - delta);
-      }
-      store(w_.y + x, sum * load(w_.inverse + x) + load(w_.w + x));
+        few[0] += load(w_.p + at) * (load(w_.tangent + at) - t) * (load(w_.dp + at) - delta);
+      });
+      store(w_.y + x, sum[0] * load(w_.inverse + x) + load(w_.w + x));
     }
   }
 

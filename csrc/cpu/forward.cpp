@@ -60,12 +60,13 @@ void soften(T* s, const T* bias, int64_t nj, int64_t lanes, bool one_block, T* m
     if (!one_block) top = nearest_whole<T>(top);
     store(maximum + x, top);
     const Vector<T> finite = top == -infinity ? Vector<T>{} : top;
-    Vector<T> total{};
-    for (int64_t j = 0; j < nj; ++j) {
+    Vector<T> sums[1] = {};
+    sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&sum)[1]) {
       const Vector<T> weight = exp2<T>(load(s + j * QUERIES + x) - finite);
-      total += weight;
+      sum[0] += weight;
       store(s + j * QUERIES + x, weight);
-    }
+    });
+    Vector<T> total = sums[0];
     if (!one_block) {
       const Vector<T> fade = fading<T>(old, top);
       Vector<T> before = load(sum + x) * fade, rest = load(lost + x) * fade;

@@ -19,23 +19,24 @@ SCALE = 0.5
 
 
 def near_equal(
-    keys: int, queries: int = 1, molecules: int = 0, width: int = 2, seed: int = 0
+    keys: int, queries: int = 1, molecules: int = 0, width: int = 2, spread: float = 1e-3,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """One molecule with this many queries and keys, or ``molecules`` of so many that share seeds.
 
-    All numbers are 3, of q and k 0.3, but for 1 in 1000; float32. The LSE has a cotangent of 30,
+    All numbers are 3.3, of q and k 0.3, but for the spread; float32. The LSE has a cotangent of 30,
     else the terms of dq and gq would cancel.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def near(size: float, *shape: int) -> Tensor:
-        return size * (1 + 1e-3 * torch.randn(*shape, 1, width, generator=generator))
+        return size * (1 + spread * torch.randn(*shape, 1, width, generator=generator))
 
     batch, n = max(molecules, 1), max(molecules, 1) * keys
     rows = (molecules, queries) if molecules else (queries,)
     return {
-        "q": near(0.3, queries), "k": near(0.3, n), "v": near(3, n), "dout": near(3, *rows),
-        "ddq": near(3, queries), "ddk": near(3, n), "ddv": near(3, n),
+        "q": near(0.3, queries), "k": near(0.3, n), "v": near(3.3, n), "dout": near(3.3, *rows),
+        "ddq": near(3.3, queries), "ddk": near(3.3, n), "ddv": near(3.3, n),
         "dlse": near(30, *rows)[..., 0],
         "q_ptr": None if molecules else torch.tensor([0, queries]),
         "k_ptr": torch.arange(batch + 1) * keys,
