@@ -17,7 +17,6 @@ from ..ragged import Ragged
 from .arguments import check_rows, covered, number, one_of, positive, widths_of
 from .blocks import ACTIVATIONS, PMA, activate
 
-
 TOGETHER = (64, 64**2)  # rows of a molecule that are summed first
 
 

@@ -19,7 +19,11 @@ SCALE = 0.5
 
 
 def near_equal(
-    keys: int, queries: int = 1, molecules: int = 0, width: int = 2, spread: float = 1e-3,
+    keys: int,
+    queries: int = 1,
+    molecules: int = 0,
+    width: int = 2,
+    spread: float = 1e-3,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One molecule with this many queries and keys, or ``molecules`` of so many that share seeds.

@@ -81,9 +81,7 @@ def _module(pass_name: str, args: tuple):
 def _near(args: tuple) -> list:
     """The arguments; a tensor whose units lie 2^31 elements apart or more is copied, because
     the kernels count offsets inside a row in 32 bits."""
-    return [
-        x.contiguous() if isinstance(x, torch.Tensor) and _spreads_far(x) else x for x in args
-    ]
+    return [x.contiguous() if isinstance(x, torch.Tensor) and _spreads_far(x) else x for x in args]
 
 
 def _spreads_far(x: torch.Tensor) -> bool:
