@@ -17,11 +17,30 @@ from ..ragged import Ragged
 from .arguments import check_rows, covered, number, one_of, positive, widths_of
 from .blocks import ACTIVATIONS, PMA, activate
 
+TOGETHER = (64, 64**2)  # rows of a molecule that are summed first
+
 
 def segment_sum(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
     """[B, C] sums of the rows x [N, C] of each molecule; batch = ``ragged.batch(N)``."""
-    total = x.new_zeros(ragged.ptr.shape[0], x.shape[1])  # B + 1: the last for rows of nobody
-    return total.index_add(0, batch, x)[:-1]
+    return _sums(x, ragged, batch)[:-1]
+
+
+def _sums(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+    """[B + 1, C] sums; the last line is for the rows of no molecule.
+
+    Groups of rows of a molecule are added up first, counted from its own first row, then groups of
+    such sums, all in float32 at least: a running float32 sum of 10^6 equal rows is 1 % off.
+    """
+    total = x.to(torch.promote_types(x.dtype, torch.float32))
+    molecules, ptr = ragged.ptr.shape[0], ragged.ptr.long()
+    start, row = ptr.index_select(0, batch), torch.arange(x.shape[0], device=x.device)
+    steps = [(start // n + batch + (row - start) // n, x.shape[0] // n) for n in TOGETHER]
+    place = row  # where in total the sum is that has a row
+    for group, most in [*steps, (batch, -1)]:
+        into = torch.zeros_like(total[:, 0], dtype=torch.long).scatter(0, place, group)
+        total = total.new_zeros(most + molecules + 1, x.shape[1]).index_add(0, into, total)
+        place = group
+    return total.to(x.dtype)
 
 
 def segment_max(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
@@ -36,7 +55,7 @@ def segment_softmax(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
     )  # whatever rows of no molecule hold
     top = _select(x.detach(), _first_largest(x.detach(), ragged, batch))
     e = (x - top.index_select(0, batch)).exp()
-    total = x.new_zeros(ragged.ptr.shape[0], x.shape[1]).index_add(0, batch, e)
+    total = _sums(e, ragged, batch)
     return e / total.index_select(0, batch)
 
 
