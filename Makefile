@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 KEEP    := "torch==$$($(BIN)/python -c 'from importlib.metadata import version as v; print(v("torch"))')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench report train zoo test test-fast test-gpu bench-gpu lint format aot triton-matrix wheel clean
+.PHONY: help bench report train zoo test test-fast test-portable test-gpu bench-gpu lint format aot triton-matrix wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -51,7 +51,7 @@ $(VENV)/.zoo: $(VENV)/.package
 
 # torch for CUDA brings its own Triton; the interpreter of 3.6 uses what numpy 2.4 removed.
 $(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo
-	$(INSTALL) $(KEEP) pytest pytest-benchmark hypothesis pybind11 torch_geometric \
+	$(INSTALL) $(KEEP) pytest pytest-benchmark pytest-xdist hypothesis pybind11 torch_geometric \
 	  abi3audit auditwheel
 	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0
 	! $(BIN)/python -m pip show triton | grep -q "^Version: 3.6" || $(INSTALL) "numpy<2.4"
@@ -78,13 +78,18 @@ train: $(VENV)/.zoo
 zoo: $(VENV)/.zoo
 	$(BIN)/python -m attnpool_kernels.zoo $(or $(ARGS),configs)
 
-## make test       everything that can be proved without a GPU
+## make test       everything that can be proved without a GPU, in JOBS=2 processes
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 ## make test-fast  the part that takes a minute
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest tests --ignore=tests/backends --ignore=tests/csrc --ignore=tests/benchmarks $(ARGS)
+
+## make test-portable  what depends on the arithmetic of a machine, with other instructions, threads
+##                 and seeds, beside busy processes: 18 combinations, ARGS=--sample two of them
+test-portable: $(VENV)/.test
+	$(BIN)/python tests/portable.py $(ARGS)
 
 ## make test-gpu   what only a CUDA device can prove, within MINUTES=9; DEVICE=cpu rehearses it
 test-gpu: $(VENV)/.package

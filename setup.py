@@ -37,7 +37,7 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 CPUS = int(os.environ.get("MAX_JOBS") or CPUS)  # what torch's own builds read
 
 # Sources of csrc/cpu that are compiled once per vector width; the rest of csrc/cpu once.
-WIDTH_SOURCES = ("product", "forward", "backward", "double_backward", "kernels")
+WIDTH_SOURCES = ("product", "forward", "backward", "double_backward", "kernels", "peak_loops")
 CUDA_SOURCES = sorted(path.stem for path in (HERE / "csrc" / "cuda").glob("*.cu"))
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 WIDTHS = {
@@ -93,7 +93,8 @@ def cpu_library():
     ]  # fmt: skip
     library = Library("attnpool_kernels._C_cpu")
     library.objects["library"] = [*with_torch, "csrc/library.cpp"]
-    library.objects["operators"] = [*with_torch, "csrc/cpu/operators.cpp"]
+    for source in ("operators", "peak"):
+        library.objects[source] = [*with_torch, f"csrc/cpu/{source}.cpp"]
     for width, flags in WIDTHS.items() if X86 else [("baseline", [])]:
         for source in WIDTH_SOURCES:
             library.objects[f"{source}.{width}"] = [

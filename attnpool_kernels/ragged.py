@@ -72,9 +72,10 @@ def _check_elements(ptr: Tensor, rows: int, name: str) -> None:
 
 
 def _traced(tensor: Tensor) -> bool:
-    """True where contents cannot be read: under a compiler, for fake and for meta tensors."""
+    """True where contents cannot be read: under compilers and torch.jit.trace, fake and meta."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or tensor.is_meta
         or type(tensor) not in (Tensor, torch.nn.Parameter)
     )
@@ -264,7 +265,7 @@ def kept(ptr: Tensor) -> dict | None:
 def _integers(name: str, values: Sequence[int]) -> Tensor:
     """A sequence (list, tuple, numpy array) as int64; floats and bools are not rounded."""
     try:
-        made = torch.as_tensor(values)
+        made = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or a sequence of int, got {values!r}") from error
     if made.numel() == 0:

@@ -89,12 +89,13 @@ class Workload:
         return " ".join(parts)
 
     def work(self, what: str) -> tuple[float, float]:
-        """Flops and bytes that the passes need if every row is touched once and nothing is stored.
+        """Flops and bytes that no way to compute the passes can do without.
 
-        Flops: 2 matrix products forward, 5 backward (one recomputes the logits), 12 for the second
-        derivative. Bytes: rows of q, k, v and out; with out, their gradients and cotangents after.
+        Flops: 2 matrix products forward, 4 backward, 10 for the second derivative, where the
+        weights are kept. (Kernels of linear memory compute 1 and 2 of them again.) Bytes: rows of
+        q, k, v and out, each touched once; with out, their gradients and cotangents after.
         """
-        products = {"forward": 2, "backward": 7, "double_backward": 19}[what]
+        products = {"forward": 2, "backward": 6, "double_backward": 16}[what]
         queries = self.atoms if self.seeds is None else len(self.sizes) * self.seeds
         k_rows = {"forward": 2, "backward": 6, "double_backward": 12}[what] * self.atoms
         q_rows = {"forward": 2, "backward": 6, "double_backward": 12}[what] * queries

@@ -1,4 +1,4 @@
-"""The clock: interleaved samples of contenders, and what the device can do at best.
+"""The clock: interleaved samples of contenders.
 
 Contenders take turns within one process, so that a noisy second or a changed clock rate meets all
 of them. A sample is the mean of enough calls to be far above the resolution of the clock.
@@ -6,7 +6,6 @@ of them. A sample is the mean of enough calls to be far above the resolution of 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,49 +77,6 @@ def interleave(
             if enough or count >= most or spent[name] > 4 * budget_s:
                 going.remove(name)
     return timings
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the device did at best in this run: flops per second by dtype, bytes per second."""
-
-    matmul: dict[torch.dtype, float]
-    copy: float
-
-    def limit(self, flops: float, size: float, dtype: torch.dtype) -> float:
-        """Seconds that no implementation can beat: arithmetic or memory, whichever is longer."""
-        return max(flops / self.matmul[dtype], size / self.copy)
-
-
-def rates(dtypes: set[torch.dtype], device: str, seconds: float = 0.6) -> Rates:
-    """Rates of a square matrix product in each dtype, and of a copy far larger than any cache.
-
-    Half types are computed in float32 on a CPU, so their limit there is the rate of float32.
-    """
-    matmul = {}
-    for dtype in sorted(dtypes, key=str):
-        kind = torch.float32 if device == "cpu" and dtype.itemsize == 2 else dtype
-        best = 0.0
-        for n in (1024, 2048) if device == "cpu" else (4096, 8192):
-            a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
-            out = torch.empty_like(a)
-            took = _best(lambda: torch.mm(a, b, out=out), device, seconds / 2)  # noqa: B023
-            best = max(best, 2 * n**3 / took)
-        matmul[dtype] = best
-    megabytes = 256 if device == "cpu" else 1024
-    source = torch.ones(megabytes * 2**18, device=device)
-    target = torch.empty_like(source)
-    took = _best(lambda: target.copy_(source), device, seconds)
-    return Rates(matmul, 2 * source.nbytes / took)
-
-
-def _best(call: Callable[[], object], device: str, seconds: float) -> float:
-    """The lower quintile of repeated calls: rates are limits, so noise must not lower them."""
-    call()
-    samples, begin = [], time.perf_counter()
-    while len(samples) < 3 or (time.perf_counter() - begin < seconds and len(samples) < 500):
-        samples.append(once(call, device))
-    return statistics.quantiles(samples, n=5)[0]
 
 
 def peak_cuda(call: Callable[[], object]) -> int:

@@ -24,6 +24,8 @@ from .cases import Workload
 from .gate import Gate
 
 _TINY = (5, 3)
+START_S = 300.0  # seconds that a child may take to start and prepare, on a busy machine
+_READY = "ready"
 
 
 @dataclass
@@ -61,10 +63,7 @@ def probe(
     child.start()
     there.close()
     try:
-        if not here.poll(limit_s):
-            child.kill()
-            return Probe("timeout", f"over {limit_s:.0f} s for one call", seconds=limit_s)
-        return here.recv()
+        return answer(here, child, limit_s)
     except EOFError:
         child.join(5)
         code = child.exitcode
@@ -75,6 +74,21 @@ def probe(
     finally:
         child.join(5)
         here.close()
+
+
+def answer(pipe, child, limit_s: float) -> Probe:
+    """What the child found; the limit counts from when it has prepared the call.
+
+    EOFError where the child ended without a word.
+    """
+    for allowed, what in ((START_S, "to start and prepare"), (limit_s, "for one call")):
+        if not pipe.poll(allowed):
+            child.kill()
+            return Probe("timeout", f"over {allowed:.0f} s {what}", seconds=allowed)
+        found = pipe.recv()
+        if found != _READY:
+            break
+    return found
 
 
 def stop() -> None:
@@ -101,7 +115,7 @@ def _child(
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' notices and last words
     torch.set_num_threads(threads)
     try:
-        pipe.send(_measured(work, what, name, cap, long_s))
+        pipe.send(_measured(pipe, work, what, name, cap, long_s))
     except BaseException as error:
         status, reason = classify(error)
         pipe.send(Probe(status, reason))
@@ -109,7 +123,7 @@ def _child(
     os._exit(0)
 
 
-def _measured(work: Workload, what: str, name: str, cap: int, long_s: float) -> Probe:
+def _measured(pipe, work: Workload, what: str, name: str, cap: int, long_s: float) -> Probe:
     contender = providers.CONTENDERS[name]
     sizes = work.sizes[:1] if len(set(work.sizes)) == 1 else _TINY
     warm = replace(work, sizes=tuple(min(n, 8) for n in sizes)).make("cpu")
@@ -120,12 +134,11 @@ def _measured(work: Workload, what: str, name: str, cap: int, long_s: float) -> 
     call = contender.prepare(batch)
     free = resource.getrlimit(resource.RLIMIT_DATA)
     _limit(cap)
-    before = _reset()
+    mark = ready(pipe)
     begin = time.perf_counter()
     found = batch.run(call, what)
     seconds = time.perf_counter() - begin
-    after = _mark()
-    peak = None if before is None or after is None else max(0, after - before)
+    peak = mark.peak()
     if seconds < long_s:
         return Probe("ok", "", peak, seconds)
     resource.setrlimit(resource.RLIMIT_DATA, free)
@@ -141,13 +154,30 @@ def _limit(cap: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (used + cap, hard))
 
 
-def _reset() -> int | None:
-    """Resets the high-water mark where allowed; the mark that the next peak starts from."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _mark()
-    return _status("VmRSS:")
+class Mark:
+    """The high-water mark of resident memory from now on, over what is resident now."""
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.exact = _status("VmHWM:") is not None
+        except OSError:
+            self.exact = False
+        self._before = _status("VmRSS:") if self.exact else _mark()
+
+    def peak(self) -> int | None:
+        """Bytes. None where they are not known: without a reset a mark may be an earlier one."""
+        after = _mark()
+        if self._before is None or after is None:
+            return None
+        more = max(0, after - self._before)
+        return more if self.exact or more else None
+
+
+def ready(pipe) -> Mark:
+    """Tells the parent that its limit begins; the mark from which the peak counts."""
+    pipe.send(_READY)
+    return Mark()
 
 
 def _mark() -> int | None:

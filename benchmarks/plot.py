@@ -88,49 +88,56 @@ def _look(name: str, rows: list[Row]) -> dict:
 def _scaling(rows: list[Row], title: str, family: str):
     """Two rows of panels (time, memory), one column a pass, log-log."""
     rows = [r for r in rows if not r.contender.startswith("base:")]
-    first = next((r for r in rows if r.ok), None)
+    rows = [r for r in rows if r.x and (r.timed or not r.ok)]
+    first = next((r for r in rows if r.timed), None)
     if first is None:
         return None
     rows = [r for r in rows if (r.dtype, r.heads, r.dim) == (first.dtype, first.heads, first.dim)]
+    passes = [what for what in PASS if any(r.what == what and r.timed for r in rows)]
+    if not passes:
+        return None
     import matplotlib.pyplot as plt
 
-    passes = [what for what in PASS if any(r.what == what and r.ok for r in rows)]
     figure, axes = plt.subplots(
         2, len(passes), figsize=(4.3 * len(passes), 7.4), sharex=True, sharey="row", squeeze=False
     )
     handles: dict[str, object] = {}
+    remembered = False
     for column, what in enumerate(passes):
         time_axis, memory_axis = axes[0][column], axes[1][column]
         own = [r for r in rows if r.what == what]
         for (name,), group in tables.grouped(own, "contender").items():
-            good = sorted((r for r in group if r.ok), key=lambda r: r.x)
+            good = sorted((r for r in group if r.timed), key=lambda r: r.x)
             if not good:
                 continue
             look = _look(name, group)
             (line,) = time_axis.plot([r.x for r in good], [r.p50_ms for r in good], **look)
             time_axis.fill_between(
-                [r.x for r in good], [r.p20_ms for r in good], [r.p80_ms for r in good],
-                color=look["color"], alpha=0.15, linewidth=0,
-            )  # fmt: skip
+                [r.x for r in good], *_band(good), color=look["color"], alpha=0.15, linewidth=0
+            )
             handles.setdefault(look["label"], line)
             known = [r for r in good if r.peak_bytes is not None and r.peak_bytes > FLOOR]
+            remembered |= bool(known)
             memory_axis.plot([r.x for r in known], [r.peak_bytes / 1e6 for r in known], **look)
             _end(time_axis, memory_axis, group, good[-1], look["color"])
-        limit = {r.x: r.limit_ms for r in own if r.limit_ms and r.x}
-        xs = sorted(x for x in limit if x <= max(r.x for r in own if r.ok))
-        (line,) = time_axis.plot(
-            xs, [limit[x] for x in xs], color="#555555", linestyle=(0, (4, 3)), linewidth=1,
-            label="limit of this machine",
-        )  # fmt: skip
-        handles.setdefault("limit of this machine", line)
+        last = max(r.x for r in own if r.timed)
+        bound = [r for r in own if r.limit_ms and r.x <= last]
+        _draw_limit(time_axis, {r.x: r.limit_ms for r in bound}, bound, handles)
         time_axis.set_title(PASS[what])
         for axis in (time_axis, memory_axis):
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
             axis.grid(True, which="major", color="#e4e4e4", linewidth=0.7)
             axis.spines[["top", "right"]].set_visible(False)
+        time_axis.set_yscale("log")
         memory_axis.set_xlabel("atoms per molecule")
         memory_axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    if remembered:  # the axes of a row share a scale, which has no logarithm of nothing
+        axes[1][0].set_yscale("log")
+    else:
+        axes[1][0].set_yticks([])
+        for axis in axes[1]:
+            note = f"no measurement over {FLOOR / 1e6:g} MB"
+            axis.text(0.5, 0.5, note, ha="center", transform=axis.transAxes, color="#555555")
     axes[0][0].set_ylabel("milliseconds (median; band p20 to p80)")
     axes[1][0].set_ylabel("peak memory over the inputs, MB")
     what = "one molecule" if family == "scaling" else f"{first.atoms} atoms in equal molecules"
@@ -141,6 +148,29 @@ def _scaling(rows: list[Row], title: str, family: str):
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
+
+
+def _band(good: list[Row]) -> tuple[list[float], list[float]]:
+    """The 20th and 80th percentiles; no width where one is missing."""
+    pairs = [(r.p20_ms, r.p80_ms) if r.p20_ms and r.p80_ms else (r.p50_ms, r.p50_ms) for r in good]
+    return [low for low, _ in pairs], [high for _, high in pairs]
+
+
+def _limit_label(rows: list[Row]) -> str:
+    if all(map(tables.is_limit, rows)):
+        return "limit of this machine"
+    return "at the rates of the library's product and copy (no limit)"
+
+
+def _draw_limit(axis, limit: dict, rows: list[Row], handles: dict[str, object]) -> None:
+    """A dashed line through milliseconds by place; nothing where no row has a limit."""
+    if not limit:
+        return
+    xs, label = sorted(limit), _limit_label(rows)
+    (line,) = axis.plot(
+        xs, [limit[x] for x in xs], color="#555555", linestyle=(0, (4, 3)), linewidth=1
+    )
+    handles.setdefault(label, line)
 
 
 def _end(time_axis, memory_axis, group: list[Row], last: Row, colour: str) -> None:
@@ -160,10 +190,10 @@ def _end(time_axis, memory_axis, group: list[Row], last: Row, colour: str) -> No
 
 def _pooling(rows: list[Row], title: str):
     """Time against the number of seeds: one row of panels a pass, one column a batch."""
-    rows = [r for r in rows if r.ok and not r.contender.startswith("base:")]
+    rows = [r for r in rows if r.timed and r.seeds and not r.contender.startswith("base:")]
     columns = tables.grouped(rows, "molecules", "atoms")
     passes = [what for what in PASS if any(r.what == what for r in rows)]
-    if not rows:
+    if not rows or not passes:
         return None
     import matplotlib.pyplot as plt
 
@@ -181,10 +211,8 @@ def _pooling(rows: list[Row], title: str):
                 look = _look(name, points)
                 xs, ys = [r.seeds for r in points], [r.p50_ms for r in points]
                 handles.setdefault(look["label"], axis.plot(xs, ys, **look)[0])
-            limit = sorted({(r.seeds, r.limit_ms) for r in own if r.limit_ms})
-            style = {"color": "#555555", "linestyle": (0, (4, 3)), "linewidth": 1}
-            (line,) = axis.plot([x for x, _ in limit], [y for _, y in limit], **style)
-            handles.setdefault("limit of this machine", line)
+            bound = [r for r in own if r.limit_ms]
+            _draw_limit(axis, {r.seeds: r.limit_ms for r in bound}, bound, handles)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -206,12 +234,16 @@ def _pooling(rows: list[Row], title: str):
     return figure
 
 
+def _shown(row: Row) -> bool:
+    return row.timed and not row.contender.startswith("base:")
+
+
 def _batches(rows: list[Row], title: str, what: str):
     """One line a workload and pass: the time of every contender as a multiple of the limit."""
     groups = {
         key: group
         for key, group in tables.grouped(rows, "workload", "what").items()
-        if any(r.ok for r in group)
+        if any(_shown(r) for r in group)
     }
     if not groups:
         return None
@@ -224,9 +256,9 @@ def _batches(rows: list[Row], title: str, what: str):
     names = []
     for y, ((workload, kind), group) in enumerate(groups.items()):
         short = workload.replace(" float32", "").replace(" separate", "")  # what most have
-        names.append(f"{short}, {PASS[kind]}")
+        names.append(f"{short}, {PASS.get(kind, kind)}")
         for row in group:
-            if not row.ok or row.contender.startswith("base:"):
+            if not _shown(row):
                 continue
             look = _look(row.contender, [row])
             point = axis.scatter(
@@ -234,10 +266,11 @@ def _batches(rows: list[Row], title: str, what: str):
                 s=70 if row.ours else 34, zorder=look["zorder"],
             )  # fmt: skip
             seen.setdefault(look["label"], point)
-        limits = [r.limit_ms for r in group if r.limit_ms]
-        if limits:
-            mark = axis.scatter(limits[0], y, color="#555555", marker="|", s=110, zorder=2)
-            seen.setdefault("limit of this machine", mark)
+        bound = [r for r in group if r.limit_ms]
+        if bound:
+            least = min(r.limit_ms for r in bound)
+            mark = axis.scatter(least, y, color="#555555", marker="|", s=110, zorder=2)
+            seen.setdefault(_limit_label(bound), mark)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xscale("log")

@@ -202,7 +202,7 @@ def table(rows: list[dict[str, str]]) -> str:
     def line(title, chosen, column):
         cells = []
         for target in units:
-            found = [float(r[column]) for r in chosen if r["target"] == target]
+            found = [float(r[column]) for r in chosen if r["target"] == target and r[column]]
             cells.append(f"{sum(found) / len(found):.4f}" if found else "")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
 
@@ -234,19 +234,23 @@ def draw(folder: Path) -> Path:
             for pooling, colour in zip(POOLINGS, colours, strict=True):
                 by_epoch: dict[int, list[float]] = {}
                 for r in curves:
-                    if (r["backbone"], r["target"], r["pooling"]) == (backbone, target, pooling):
+                    key = r["backbone"], r["target"], r["pooling"]
+                    if key == (backbone, target, pooling) and r["epoch"] and r["val_mae"]:
                         by_epoch.setdefault(int(r["epoch"]) + 1, []).append(float(r["val_mae"]))
                 if by_epoch:
                     means = [sum(v) / len(v) for v in by_epoch.values()]
                     axis.semilogy(list(by_epoch), means, color=colour, label=pooling, lw=1.5)
+            constant = next((float(r["constant_mae"]) for r in mine if r["constant_mae"]), None)
+            if constant is not None:
+                axis.axhline(constant, color="k", ls=":", lw=1)
             if mine:
-                axis.axhline(float(mine[0]["constant_mae"]), color="k", ls=":", lw=1)
                 axis.set_ylabel(f"validation MAE, {mine[0]['unit']}")
             axis.set_title(f"{backbone}: {target}", fontsize=9)
             axis.set_xlabel("epoch")
             for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                 formatter("{x:g}")
-        row[-1].legend(fontsize=8)
+        if row[-1].get_legend_handles_labels()[0]:
+            row[-1].legend(fontsize=8)
     figure.tight_layout()
     path = folder / "qm7b.png"
     figure.savefig(path, dpi=110)

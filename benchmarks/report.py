@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import goals, plot, sheet, summary, tables
+from .rates import said
 from .sheet import BenchmarkError, Row
 
 HERE = Path(__file__).resolve().parent
@@ -78,8 +79,13 @@ the figures the 20th to 80th percentile. "+ backward" contains the forward pass,
 derivative" contains both: it is a step of training on forces.</li>
 <li><b>Memory.</b> Peak over the inputs during one call: resident memory of a fresh child process
 on a CPU (exact to about half a megabyte, "-" below that), torch's allocator on CUDA.</li>
-<li><b>Limit.</b> The larger of (flops / rate of a matrix product) and (bytes / rate of a copy),
-both rates measured in the same run. A small batch that stays in a cache can be below it.</li>
+<li><b>Limit.</b> The larger of (flops / rate of multiply-adds) and (bytes / rate of memory). On a
+CPU the first is that of a loop on registers at the widest vectors, the second the faster of reading
+and copying a working set of that size, caches included; both are the best of many measurements
+before and after the run. "x library" compares with the rates of the library's matrix product and of
+a copy beyond the caches instead: it is no limit, and a good kernel can be below it. Results from
+before there was such a loop, from builds without the C++ library and from CUDA have only that; the
+line under each title says which rates were measured.</li>
 <li><b>Exponents.</b> "time ~ n^p" is fitted over the sizes from 512 atoms on. In theory the naive
 way has 2 and 2, a flash kernel 2 and 1. A fit above that is a matrix that outgrows the caches, one
 below a part that does not grow.</li>
@@ -158,7 +164,7 @@ def page(paths: list[Path]) -> str:
 
 
 def _on_gpu(runs: list[dict]) -> bool:
-    return any(run.get("options", {}).get("device") == "cuda" for run in runs)
+    return any((run.get("options") or {}).get("device") == "cuda" for run in runs)
 
 
 def _section(result: Results) -> list[str]:
@@ -220,7 +226,7 @@ def _others(rows: list[Row]) -> list[str]:
                 "" if x is None else tables.milliseconds(x)
                 for x in (row.p50_ms, row.p20_ms, row.p80_ms)
             ]
-            cells.append("" if row.p50_ms is None else f"{1e3 * row.molecules / row.p50_ms:.3g}")
+            cells.append(f"{1e3 * row.molecules / row.p50_ms:.3g}" if row.timed else "")
             cells.append("" if row.peak_bytes is None else tables.size(row.peak_bytes))
             cells.append(row.check if row.ok else f"{row.status}: {row.reason}")
             lines.append(
@@ -256,7 +262,11 @@ def _errors(rows: list[dict[str, str]]) -> str:
     def cells(chosen: list[dict[str, str]], column: str) -> list[str]:
         found = []
         for target in targets:
-            own = [float(r[column]) for r in chosen if r["target"] == target and r[column]]
+            own = [r[column] for r in chosen if r["target"] == target and r[column]]
+            try:
+                own = [float(x) for x in own]
+            except ValueError as error:
+                raise BenchmarkError(f"column {column}, target {target}: {error}") from None
             found.append(f"{statistics.fmean(own):.4g}" if own else "")
         return found
 
@@ -292,7 +302,7 @@ def _scaling(rows: list[Row], family: str) -> list[str]:
         lines = []
         for (name,), own in tables.grouped(group, "contender").items():
             at = {r.x: r for r in own}
-            if not any(r.ok for r in own):
+            if not any(r.timed for r in own):
                 continue
             cells = "".join(_result(at.get(x)) for x in xs)
             lines.append(f"<tr{_ours(own)}>{_cells(name)}{cells}</tr>")
@@ -301,7 +311,7 @@ def _scaling(rows: list[Row], family: str) -> list[str]:
                 "one molecule" if family == "scaling" else f"{group[0].atoms} atoms, equal sizes"
             )
             parts.append(
-                f"<h3>{title}, {tables.WORDS[what]}, {heads} x {dim} {dtype}</h3>"
+                f"<h3>{title}, {tables.WORDS.get(what, what)}, {heads} x {dim} {dtype}</h3>"
                 "<p class=soft>milliseconds, peak memory in bytes below; by atoms per molecule</p>"
                 + _table(["contender", *[f"{x:,}" for x in xs]], lines)
             )
@@ -316,25 +326,25 @@ def _batches(rows: list[Row]) -> list[str]:
         ("Pooling module", ("modules",)),
     ):
         chosen = [r for r in rows if r.family in families and not r.contender.startswith("base:")]
-        names = list(dict.fromkeys(r.contender for r in chosen if r.ok))
+        names = list(dict.fromkeys(r.contender for r in chosen if r.timed))
         if not names:
             continue
         lines = []
         for (key, what), group in tables.grouped(chosen, "workload", "what").items():
-            if not any(r.ok for r in group):
+            if not any(r.timed for r in group):
                 continue
             mine, other = tables.fastest(group, True), tables.fastest(group, False)
             speed = f"{other.p50_ms / mine.p50_ms:.2f}" if mine and other else "-"
-            over = f"{mine.ratio:.2f}" if mine and mine.ratio else "-"
             at = {r.contender: r for r in group}
             cells = "".join(_result(at.get(name)) for name in names)
             what = what.replace("double_backward", "second derivative")
-            lines.append(f"<tr>{_cells(key, what, speed, over)}{cells}</tr>")
-        head = ["workload", "pass", "speed-up", "x limit", *names]
+            lines.append(f"<tr>{_cells(key, what, speed, *tables.over(mine))}{cells}</tr>")
+        head = ["workload", "pass", "speed-up", "x limit", "x library", *names]
         parts.append(
             f"<h3>{title}</h3><p class=soft>Milliseconds, peak memory in bytes below. Speed-up: "
-            "over the fastest other; x limit: our time over the limit of the machine.</p>"
-            + _table(head, lines)
+            "over the fastest other; x limit: our time over the limit of the machine; x library: "
+            "over what the rates of the library's matrix product and copy come to, which is no "
+            "limit.</p>" + _table(head, lines)
         )
     return parts
 
@@ -368,17 +378,15 @@ def _kernels(rows: list[Row]) -> str:
 def _provenance(result: Results) -> str:
     lines = [f"<p class=soft>Data: <code>{_text('/'.join(result.path.parts[-2:]))}</code></p>"]
     for run in result.runs:
-        versions = ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items())
-        rates = run.get("rates", {})
-        matmul = ", ".join(f"{k} {v:g}" for k, v in rates.get("matmul_gflops", {}).items())
+        versions = ", ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items())
+        measured = said(run.get("rates") or {})
         lines.append(
             f"<p class=soft>{_text(run.get('date', ''))}; {_text(run.get('device', ''))}, "
             f"{run.get('threads', '?')} threads of {run.get('cores', '?')} cores; "
             f"{_text(run.get('system', ''))}; {_text(versions)}; attnpool_kernels "
             f"{_text(run.get('attnpool_kernels', ''))} "
             f"at {_text(run.get('commit') or 'no commit')}."
-            + (f" Measured in the run: matrix product {_text(matmul)} GFLOP/s, copy "
-               f"{rates['copy_gbs']:g} GB/s." if "copy_gbs" in rates else "")
+            + (f" Measured in the run: {_text(measured)}." if measured else "")
             + "</p>"
         )  # fmt: skip
     return "".join(lines)

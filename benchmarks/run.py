@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import cases, goals, measure, memory, molecules, plot, providers, sheet, tables
+from . import cases, goals, memory, molecules, plot, providers, rates, sheet, tables
 from .base import Base
 from .sheet import BenchmarkError
 from .sweep import Limits, Sweep
@@ -153,18 +153,20 @@ def _run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
     try:
         seconds = 0.1 if options.tiny else 0.6
-        rates = measure.rates({w.dtype for w in workloads}, options.device, seconds)
-        matmul = {str(d).removeprefix("torch."): round(r / 1e9, 1) for d, r in rates.matmul.items()}
+        dtypes = {w.dtype for w in workloads}
+        found = rates.measure(dtypes, options.device, seconds)
         about = sheet.provenance(options.device, chosen)
-        about["rates"] = {"matmul_gflops": matmul, "copy_gbs": round(rates.copy / 1e9, 1)}
+        about["rates"] = found.record()
         table.start(about)
         print(_headline(about), flush=True)
         if options.base:
             base = Base(options.base, options.device)
-        sweep = Sweep(options.suite, options.device, rates, table, _limits(options), names, base)
+        sweep = Sweep(options.suite, options.device, found, table, _limits(options), names, base)
         sweep.run(workloads)
         if options.suite == "molecules":
             goals.overheads(sweep, options.tiny)
+        # Again after it: what the machine reached at any time is its limit.
+        sweep.settle(rates.measure(dtypes, options.device, seconds))
     finally:
         if base is not None:
             base.close()
@@ -243,12 +245,10 @@ def _limits(options: argparse.Namespace) -> Limits:
 
 def _headline(about: dict) -> str:
     versions = " ".join(f"{name} {x}" for name, x in about["versions"].items())
-    matmul = ", ".join(f"{k} {v:g}" for k, v in about["rates"]["matmul_gflops"].items())
     return (
         f"{about['device']}, {about['threads']} threads; {versions}; "
         f"attnpool_kernels {about['attnpool_kernels']} at {about['commit'] or 'no commit'}\n"
-        f"measured now: matmul {matmul} GFLOP/s, copy {about['rates']['copy_gbs']:g} GB/s "
-        "(the limit that times are compared with)"
+        f"measured now: {rates.said(about['rates'])}"
     )
 
 

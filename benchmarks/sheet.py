@@ -1,7 +1,8 @@
 """Results as CSV: one row a measurement, one comment line of provenance for each run.
 
-A file is only ever appended to. A row is written whole or not at all: where the disk is full the
-half-written row is cut off again, earlier rows stay, and one message says so.
+A run appends to its file. A row is written whole or not at all: where the disk is full the
+half-written row is cut off again, earlier rows stay, and one message says so. At the end of a run
+its limits are settled: the whole file is then replaced at once, or left as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import csv
 import datetime
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -59,6 +61,8 @@ class Row:
     limit_ms: float | None = None
     ratio: float | None = None  # p50 over limit
     run: int = 0
+    limit_by: str = ""  # see rates.Rates.limit_by; empty in files older than this column
+    library_ms: float | None = None  # at the rate of the library's product; None there
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -68,8 +72,14 @@ class Row:
     def ok(self) -> bool:
         return self.status == "ok"
 
+    @property
+    def timed(self) -> bool:
+        """It has a time: a file may hold a row without one, which tables and figures leave out."""
+        return self.ok and 0 < (self.p50_ms or 0) < math.inf
+
 
 COLUMNS = tuple(f.name for f in fields(Row))
+LATER = ("limit_by", "library_ms")  # columns that older files do not have
 _TYPES = {f.name: str(f.type) for f in fields(Row)}
 STATUSES = ("ok", "refused", "wrong", "oom", "timeout", "error", "skipped")
 
@@ -86,6 +96,10 @@ class Sheet:
             if resume and path.exists():
                 self._mend()
                 self.rows, self.runs = read(path)
+                with open(path, encoding="utf-8") as file:
+                    old = file.readline().rstrip("\n") != _line(COLUMNS).rstrip("\n")
+                if old:  # rows that are appended must have the columns of the header
+                    self.rewrite()
             elif path.exists() and path.is_file() and path.stat().st_size:
                 path.replace(path.with_suffix(path.suffix + ".old"))
         except OSError as error:
@@ -100,8 +114,25 @@ class Sheet:
     def add(self, row: Row) -> None:
         row.run = self.run
         self.rows = [old for old in self.rows if old.key != row.key] + [row]
-        values = [getattr(row, name) for name in COLUMNS]
-        self._append(_line([f"{x:.6g}" if isinstance(x, float) else x for x in values]))
+        self._append(_row(row))
+
+    def rewrite(self) -> None:
+        """Replaces the file by what is held here, in one step."""
+        parts = [_line(COLUMNS)]
+        for number, about in enumerate(self.runs):
+            about = {"run": number} | about | {"run": number}
+            parts.append(COMMENT + json.dumps(about) + "\n")
+            parts += [_row(row) for row in self.rows if row.run == number]
+        parts += [_row(row) for row in self.rows if not 0 <= row.run < len(self.runs)]
+        new = self.path.with_suffix(self.path.suffix + ".part")
+        try:
+            new.write_text("".join(parts), encoding="utf-8")
+            new.replace(self.path)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise BenchmarkError(
+                f"cannot write to {self.path}: {error.strerror}; its rows are kept as they were"
+            ) from error
 
     def done(self) -> set[tuple[str, str, str, str]]:
         """Measurements that need not be repeated: all but those that were skipped."""
@@ -126,6 +157,11 @@ class Sheet:
         data = self.path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(self.path, data.rfind(b"\n") + 1)
+
+
+def _row(row: Row) -> str:
+    values = [getattr(row, name) for name in COLUMNS]
+    return _line([f"{x:.6g}" if isinstance(x, float) else x for x in values])
 
 
 def _line(values) -> str:
@@ -165,7 +201,7 @@ def read(path: Path) -> tuple[list[Row], list[dict]]:
             for name in header:
                 if name not in COLUMNS:
                     raise damaged(number, f"unknown column {name!r}")
-            missing = [name for name in COLUMNS if name not in header]
+            missing = [name for name in COLUMNS if name not in (*header, *LATER)]
             if missing:
                 raise damaged(number, f"missing column {missing[0]!r}")
             continue

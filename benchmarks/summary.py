@@ -37,7 +37,7 @@ def _scaling(rows: list[Row]) -> list[str]:
         found.append(
             f"Exponents of time and of memory against atoms, forward: {'; '.join(powers)}."
         )
-    ours = [r for r in rows if r.ours and r.ok and r.x and r.peak_bytes is not None]
+    ours = [r for r in rows if r.ours and r.timed and r.x and r.peak_bytes is not None]
     if ours:
         row = max(ours, key=lambda r: r.x or 0)
         found.append(

@@ -20,8 +20,9 @@ from . import memory, providers, replay
 from .base import Base
 from .cases import Batch, Workload
 from .gate import Gate, shortened
-from .measure import Rates, Sampler, Timing, interleave, once, peak_cuda
+from .measure import Sampler, Timing, interleave, once, peak_cuda
 from .providers import Contender
+from .rates import Rates
 from .sheet import BenchmarkError, Row, Sheet
 
 BASE = "base:"
@@ -240,22 +241,55 @@ class Sweep:
 
     def _row(self, work: Workload, what: str, contender: Contender) -> Row:
         flops, size = work.work(what) if not work.module else (None, None)
-        limit = None if work.module else 1e3 * self.rates.limit(flops, size, work.dtype)
-        return Row(
+        row = Row(
             suite=self.suite, family=work.family, workload=work.key, x=work.x,
             molecules=len(work.sizes), atoms=work.atoms, longest=max(work.sizes),
             heads=work.heads, dim=work.dim, seeds=work.seeds,
             dtype=str(work.dtype).removeprefix("torch."), layout=work.layout, what=what,
             contender=contender.name, kernel=contender.kernel(work, self.device),
-            ours=int(contender.ours), status="ok", flops=flops, bytes=size, limit_ms=limit,
+            ours=int(contender.ours), status="ok", flops=flops, bytes=size,
         )  # fmt: skip
+        _limit(row, self.rates)
+        return row
+
+    def settle(self, rates: Rates) -> None:
+        """Lowers the limits where the machine did better in ``rates`` than before the rows.
+
+        Also those of earlier runs of this machine that the file holds. A limit is never raised.
+        """
+        self.rates = self.rates.best(rates)
+        runs = self.sheet.runs
+        machine = [runs[self.sheet.run].get(name) for name in ("device", "threads")]
+        for row in self.sheet.rows:
+            about = runs[row.run] if 0 <= row.run < len(runs) else {}
+            if [about.get(name) for name in ("device", "threads")] == machine:
+                _limit(row, self.rates)
+        runs[self.sheet.run]["rates"] = self.rates.record()
+        self.sheet.rewrite()
 
 
 def _fill(row: Row, timing: Timing) -> None:
     row.samples = len(timing.samples)
     row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
-    if row.limit_ms:
-        row.ratio = row.p50_ms / row.limit_ms
+    _compare(row)
+
+
+def _limit(row: Row, rates: Rates) -> None:
+    """The limit by ``rates`` where that is lower than what the row has, and the ratio to it."""
+    dtype = getattr(torch, row.dtype)
+    if not row.flops or not row.bytes or dtype not in rates.product:
+        return
+    work = row.flops, row.bytes, dtype
+    limit, library = 1e3 * rates.limit(*work), 1e3 * rates.library(*work)
+    if row.limit_ms is None or limit < row.limit_ms or not row.limit_by:
+        row.limit_ms = limit if row.limit_ms is None else min(limit, row.limit_ms)
+        row.limit_by = rates.limit_by(*work)
+    row.library_ms = library if row.library_ms is None else min(library, row.library_ms)
+    _compare(row)
+
+
+def _compare(row: Row) -> None:
+    row.ratio = row.p50_ms / row.limit_ms if row.p50_ms and row.limit_ms else None
 
 
 class Progress:

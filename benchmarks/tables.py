@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from .rates import ARITHMETIC, MEMORY
 from .sheet import Row
 
 WORDS = {
@@ -17,19 +18,19 @@ RESOLUTION = 5e5  # bytes that resident memory may be off
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float | None:
-    """Slope of log y over log x by least squares; None for fewer than 3 points."""
+    """Slope of log y over log x by least squares; None for fewer than 3 points, or all at one x."""
     logs = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
     if len(logs) < 3:
         return None
     mean_x = sum(x for x, _ in logs) / len(logs)
     mean_y = sum(y for _, y in logs) / len(logs)
     spread = sum((x - mean_x) ** 2 for x, _ in logs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread if spread else None
 
 
 def exponents(rows: list[Row]) -> tuple[float | None, float | None]:
     """Of time and of memory against x, over the largest sizes (from 512 on) of one contender."""
-    good = [row for row in rows if row.ok and row.x is not None and row.x >= 512]
+    good = [row for row in rows if row.timed and row.x is not None and row.x >= 512]
     time = exponent((row.x, row.p50_ms) for row in good)
     memory = exponent((row.x, row.peak_bytes) for row in good if (row.peak_bytes or 0) > FLOOR)
     return time, memory
@@ -40,9 +41,29 @@ def fastest(rows: list[Row], ours: bool) -> Row | None:
     good = [
         row
         for row in rows
-        if row.ok and bool(row.ours) == ours and not row.contender.startswith("base:")
+        if row.timed and bool(row.ours) == ours and not row.contender.startswith("base:")
     ]
     return min(good, key=lambda row: row.p50_ms, default=None)
+
+
+def is_limit(row: Row) -> bool:
+    """Whether limit_ms is one; else it follows from the library's product, which can be beaten."""
+    return row.limit_by in (ARITHMETIC, MEMORY)
+
+
+def limit_name(rows: list[Row]) -> str:
+    return "its limit" if all(map(is_limit, rows)) else "the library's rates"
+
+
+def over(row: Row | None) -> tuple[str, str]:
+    """The time of a row as a multiple of the limit, and of what the library's rates come to."""
+    if row is None or not row.timed:
+        return "-", "-"
+    limit = row.ratio if is_limit(row) else None
+    library = row.p50_ms / row.library_ms if row.library_ms else None
+    if library is None and not is_limit(row):  # files older than that column
+        library = row.ratio
+    return tuple("-" if x is None else f"{x:.2f}" for x in (limit, library))
 
 
 def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
@@ -91,13 +112,15 @@ def scaling(rows: list[Row], family: str = "scaling") -> str:
         lines = [head]
         for (name,), own in grouped(group, "contender").items():
             at = {row.x: row for row in own}
-            if not any(row.ok for row in own):
+            if not any(row.timed for row in own):
                 continue
             cells = [_cell(at.get(x)) for x in shown]
             power = [f"n^{p:.2f}" if p is not None else "-" for p in exponents(own)]
             lines.append([name, *cells, *power])
         if len(lines) > 1:
-            title = f"{family}, {WORDS[what]}, {heads}x{dim} {dtype}, by atoms per molecule"
+            title = (
+                f"{family}, {WORDS.get(what, what)}, {heads}x{dim} {dtype}, by atoms per molecule"
+            )
             parts.append(title + "\n" + render(lines))
     return "\n\n".join(parts)
 
@@ -107,6 +130,8 @@ def _cell(row: Row | None) -> str:
         return ""
     if not row.ok:
         return row.status
+    if not row.timed:
+        return "-"
     if row.peak_bytes is None:
         return milliseconds(row.p50_ms)
     memory = size(row.peak_bytes) if row.peak_bytes >= RESOLUTION else "-"
@@ -116,11 +141,11 @@ def _cell(row: Row | None) -> str:
 def batches(rows: list[Row], families: tuple[str, ...]) -> str:
     """One line a workload and pass: our time, its ratio to the limit, and the others' multiples."""
     chosen = [row for row in rows if row.family in families]
-    names = list(dict.fromkeys(row.contender for row in chosen if row.ok and not row.ours))
+    names = list(dict.fromkeys(row.contender for row in chosen if row.timed and not row.ours))
     names = [name for name in names if not name.startswith("base:")]
     if not names:
         return ""
-    lines = [["workload", "pass", "ours ms", "x limit", "speed-up", *names]]
+    lines = [["workload", "pass", "ours ms", "x limit", "x library", "speed-up", *names]]
     for (key, what), group in grouped(chosen, "workload", "what").items():
         mine, other = fastest(group, True), fastest(group, False)
         reference = mine or other
@@ -130,17 +155,20 @@ def batches(rows: list[Row], families: tuple[str, ...]) -> str:
         cells = []
         for name in names:
             row = at.get(name)
-            ok = row is not None and row.ok
-            cells.append(
-                f"{row.p50_ms / reference.p50_ms:.2f}x" if ok else row.status if row else ""
-            )
+            if row is not None and row.timed:
+                cells.append(f"{row.p50_ms / reference.p50_ms:.2f}x")
+            else:
+                cells.append(_cell(row))
         lines.append([
             key, what.replace("double_backward", "double"),
             milliseconds(mine.p50_ms) if mine else "-",
-            f"{mine.ratio:.2f}" if mine and mine.ratio else "-",
+            *over(mine),
             f"{other.p50_ms / mine.p50_ms:.2f}" if mine and other else "-", *cells,
         ])  # fmt: skip
-    note = "speed-up: over the fastest other; columns: time as a multiple of ours"
+    note = (
+        "x limit: of the machine's multiply-adds and memory; x library: of its matrix product and "
+        "copy; speed-up: over the fastest other; columns: time as a multiple of ours"
+    )
     return f"{', '.join(families)} ({note})\n" + render(lines)
 
 
@@ -160,7 +188,7 @@ def against_base(rows: list[Row]) -> str:
     lines = [["case", "pass", "base ms", "now ms", "base / now"]]
     ratios = []
     for (key, what), group in grouped(rows, "workload", "what").items():
-        at = {row.contender: row for row in group if row.ok}
+        at = {row.contender: row for row in group if row.timed}
         for name, row in at.items():
             if not name.startswith("base:") or name[5:] not in at:
                 continue

@@ -15,7 +15,10 @@ from benchmarks import cases, memory, providers
 from benchmarks.cases import Workload
 from benchmarks.measure import interleave, once, sampler
 
-pytestmark = pytest.mark.skipif(bool(cpu.load()), reason=f"no C++ library: {cpu.load()}")
+pytestmark = [
+    pytest.mark.timing,
+    pytest.mark.skipif(bool(cpu.load()), reason=f"no C++ library: {cpu.load()}"),
+]
 
 QM7B = Workload("QM7b x128", "molecules", cases.draw("QM7b", 128))
 LONG = Workload("n=1024", "scaling", (1024,))
@@ -63,8 +66,10 @@ def test_memory_is_linear(what):
     peaks = []
     for n in (1024, 2048):
         work = Workload(f"n={n}", "scaling", (n,))
-        found = memory.probe(work, what, "attnpool:cpu", 2, 2**32, 60.0)
+        found = memory.probe(work, what, "attnpool:cpu", 2, 2**32, 600.0)
         assert found.status == "ok", found.reason
+        if found.peak_bytes is None:
+            pytest.skip("memory cannot be measured here")
         peaks.append(found.peak_bytes)
     memory.stop()
     inputs = 3 * 2048 * 8 * 32 * 4

@@ -33,7 +33,7 @@ from attnpool_kernels import Ragged
 from attnpool_kernels.nn import AttentionPooling, SumPooling
 from attnpool_kernels.zoo.pyg import MoleculeGraph, SetTransformerAggregation, pooled_schnet
 
-from . import cases, measure, memory, molecules, sheet, tables
+from . import cases, measure, memory, molecules, rates, sheet, tables
 from .sheet import BenchmarkError, Row
 
 HERE = Path(__file__).resolve().parent
@@ -297,10 +297,7 @@ def peak(contender: str, size: Size, what: str, data: Data, limit_s: float) -> m
     child.start()
     there.close()
     try:
-        if not here.poll(limit_s):
-            child.kill()
-            return memory.Probe("timeout", f"over {limit_s:.0f} s")
-        return here.recv()
+        return memory.answer(here, child, limit_s)
     except EOFError:
         child.join(5)
         return memory.Probe("error", f"its process ended with {child.exitcode}")
@@ -315,11 +312,9 @@ def _child(pipe, contender: str, size: Size, what: str, data: Data, threads: int
     try:
         step = stepper(CONTENDERS[contender], size, what)
         step(data.first(2))  # makes the state of Adam, loads code
-        before = memory._reset()
+        mark = memory.ready(pipe)
         step(data)
-        after = memory._mark()
-        bytes_ = None if before is None or after is None else max(0, after - before)
-        pipe.send(memory.Probe("ok", peak_bytes=bytes_))
+        pipe.send(memory.Probe("ok", peak_bytes=mark.peak()))
     except BaseException as error:
         pipe.send(memory.Probe(*memory.classify(error)))
     pipe.close()
@@ -390,12 +385,12 @@ def table(rows: list[Row]) -> str:
     lines = [["training step", "ms", "p20", "p80", "molecules/s", "peak MB", "x abp"]]
     for (workload, what), group in tables.grouped(rows, "workload", "what").items():
         lines.append([f"{workload}, {what}", *[""] * 6])
-        ours = next((r.p50_ms for r in group if r.contender == "abp"), None)
+        ours = next((r.p50_ms for r in group if r.contender == "abp" and r.timed), None)
         for row in group:
-            if row.p50_ms is None:
+            if not row.timed:
                 lines.append([f"  {row.contender}: {row.status} {row.reason}", *[""] * 6])
                 continue
-            times = [f"{x:.4g}" for x in (row.p50_ms, row.p20_ms, row.p80_ms)]
+            times = ["-" if x is None else f"{x:.4g}" for x in (row.p50_ms, row.p20_ms, row.p80_ms)]
             rate = f"{1e3 * row.molecules / row.p50_ms:.4g}"
             size = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
             over = f"{row.p50_ms / ours:.2f}" if ours else "-"
@@ -458,14 +453,13 @@ def _main(options: argparse.Namespace) -> int:
     out = sheet.Sheet(options.output)
     chosen = {k: v for k, v in vars(options).items() if isinstance(v, str | int | float)}
     about = sheet.provenance("cpu", {"command": "python -m benchmarks.training", **chosen})
-    rates = measure.rates({torch.float32}, "cpu", 0.3)
-    gflops = round(rates.matmul[torch.float32] / 1e9, 1)
-    about["rates"] = {
-        "matmul_gflops": {"float32": gflops}, "copy_gbs": round(rates.copy / 1e9, 1)
-    }  # fmt: skip
+    about["rates"] = rates.measure({torch.float32}, "cpu", 0.3).record()
     out.start(about)
-    print(f"{about['device']}, {about['threads']} threads, {gflops} GFLOP/s; {len(data.sizes)} "
-          f"molecules, {len(data.z)} atoms ({data.source})", flush=True)  # fmt: skip
+    print(
+        f"{about['device']}, {about['threads']} threads; {rates.said(about['rates'])}; "
+        f"{len(data.sizes)} molecules, {len(data.z)} atoms ({data.source})",
+        flush=True,
+    )
     for size, what in plan:
         rows = run(SIZES[size], what, names, data, options.budget, 60.0, options.samples, end)
         for row in rows:

@@ -1,10 +1,29 @@
 """Shared fixtures: uninitialised memory is poisoned, threads are few, seeds are fixed."""
 
+import os
+
 import pytest
+import seeds
 import torch
 
 import attnpool_kernels
 from attnpool_kernels import backends
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seed-shift", type=int, default=seeds.shift(), help="move every seed of the tests by this"
+    )
+    parser.addoption("--torch-threads", type=int, default=1, help="threads of torch in every test")
+
+
+def pytest_configure(config):
+    number = config.getoption("--seed-shift")
+    os.environ[seeds.VARIABLE] = str(number)
+    if number:
+        patch = pytest.MonkeyPatch()
+        config.add_cleanup(patch.undo)
+        seeds.install(patch)
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +38,11 @@ def _poisoned_empties():
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(pytestconfig):
     torch.manual_seed(0)
     # Tiny tensors on a busy machine: torch's threads would wait for each other at every operator.
     # What must not depend on the number of threads sets it itself.
-    torch.set_num_threads(1)
+    torch.set_num_threads(pytestconfig.getoption("--torch-threads"))
 
 
 def native_backends():

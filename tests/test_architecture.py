@@ -46,10 +46,10 @@ def parts(path):
 
 @pytest.mark.parametrize("module", ALLOWED)
 def test_arrows(module):
-    path = PACKAGE / f"{module}.py"
-    if path.exists():
-        files = {p.stem for p in PACKAGE.glob("*.py")} | {"backends", "nn", "zoo"}
-        assert parts(path) & files <= ALLOWED[module] | {module}
+    files = {p.stem for p in PACKAGE.glob("*.py")} | {"backends", "nn", "zoo", "testing"}
+    for path in (PACKAGE / f"{module}.py", *(PACKAGE / module).rglob("*.py")):
+        if path.exists():
+            assert parts(path) & files <= ALLOWED[module] | {module}
 
 
 def test_backends_know_neither_models_nor_each_other():

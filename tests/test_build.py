@@ -41,7 +41,7 @@ def build(source):
             environment.pop(name, None)
         done = subprocess.run(
             [sys.executable, "setup.py", "build", "--build-base", "build"],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200,
         )  # fmt: skip
         return done, list(tmp_path.rglob("*.so"))
 

@@ -60,17 +60,21 @@ def test_backends_lists_names():
     assert backends() == backends.PRIORITY and "reference" in backends()
 
 
+@pytest.mark.timing
 def test_import_is_cheap_and_clean():
-    """A fresh process: no optional package, and less than 50 ms beyond torch."""
+    """A fresh process: no optional package, and a small share of what importing torch takes.
+
+    1 to 2% of it was measured; processor time, since the machine may have other work.
+    """
     code = (
-        "import torch, sys, time; before = set(sys.modules); t = time.perf_counter();"
-        "import attnpool_kernels; t = time.perf_counter() - t;"
+        "import sys, time; start = time.process_time(); import torch; before = set(sys.modules);"
+        "middle = time.process_time(); import attnpool_kernels; end = time.process_time();"
         "new = {m.split('.')[0] for m in set(sys.modules) - before};"
         "assert not new & {'triton', 'xformers', 'flash_attn', 'torch_geometric'}, new;"
-        "print(t)"
+        "print((end - middle) / (middle - start))"
     )
-    seconds = [
+    shares = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
         for _ in range(3)
     ]
-    assert min(seconds) < 0.05, seconds
+    assert min(shares) < 0.06, shares

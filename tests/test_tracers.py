@@ -121,6 +121,10 @@ def exported(strict):
     return route
 
 
+def scripted(function, *arguments):
+    return torch.jit.trace(function, arguments)
+
+
 def functionalized(function, *arguments):
     return torch.func.functionalize(function)
 
@@ -142,13 +146,14 @@ ROUTES = {
     "AOTAutograd": aot,
     "export": exported(False),
     "strict export": exported(True),
+    "jit.trace": scripted,
 }
 # What torch itself cannot do, for any operator: it raises there, in words that differ by version.
 MAY_REFUSE = {
     ("compile aot_eager", "second"), ("compile aot_eager", "force inside"),
     ("compile inductor", "second"), ("compile inductor", "force inside"),
     ("AOTAutograd", "second"), ("functionalize", "force inside"),
-    ("export", "force inside"), ("strict export", "force inside"),
+    ("export", "force inside"), ("strict export", "force inside"), ("jit.trace", "force inside"),
 }  # fmt: skip
 
 
@@ -185,6 +190,8 @@ QUICK = {
 def pairs():
     for name in ENERGIES:
         for route in ROUTES:
+            if route == "jit.trace" and name in ("ABP", "PyG"):
+                continue  # functional_call, which this test uses, takes no traced module
             marks = () if route in QUICK[name] else pytest.mark.slow
             yield pytest.param(name, route, marks=marks, id=f"{name}-{route}")
 

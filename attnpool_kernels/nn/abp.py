@@ -73,6 +73,7 @@ class AttentionPooling(SetTransformer):
         if phantom is not None and points is not None:
             raise ValueError("phantom must be None with induced points: the original has none")
         self.phantom = phantom
+        self.heads, self.seeds = heads, seeds
 
     @classmethod
     def original(
@@ -119,11 +120,11 @@ class AttentionPooling(SetTransformer):
         ragged = ragged.to(x.device)
         weights = self._missing(ragged).log()
         x, ragged = with_phantoms(x, ragged)
-        bias = phantom_bias(weights, ragged, ragged.counts(), x, self.pma.mab.attn.heads)
+        bias = phantom_bias(weights, ragged, ragged.counts(), x, self.heads)
         for block in self.encoders:
             x = block(x, ragged, bias=bias)
-        seeds = torch.full_like(ragged.counts(), self.pma.seed.shape[1])
-        bias = phantom_bias(weights, ragged, seeds, x, self.pma.mab.attn.heads)
+        seeds = torch.full_like(ragged.counts(), self.seeds)
+        bias = phantom_bias(weights, ragged, seeds, x, self.heads)
         x = self.pma(x, ragged, bias=bias)
         return reduced(decoded(x, self.decoders), self.head, self.reduce)
 

@@ -100,45 +100,69 @@ class SetAttention(torch.nn.Module):
     def forward(
         self,
         x: Tensor,
-        ptr: Tensor | Ragged,
+        ptr: Tensor | Ragged | int | None,
         y: Tensor | None = None,
         y_ptr: Tensor | Ragged | None = None,
         *,
         bias: Tensor | None = None,
+        residual: str | None = None,
     ) -> Tensor:
         """[N, D] from x [N, query_dim] and its boundaries [B + 1]; y, y_ptr: the keys (default x).
 
-        bias: [P, H] added to the logits, see ``set_attention``.
+        Args:
+            ptr: or an int, so many rows for each molecule; or None: x [S, query_dim] are seeds that
+                all molecules of y share, and the result is [B·S, D].
+            bias: [P, H] added to the logits, see ``set_attention``.
+            residual: added to the result: "query", the projected queries, "input", x, or None. The
+                blocks ask for it here, so a hook on this module in a block sees the sum.
         """
-        return self.add_to(None, *self.attend(x, ptr, y, y_ptr, bias=bias))
-
-    def attend(
-        self,
-        x: Tensor,
-        ptr: Tensor | Ragged,
-        y: Tensor | None = None,
-        y_ptr: Tensor | Ragged | None = None,
-        *,
-        bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The projected queries [N, D] and the heads' results [N, D], before W_o."""
         check_rows("x", x, self.query_dim, self.in_proj_bias)
         if y is not None:
             check_rows("y", y, self.key_dim, self.in_proj_bias)
+        queries = residual == "query"
+        q: Tensor | None
+        if ptr is None:
+            if y is None or y_ptr is None:
+                raise TypeError("ptr must be boundaries where y or y_ptr is None, got None")
+            q, out = self._attend_seeds(x, y, y_ptr, bias)
+        elif not isinstance(ptr, int | torch.SymInt):
+            q, out = self._attend(x, ptr, y, y_ptr, bias)
+        elif ptr == 1 and y is None and bias is None and not (self.training and self.dropout > 0):
+            q, out = self._attend_alone(x, queries)
+        else:
+            q, out = self._attend(x, equal(x, ptr), y, y_ptr, bias)
+        if residual is None:
+            return out if self.out_proj is None else self.out_proj(out)
+        base = q if queries else x
+        assert base is not None
+        if self.out_proj is not None:
+            return add_linear(base, out, self.out_proj)
+        if base.shape[0] == out.shape[0]:
+            return out + base
+        return (out.view(-1, *base.shape) + base).view(out.shape)
+
+    def _attend(
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged,
+        y: Tensor | None,
+        y_ptr: Tensor | Ragged | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The projected queries [N, D] and the heads' results [N, D], before W_o."""
         q, k, v = self._split(*self._projected(x, y))
         out = set_attention(q, k, v, ptr, y_ptr, bias=bias, **self._options())
         assert isinstance(out, Tensor)
         return q.flatten(1), out.flatten(1)
 
-    def attend_seeds(
-        self, seeds: Tensor, y: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None
+    def _attend_seeds(
+        self, seeds: Tensor, y: Tensor, ptr: Tensor | Ragged, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The same for seeds [S, query_dim] that all molecules share: q [S, D] and [B·S, D].
 
         The seeds are projected once, not once a molecule. With few of them W_k goes into the seeds
         and W_v behind the sum, so that nothing is projected atom by atom.
         """
-        check_rows("y", y, self.key_dim, self.in_proj_bias)
         if bias is None and self._absorbs(seeds.shape[0], y.dtype):
             return self._absorbed(seeds, y, ptr)
         q, k, v = self._split(*self._projected(seeds, y))
@@ -177,26 +201,17 @@ class SetAttention(torch.nn.Module):
         some = (atoms > 0).to(out.dtype).repeat_interleave(seeds.shape[0])
         return q, out + some[:, None] * b_v  # without atoms the attention is 0, not b_v
 
-    def attend_alone(self, x: Tensor, need_queries: bool) -> tuple[Tensor | None, Tensor]:
+    def _attend_alone(self, x: Tensor, need_queries: bool) -> tuple[Tensor | None, Tensor]:
         """The same for molecules of exactly one row, whose softmax is 1: the result is v.
 
         Not for training with dropout, which may drop that one weight.
         """
-        check_rows("x", x, self.query_dim, self.in_proj_bias)
+        if self.query_dim != self.key_dim:
+            raise ValueError(f"y must be rows of width {self.key_dim}, got None")
         if need_queries:
             q, v = project(x, None, self.in_proj_weight, self.in_proj_bias, "qv")
             return q, v
         return None, project(x, None, self.in_proj_weight, self.in_proj_bias, "v")[0]
-
-    def add_to(self, residual: Tensor | None, q: Tensor | None, out: Tensor) -> Tensor:
-        """residual + out W_o + b_o, without W_o residual + out; None is no residual."""
-        if residual is None:
-            return out if self.out_proj is None else self.out_proj(out)
-        if self.out_proj is not None:
-            return add_linear(residual, out, self.out_proj.weight, self.out_proj.bias)
-        if residual.shape[0] == out.shape[0]:
-            return out + residual
-        return (out.view(-1, *residual.shape) + residual).view(out.shape)
 
     def _projected(self, x: Tensor, y: Tensor | None) -> list[Tensor]:
         if self.query_dim == self.key_dim:
@@ -217,3 +232,8 @@ class SetAttention(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.heads}, scale={self.scale!r}, dropout={self.dropout}"
+
+
+def equal(x: Tensor, size: int) -> Tensor:
+    """Boundaries of molecules of ``size`` rows each."""
+    return torch.arange(0, x.shape[0] + 1, size, device=x.device)

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu, softplus
+from torch.nn.functional import gelu, silu, softplus
 
 from ..ragged import Ragged
 from .arguments import check_rows, covered, flag, integer, one_of, positive
-from .attention import SetAttention
-from .projection import add_relu_linear
+from .attention import SetAttention, equal
+from .projection import add_relu_linear, bare, relu_linear
 
 RESIDUALS = ("query", "input")
 ACTIVATIONS = ("relu", "silu", "gelu", "shifted_softplus")
@@ -110,7 +110,7 @@ class MAB(torch.nn.Module):
     def forward(
         self,
         x: Tensor,
-        ptr: Tensor | Ragged,
+        ptr: Tensor | Ragged | int | None,
         y: Tensor | None = None,
         y_ptr: Tensor | Ragged | None = None,
         *,
@@ -118,32 +118,14 @@ class MAB(torch.nn.Module):
     ) -> Tensor:
         """[N, D] from x [N, query_dim] and its boundaries [B + 1]; y, y_ptr: the keys (default x).
 
-        bias: [P, H] added to the logits. A row without keys attends to nothing: its attention is 0.
+        ptr may be an int or None as in ``SetAttention``. bias: [P, H] added to the logits. A row
+        without keys attends to nothing: its attention is 0.
         """
-        q, out = self.attn.attend(x, ptr, y, y_ptr, bias=bias)
-        return self._finish(x, q, out)
-
-    def pool(
-        self, seeds: Tensor, y: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None
-    ) -> Tensor:
-        """[B·S, D]: the seeds [S, query_dim], shared by all molecules, attend to the rows y."""
-        q, out = self.attn.attend_seeds(seeds, y, ptr, bias=bias)
-        return self._finish(seeds, q, out)
-
-    def alone(self, x: Tensor) -> Tensor:
-        """``self(x, ptr)`` for molecules of exactly one row: no logits are computed.
-
-        Not for training with dropout on the attention weights.
-        """
-        q, out = self.attn.attend_alone(x, self.residual == "query")
-        return self._finish(x, q, out)
-
-    def _finish(self, x: Tensor, q: Tensor | None, out: Tensor) -> Tensor:
-        h = self.attn.add_to(q if self.residual == "query" else x, q, out)
+        h = self.attn(x, ptr, y, y_ptr, bias=bias, residual=self.residual)
         if self.layer_norm1 is not None:
             h = self.layer_norm1(h)
         if self.activation == "relu":
-            h = add_relu_linear(h, self.lin.weight, self.lin.bias)
+            h = add_relu_linear(h, self.lin)
         else:
             h = h + activate(self.activation, self.lin(h))
         return h if self.layer_norm2 is None else self.layer_norm2(h)
@@ -163,15 +145,11 @@ class SAB(torch.nn.Module):
     def reset_parameters(self) -> None:
         self.mab.reset_parameters()
 
-    def forward(self, x: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None) -> Tensor:
-        """[N, D] from x [N, in_dim] and the boundaries [B + 1]."""
+    def forward(
+        self, x: Tensor, ptr: Tensor | Ragged | int, *, bias: Tensor | None = None
+    ) -> Tensor:
+        """[N, D] from x [N, in_dim] and the boundaries [B + 1]; an int: so many rows a molecule."""
         return self.mab(x, ptr, bias=bias)
-
-    def equal(self, x: Tensor, size: int) -> Tensor:
-        """The same for molecules of ``size`` rows each, x [B·size, in_dim]."""
-        if size == 1 and not (self.training and self.mab.attn.dropout > 0):
-            return self.mab.alone(x)
-        return self.mab(x, _equal(x, size))
 
 
 class ISAB(torch.nn.Module):
@@ -186,6 +164,7 @@ class ISAB(torch.nn.Module):
         super().__init__()
         in_dim = dim if in_dim is None else positive("in_dim", in_dim)
         size = positive("points", points), positive("dim", dim)
+        self.in_dim = in_dim
         self.ind = torch.nn.Parameter(torch.empty(size))
         self.mab1 = MAB(dim, heads, query_dim=dim, key_dim=in_dim, **options)
         self.mab2 = MAB(dim, heads, query_dim=in_dim, key_dim=dim, **options)
@@ -198,9 +177,9 @@ class ISAB(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[N, D] from x [N, in_dim] and the boundaries [B + 1]."""
-        check_rows("x", x, self.mab1.attn.key_dim, self.ind)
-        h = self.mab1.pool(self.ind, x, ptr)
-        return self.mab2(x, ptr, h, _equal(h, self.ind.shape[0]))
+        check_rows("x", x, self.in_dim, self.ind)
+        h = self.mab1(self.ind, None, x, ptr)
+        return self.mab2(x, ptr, h, equal(h, self.ind.shape[0]))
 
 
 class PMA(torch.nn.Module):
@@ -217,6 +196,7 @@ class PMA(torch.nn.Module):
         super().__init__()
         dim, seeds = positive("dim", dim), positive("seeds", seeds)
         in_dim = dim if in_dim is None else positive("in_dim", in_dim)
+        self.in_dim = in_dim
         self.lin = torch.nn.Linear(in_dim, in_dim) if flag("pre_linear", pre_linear) else None
         self.mab = MAB(dim, heads, query_dim=dim, key_dim=in_dim, **options)
         self.seed = torch.nn.Parameter(torch.empty(1, seeds, dim))
@@ -230,10 +210,10 @@ class PMA(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None) -> Tensor:
         """[B, S, D] from x [N, in_dim] and the boundaries [B + 1]."""
-        check_rows("x", x, self.mab.attn.key_dim, self.seed)
+        check_rows("x", x, self.in_dim, self.seed)
         if self.lin is not None:
-            x = linear(x, self.lin.weight, self.lin.bias).relu_()
-        out = self.mab.pool(self.seed[0], x, ptr, bias=bias)
+            x = relu_linear(x, self.lin)
+        out = self.mab(self.seed[0], None, x, ptr, bias=bias)
         return out.view(-1, *self.seed.shape[1:])
 
 
@@ -316,18 +296,16 @@ def decoded(x: Tensor, decoders: torch.nn.ModuleList) -> Tensor:
     """Blocks over the S rows of each molecule, x [B, S, D] → [B, S, D]."""
     shape, rows = x.shape, x.flatten(0, 1)
     for block in decoders:
-        rows = block.equal(rows, shape[1])  # type: ignore[operator]
+        rows = block(rows, shape[1])
     return rows.view(-1, *shape[1:])
 
 
-def reduced(x: Tensor, head: torch.nn.Linear | None, reduce: str) -> Tensor:
-    """Head and reduction of the seeds. A mean is taken before the head, which is linear."""
-    if reduce == "mean":
-        x = x.mean(1)
-    if head is not None:
+def reduced(x: Tensor, head: torch.nn.Module | None, reduce: str) -> Tensor:
+    """Head and reduction of the seeds. A mean is taken before a head that is linear."""
+    if head is None:
+        x = x.mean(1) if reduce == "mean" else x
+    elif reduce == "mean":
+        x = head(x.mean(1)) if bare(head) else head(x).mean(1)
+    else:
         x = head(x)
     return x.flatten(1) if reduce == "concat" else x
-
-
-def _equal(x: Tensor, size: int) -> Tensor:
-    return torch.arange(0, x.shape[0] + 1, size, device=x.device)

@@ -6,16 +6,38 @@ formula from torch's layers: the gradients of q, k and v go into their matrix pr
 place. Their backward passes are torch operators, so every order of derivative exists.
 
 Under a compiler and under autocast the plain formula is used: a compiler fuses it by itself. Under
-torch.func and in forward mode too, so that the operator gives its own reason against them.
+torch.func and in forward mode too, so that the operator gives its own reason against them. And so
+it is for every layer that is more than its weight and bias, see ``bare``: that one is called.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Linear, Module, Parameter
 from torch.nn.functional import linear
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import _autocasting
+
+_PLAIN = (Parameter, Tensor)
+
+
+def bare(layer: Module) -> bool:
+    """Whether a call of the layer is x Wᵀ + b and nothing else, so that its parameters will do.
+
+    Not so with hooks (pruning and the old weight norm are hooks), parametrisations, adapters,
+    quantised layers or weights, a ``forward`` put in its place, or without a bias.
+    """
+    return (
+        type(layer) is Linear
+        and not (layer._forward_pre_hooks or layer._forward_hooks)
+        and not (layer._backward_pre_hooks or layer._backward_hooks)
+        and not _has_any_global_hook()
+        and "forward" not in layer.__dict__
+        and type(layer.weight) in _PLAIN
+        and type(layer.bias) in _PLAIN
+    )
 
 
 def project(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, parts: str) -> list[Tensor]:
@@ -37,18 +59,23 @@ def project(x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, parts: st
     return list(_Project.apply(x, y, weight, bias, parts))
 
 
-def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """residual + x Wᵀ + b for x [N, C]; the residual is [N, D], or [S, D] repeated N/S times."""
-    if _plain(x):
-        return (residual + _like(residual, linear(x, weight, bias))).view(-1, residual.shape[1])
-    return _AddLinear.apply(residual, x, weight, bias)
+def add_linear(residual: Tensor, x: Tensor, layer: Module) -> Tensor:
+    """residual + layer(x) for x [N, C]; the residual is [N, D], or [S, D] repeated N/S times."""
+    if _plain(x) or not bare(layer):
+        return (residual + _like(residual, layer(x))).view(-1, residual.shape[1])
+    return _AddLinear.apply(residual, x, layer.weight, layer.bias)
 
 
-def add_relu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x + relu(x Wᵀ + b) for x [N, D]."""
-    if _plain(x):
-        return x + linear(x, weight, bias).relu()
-    return _AddReluLinear.apply(x, weight, bias)
+def add_relu_linear(x: Tensor, layer: Module) -> Tensor:
+    """x + relu(layer(x)) for x [N, D]."""
+    if _plain(x) or not bare(layer):
+        return x + layer(x).relu()
+    return _AddReluLinear.apply(x, layer.weight, layer.bias)
+
+
+def relu_linear(x: Tensor, layer: Module) -> Tensor:
+    """relu(layer(x)), in the memory of layer(x) where nobody else can hold that."""
+    return layer(x).relu_() if bare(layer) else layer(x).relu()
 
 
 def _plain(x: Tensor) -> bool:

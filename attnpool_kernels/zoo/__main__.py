@@ -1,9 +1,14 @@
-"""``python -m attnpool_kernels.zoo fit | test | predict | configs``: see ``--help``."""
+"""``python -m attnpool_kernels.zoo fit | test | predict | configs``: see ``--help``.
+
+What cannot be ends in one line on stderr. The exit code is 2 for an option, 143 after SIGTERM, and
+1 for a file that cannot be read or written, a checkpoint that does not fit, a training that fails.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,12 +45,14 @@ def listing() -> str:
 
 
 def config_file(name: str) -> str:
-    """A file, or the packaged configuration of that name; ValueError with the known names."""
+    """A file, or the packaged configuration of that name; OptionError with the known names."""
     if Path(name).is_file():
         return name
     known = config_names()
     if name not in known:
-        raise ValueError(f"config must be a file or one of {', '.join(known)}, got {name!r}")
+        from .trainer import OptionError
+
+        raise OptionError(f"config must be a file or one of {', '.join(known)}, got {name!r}")
     return str(known[name])
 
 
@@ -74,7 +81,9 @@ def parsers() -> dict[str, ArgumentParser]:
 
     def command(name: str, arguments: str, description: str) -> ArgumentParser:
         usage = f"{PROGRAM} {name} {arguments}"
-        return ArgumentParser(usage=usage, description=description, formatter_class=Help)
+        return ArgumentParser(
+            usage=usage, description=description, formatter_class=Help, exit_on_error=False
+        )
 
     fit = command(
         "fit", "--config NAME|FILE [options]", "Trains a model; keeps the best by validation loss."
@@ -106,10 +115,11 @@ def parsers() -> dict[str, ArgumentParser]:
     parser = ArgumentParser(
         prog=PROGRAM,
         description="Trains, tests and applies models of molecules with any pooling.",
-        epilog=listing(), formatter_class=Help,
+        epilog=listing(), formatter_class=Help, exit_on_error=False,
     )  # fmt: skip
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
-    made = {"fit": fit, "test": test, "predict": predict, "configs": ArgumentParser()}
+    configs = ArgumentParser(exit_on_error=False)
+    made = {"fit": fit, "test": test, "predict": predict, "configs": configs}
     for name, made_command in made.items():
         commands.add_subcommand(name, made_command, help=HELP[name])
     return {"": parser, **made}
@@ -126,6 +136,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
     # Small trials on a GPU machine's CPU are meant.
     warnings.filterwarnings("ignore", r"(GPU|MPS) available but not used")
+    # An epoch without validation before the first one with it has no best model yet.
+    warnings.filterwarnings("ignore", r"`ModelCheckpoint\(monitor='val/loss'\)` could not find")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,29 +154,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("ATTNPOOL_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_code", 1)
 
 
 def _run(argv: list[str]) -> int:
+    from jsonargparse import ArgumentError
     from lightning.pytorch import seed_everything
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from . import run
+    from .trainer import of_options
 
     made = parsers()
-    found = made[""].parse_args(argv)
-    command = found.subcommand
-    options = found[command]
-    if command == "configs":
-        print(listing())
-    elif command == "predict":
-        run.predict(**options.as_dict())
-    elif command == "test":
-        run.evaluate(**vars(made["test"].instantiate(options)))
-    else:
-        config = made["fit"].dump(options, skip_default=False)
-        seed_everything(options.seed, workers=True)  # before the weights are made
-        given = vars(made["fit"].instantiate(options))
-        run.fit(**{k: v for k, v in given.items() if k not in ("config", "seed")}, config=config)
+    with of_options(ArgumentError, ValueError, TypeError):
+        found = made[""].parse_args(argv)
+        command = found.subcommand
+        options = found[command]
+        if command == "fit":
+            seed_everything(options.seed, workers=True)  # before the weights are made
+        given = vars(made[command].instantiate(options))
+    try:
+        if command == "configs":
+            print(listing())
+        elif command == "predict":
+            run.predict(**options.as_dict())
+        elif command == "test":
+            run.evaluate(**given)
+        else:
+            folder = run.run_folder(given["task"], given["data"], options.output)
+            if options.ckpt_path is not None and run.in_folder(options.ckpt_path, folder):
+                options.ckpt_path = None  # the run that resumes is the one that it resumes
+            config = made["fit"].dump(options, skip_default=False)
+            kept = {k: x for k, x in given.items() if k not in ("config", "seed")}
+            run.fit(**kept, config=config)
+    except SIGTERMException:
+        if run.first_process():
+            print(
+                "error: stopped by SIGTERM; fit goes on after the last whole epoch with "
+                "--ckpt_path last",
+                file=sys.stderr,
+            )
+        return 128 + signal.SIGTERM
     return 0
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..nn.attention import positive
 from ..ragged import Ragged
 from . import libraries
-from .basis import GaussianRBF, SphericalBasis, gaussians
+from .basis import GaussianRBF, GaussianSmearing, SphericalBasis
+from .defaults import made_plainly
 from .graph import checked_cutoff, edges, lengths, triplets
 
 
@@ -56,7 +57,9 @@ class Backbone(torch.nn.Module):
                 f"pos must have one place an atom, got atoms {int(index[1, i])} and "
                 f"{int(index[0, i])} in the same"
             )
-        return self.atoms(z, index, vectors.to(next(self.parameters()).dtype))
+        # Quantised layers have no parameters or integers; the embeddings have the model's dtype.
+        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return self.atoms(z, index, vectors.to(dtype))
 
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         """[N, channels] from the edges [2, E] (source, target) and pos[source] - pos[target]."""
@@ -83,6 +86,7 @@ class SchNet(Backbone):
     hidden_channels=256, num_filters=256, num_interactions=8 for QM7b. channels = hidden_channels.
     """
 
+    @made_plainly
     def __init__(
         self,
         hidden_channels: int = 128,
@@ -97,13 +101,12 @@ class SchNet(Backbone):
             positive("num_interactions", num_interactions),
             _at_least_two("num_gaussians", num_gaussians), self.cutoff, interaction_graph=_no_graph,
         )  # fmt: skip
-        self.embedding, self.distance_expansion = net.embedding, net.distance_expansion
-        self.interactions = net.interactions
+        self.embedding, self.interactions = net.embedding, net.interactions
+        self.distance_expansion = GaussianSmearing(num_gaussians, self.cutoff)
 
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         distance = lengths(vectors)
-        offset, coeff = self.distance_expansion.offset, self.distance_expansion.coeff
-        expanded = gaussians(distance, offset, coeff)
+        expanded = self.distance_expansion(distance)
         x = self.embedding(z)
         for interaction in self.interactions:
             x = x + interaction(x, index, distance, expanded)
@@ -122,6 +125,7 @@ class DimeNetPlusPlus(Backbone):
 
     elements = 94
 
+    @made_plainly
     def __init__(
         self,
         hidden_channels: int = 128,
@@ -194,6 +198,7 @@ class DimeNet(DimeNetPlusPlus):
     Options and defaults are those of the published model, ``latent`` as in DimeNet++.
     """
 
+    @made_plainly
     def __init__(
         self,
         hidden_channels: int = 128,
@@ -240,6 +245,7 @@ class SchNetPackSchNet(Backbone):
     channels = n_atom_basis.
     """
 
+    @made_plainly
     def __init__(
         self,
         n_atom_basis: int = 128,
@@ -275,6 +281,7 @@ class PaiNN(SchNetPackSchNet):
     Defaults are SchNetPack's. The rows are the scalar representation; channels = n_atom_basis.
     """
 
+    @made_plainly
     def __init__(
         self,
         n_atom_basis: int = 128,
@@ -293,6 +300,14 @@ class PaiNN(SchNetPackSchNet):
             shared_interactions=shared_interactions, shared_filters=shared_filters,
             epsilon=epsilon,
         )  # fmt: skip
+        for interaction in self.net.interactions:  # all of them, or one many times
+            interaction.register_forward_pre_hook(_in_one_dtype)
+
+
+def _in_one_dtype(interaction: torch.nn.Module, arguments: tuple) -> tuple:
+    """SchNetPack starts PaiNN's vectors as zeros of the default dtype of the process."""
+    rows, vectors, *others = arguments
+    return (rows, vectors.to(rows.dtype), *others)
 
 
 def _positive(options: dict[str, Any], names: str) -> None:

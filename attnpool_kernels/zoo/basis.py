@@ -18,6 +18,21 @@ def gaussians(distance: Tensor, centres: Tensor, coefficient: float | Tensor) ->
     return exponents.clamp(min=-60.0).exp()
 
 
+class GaussianSmearing(torch.nn.Module):
+    """PyG's GaussianSmearing through ``gaussians``; the same buffer."""
+
+    offset: Tensor
+
+    def __init__(self, num_gaussians: int, cutoff: float) -> None:
+        super().__init__()
+        offset = torch.linspace(0.0, cutoff, num_gaussians)
+        self.coeff = -0.5 / (offset[1] - offset[0]).item() ** 2
+        self.register_buffer("offset", offset)
+
+    def forward(self, distance: Tensor) -> Tensor:
+        return gaussians(distance, self.offset, self.coeff)
+
+
 class GaussianRBF(torch.nn.Module):
     """SchNetPack's GaussianRBF through ``gaussians``; the same buffers."""
 
@@ -47,6 +62,9 @@ class SphericalBasis(torch.nn.Module):
     made (seconds), which cannot be pickled, and evaluates them at θ = atan2(|a × b|, a·b), whose
     second derivative is NaN for atoms in a line. Here j_l and P_l come from their recurrences, and
     P_l is a polynomial of the cosine, smooth everywhere.
+
+    The constants are no part of a state dict. They are kept in float64, and every change of the
+    dtype or the device rounds them anew: a module has the same ones whatever it has been before.
     """
 
     zeros: Tensor  # [L, N]
@@ -59,19 +77,30 @@ class SphericalBasis(torch.nn.Module):
         zeros = Jn_zeros(num_spherical, num_radial)
         norms = [(0.5 * Jn(row, l + 1) ** 2) ** -0.5 for l, row in enumerate(zeros)]
         self.envelope = envelope
+        self._exact: dict[str, list[list[float]]] = {}
         for name, rows in (("zeros", zeros), ("norms", norms)):
-            rows = torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64)
-            self.register_buffer(name, rows.to(torch.get_default_dtype()), persistent=False)
+            self._exact[name] = [[float(x) for x in row] for row in rows]
+            self.register_buffer(name, torch.tensor(self._exact[name]), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        before = self.norms.dtype, self.norms.device
+        super()._apply(fn, recurse)
+        dtype, device = self.norms.dtype, self.norms.device
+        if (dtype, device) != before:
+            for name, rows in self._exact.items():
+                setattr(self, name, torch.tensor(rows, dtype=dtype, device=device))
+        return self
 
     def forward(self, distance: Tensor, cosine: Tensor, idx_kj: Tensor) -> Tensor:
         """[T, L·N] from distances [E] in units of the cutoff, cosines [T] and the edge of each."""
-        radial = self.envelope(distance)[:, None, None] * self.norms * self._bessel(distance)
+        norms = self.norms.to(distance.dtype)  # weights may be given another dtype without it
+        radial = self.envelope(distance)[:, None, None] * norms * self._bessel(distance)
         return (radial[idx_kj] * self._legendre(cosine)[:, :, None]).flatten(1)
 
     def _bessel(self, distance: Tensor) -> Tensor:
         """[E, L, N]: j_l(z_ln d) by j_{l+1}(x) = (2l + 1) / x · j_l(x) - j_{l-1}(x)."""
         rows = []
-        for l, zeros in enumerate(self.zeros):
+        for l, zeros in enumerate(self.zeros.to(distance.dtype)):
             x = distance[:, None] * zeros
             below, this = x.cos() / x, x.sin() / x  # j_-1, j_0
             for k in range(l):

@@ -7,7 +7,7 @@ it where it is needed: no worker processes, no copies, and no padding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,12 +16,19 @@ from torch import Tensor
 from .molecules import Molecules, MoleculeSet, Target
 
 
-class Batch(NamedTuple):
-    """The molecules of one process, and the size of the step over all processes."""
+class Batch:
+    """The molecules of one process, and the size of the step over all processes.
 
-    molecules: Molecules
-    total: int  # molecules
-    atoms: int
+    Not a tuple or a dataclass: Lightning would convert what is in it to the precision of the
+    weights, and in bfloat16 all energies of -2038 eV are the same. Devices change, dtypes do not.
+    """
+
+    def __init__(self, molecules: Molecules, total: int, atoms: int) -> None:
+        self.molecules = molecules
+        self.total, self.atoms = total, atoms  # of all processes
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.molecules.to(device), self.total, self.atoms)
 
 
 class Batches:
@@ -54,7 +61,7 @@ class Batches:
         index = self.index
         if self.data is not None:
             generator = torch.Generator().manual_seed(self.data.seed * 1_000_003 + self.data.epoch)
-            index = index[torch.randperm(len(index), generator=generator)]
+            index = index[torch.randperm(len(index), generator=generator, device="cpu")]
         counts = self.molecules.ptr.diff()
         for part in index.split(self.size)[: len(self)]:
             own = part[self.rank :: self.world]
@@ -76,8 +83,10 @@ class MoleculeData(LightningDataModule):
         seed: of the order of the molecules in training.
         limit: use only the first so many molecules of each part of the split, for trials.
 
-    Positions and forces are held in float32, targets in float64. Raises ValueError for names that
-    the data set does not know, for empty parts and for labels that are not finite.
+    Positions and targets are held in float64, whatever the precision of a training: what matters
+    are their differences, which are small beside them. Forces are held in float32. Raises
+    ValueError for names that the data set does not know or that come twice, for empty parts and for
+    labels that are not finite.
     """
 
     def __init__(
@@ -113,6 +122,8 @@ class MoleculeData(LightningDataModule):
             return
         found = self._load()
         names = self.names or tuple(t.name for t in found.targets)
+        if len(set(names)) < len(names):
+            raise ValueError(f"targets must differ from each other, got {', '.join(names)}")
         columns = [found.target(name) for name in names]
         split = found.split(self.split_seed)
         if self.split_seed is None:
@@ -120,7 +131,7 @@ class MoleculeData(LightningDataModule):
         self.targets = tuple(found.targets[i] for i in columns)
         parts = {}
         for part, index in vars(split).items():
-            index = torch.as_tensor(index, dtype=torch.int64)[: self.limit]
+            index = torch.as_tensor(index, dtype=torch.int64, device="cpu")[: self.limit]
             if not len(index):
                 raise ValueError(f"split must have molecules to {_PURPOSE[part]}, got none")
             parts[part] = index
@@ -133,7 +144,7 @@ class MoleculeData(LightningDataModule):
         if given.forces is not None and not bool(given.forces.isfinite().all()):
             raise ValueError("forces must be finite, got nan or inf")
         self.molecules = Molecules(
-            given.z, given.pos.float(), given.ptr, y,
+            given.z, given.pos.double(), given.ptr, y,
             None if given.forces is None else given.forces.float(),
             None if given.coefficients is None else given.coefficients.float(),
         )  # fmt: skip
@@ -166,7 +177,8 @@ class MoleculeData(LightningDataModule):
         assert y is not None
         y = y[self.parts["train"]]
         std = y.std(0, correction=0)
-        for target, width in zip(self.targets, std.tolist()):
+        # The std of equal numbers is not always 0: 2e-13 for 28 of -2038.123456.
+        for target, width in zip(self.targets, (y.amax(0) - y.amin(0)).tolist()):
             if not width > 0:
                 raise ValueError(
                     f"{target.name} must differ between the molecules to train on, but is the same "

@@ -88,6 +88,10 @@ class PooledModel(torch.nn.Module):
     head="atom" with the sum is size-extensive: there the mean is spread over the atoms, n·mean per
     atom, see ``set_statistics``. A sum of atom *vectors* (head="molecule") is not extensive.
 
+    ``mean``, ``std`` and ``atomref`` are float32 or float64 whatever the weights are, and so is y:
+    ``.bfloat16()`` and ``.half()`` convert the weights alone. An energy of -2038 eV in bfloat16 is
+    one of -2032 and -2040.
+
     Args:
         backbone: see ``zoo.backbones.backbone``.
         pooling: a name in ``POOLINGS``, or a module (x [N, C], Ragged) → [B, C'].
@@ -141,9 +145,10 @@ class PooledModel(torch.nn.Module):
                     f"got {pooled}"
                 )
             self.head = buterez_head(inner, targets)
-        self.register_buffer("mean", torch.zeros(targets))
-        self.register_buffer("std", torch.ones(targets))
-        self.register_buffer("atomref", torch.zeros(100, targets))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("mean", torch.zeros(targets, dtype=dtype))
+        self.register_buffer("std", torch.ones(targets, dtype=dtype))
+        self.register_buffer("atomref", torch.zeros(100, targets, dtype=dtype))
         if mean is not None or std is not None:
             self.set_statistics(
                 self.mean if mean is None else mean, self.std if std is None else std, atoms=1
@@ -164,6 +169,16 @@ class PooledModel(torch.nn.Module):
                     raise ValueError(f"pooling_options must not have {name}: the model has it")
             options["out_features"] = self.targets
         return pooling(given, width, **options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PooledModel:
+        """As every module's, but a large mean is not rounded to the precision of the weights."""
+        before = {name: getattr(self, name) for name in ("mean", "std", "atomref")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype.itemsize < 4:
+                setattr(self, name, old.to(new.device))
+        return self
 
     @property
     def extensive(self) -> bool:
@@ -374,7 +389,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _width(pool: torch.nn.Module, channels: int) -> int:
     """Width of a pooled row, found by pooling one atom."""
-    weight = next(pool.parameters(), torch.empty(0))
+    weight = next(pool.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
     training = pool.training
     with torch.no_grad():
         one = torch.zeros(1, channels, dtype=weight.dtype, device=weight.device)

@@ -78,10 +78,11 @@ class Molecules:
 
     def select(self, index: Tensor | Iterable[int]) -> Molecules:
         """The molecules of ``index`` [M], in that order, copied."""
-        index = torch.as_tensor(index, dtype=torch.int64)
+        index = torch.as_tensor(index, dtype=torch.int64, device=self.ptr.device)
         counts = self.ptr.diff()[index]
         ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        atoms = torch.arange(int(ptr[-1])) + (self.ptr[index] - ptr[:-1]).repeat_interleave(counts)
+        shift = (self.ptr[index] - ptr[:-1]).repeat_interleave(counts)
+        atoms = torch.arange(int(ptr[-1]), device=ptr.device) + shift
 
         def of(values: Tensor | None, rows: Tensor) -> Tensor | None:
             return None if values is None else values[rows]
@@ -122,7 +123,7 @@ class Molecules:
         if warn:
             stated = {i: text for i, one in enumerate(atoms) if (text := charge_and_spin(one))}
             warn_of_charges(stated, len(atoms), stacklevel=3)
-        counts = torch.tensor([len(a) for a in atoms], dtype=torch.int64)
+        counts = torch.tensor([len(a) for a in atoms], dtype=torch.int64, device="cpu")
         z = np.concatenate([a.numbers for a in atoms] or [np.empty(0, int)])
         pos = np.concatenate([a.positions for a in atoms] or [np.empty((0, 3))])
         return cls(

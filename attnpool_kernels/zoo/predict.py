@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import pickle
 import warnings
 import zipfile
@@ -11,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from . import sdf, xyz
+from .defaults import plain_defaults
 from .lines import lines
 from .molecules import Molecules
 
@@ -60,14 +63,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_task(path: str | Path) -> PoolingTask:
     """The model of a checkpoint, in evaluation mode, on the CPU.
 
+    In float32, or in float64 where its weights are so, whatever the process's default dtype is.
+
     Raises ValueError for files that are damaged, of another program or of another model.
     """
     from .task import PoolingTask
 
     file, found = checkpoint_file(path), read_checkpoint(path)
     try:
-        task = PoolingTask(**found["hyper_parameters"])
-        task.load_state_dict(found["state_dict"])
+        with plain_defaults():
+            task = PoolingTask(**found["hyper_parameters"])
+        state = found["state_dict"]
+        if any(name in state and state[name].dtype == torch.float64 for name in _weights(task)):
+            task = task.double()
+        task.load_state_dict(state)
     except (TypeError, RuntimeError) as error:
         lines = str(error).splitlines()
         raise ValueError(
@@ -75,6 +84,11 @@ def load_task(path: str | Path) -> PoolingTask:
         ) from error
     task.on_load_checkpoint(found)
     return task.eval()
+
+
+def _weights(task: torch.nn.Module) -> list[str]:
+    """Names of the parameters: the statistics beside them are in float64 in any model."""
+    return [name for name, _ in task.named_parameters()]
 
 
 def read_molecules(path: str | Path) -> list[ase.Atoms]:
@@ -172,7 +186,7 @@ def _check(path: Path, name: str, atoms: ase.Atoms) -> None:
         raise ValueError(
             f'{path}: {name} is periodic, which no model here is; for a molecule write pbc="F F F"'
         )
-    if not bool(torch.as_tensor(atoms.positions).isfinite().all()):
+    if not bool(np.isfinite(atoms.positions).all()):
         raise ValueError(f"{path}: positions of {name} must be finite")
     if len(atoms) > 1 and not (atoms.positions - atoms.positions[0]).any():
         raise ValueError(
@@ -232,7 +246,7 @@ def predicted(
 ) -> torch.Tensor:
     """Predictions [B, T], float64, in the units of ``task.targets``."""
     molecules = Molecules.from_ase(frames)
-    parts = torch.arange(len(molecules)).split(batch_size)
+    parts = torch.arange(len(molecules), device="cpu").split(batch_size)
     with torch.no_grad():
         found = [task(molecules.select(part).to(task.device)) for part in parts]
     return torch.cat(found).double().cpu()
@@ -241,10 +255,17 @@ def predicted(
 def table(task: PoolingTask, frames: Sequence[ase.Atoms], values: torch.Tensor) -> list[list[str]]:
     """Header and rows: number, formula, atoms, and a column for each target with its unit."""
     rows = [["molecule", "formula", "atoms", *(f"{t.name} [{t.unit}]" for t in task.targets)]]
+    widths = task.model.std.tolist()
     for number, (atoms, row) in enumerate(zip(frames, values.tolist())):
-        found = [f"{value:.8g}" for value in row]
+        found = [f"{value:.{_digits(value, std)}g}" for value, std in zip(row, widths)]
         rows.append([str(number), atoms.get_chemical_formula(), str(len(atoms)), *found])
     return rows
+
+
+def _digits(value: float, std: float) -> int:
+    """Significant digits: eight, and more where a millionth of the target's std needs them."""
+    ratio = abs(value) / std
+    return 8 if not 1 < ratio < math.inf else min(17, max(8, 6 + math.ceil(math.log10(ratio))))
 
 
 def as_csv(rows: Iterable[Iterable[Any]]) -> str:

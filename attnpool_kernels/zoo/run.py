@@ -6,15 +6,16 @@ The folder of a run holds ``config.yaml``, ``best.ckpt`` (by the validation loss
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .data import MoleculeData
@@ -31,66 +32,12 @@ from .predict import (
     read_molecules,
     table,
 )  # fmt: skip
+from .resume import Resume, check_resumable, finished
 from .task import PoolingTask
+from .trainer import OptionError, TrainerOptions, check_validates, of_options
 
 LAST = "last.ckpt"
-# Options that make the model and its data: a training resumes with the same ones only.
-MODEL = ("backbone", "backbone_options", "pooling", "pooling_options", "head", "targets", "forces")
-DATA = ("dataset", "options", "split", "limit")
 FIT_ONLY = {"max_epochs", "max_time", "accumulate_grad_batches", "gradient_clip_val"}
-
-
-@dataclasses.dataclass
-class TrainerOptions:
-    """Lightning's Trainer.
-
-    Args:
-        accelerator: "auto", "cpu", "gpu", ...
-        devices: processes, each with a device of its own; "auto": all that there are. Under
-            torchrun: its number of processes. They share the batches of data.batch_size.
-        strategy: "auto", "ddp", "ddp_find_unused_parameters_true", ...
-        num_nodes: machines.
-        max_epochs: -1: until early stopping.
-        max_time: as DD:HH:MM:SS.
-        accumulate_grad_batches: batches of a step of the optimizer.
-        gradient_clip_val: largest norm of the gradient.
-        progress: show a bar; null: where the output is a terminal, else a line per epoch.
-        options: further options of lightning.pytorch.Trainer.
-    """
-
-    accelerator: str = "auto"
-    devices: int | str = 1
-    strategy: str = "auto"
-    num_nodes: int = 1
-    max_epochs: int = -1
-    max_time: str | None = None
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float | None = None
-    progress: bool | None = None
-    options: dict[str, Any] | None = None
-
-    def make(self, **options: Any) -> Trainer:
-        given = dataclasses.asdict(self)
-        further = given.pop("options") or {}
-        bar = given.pop("progress")
-        bar = sys.stdout.isatty() if bar is None else bar
-        callbacks = [*options.pop("callbacks", []), TQDMProgressBar() if bar else Lines()]
-        given |= {
-            "use_distributed_sampler": False,  # MoleculeData deals the molecules out
-            "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
-            "enable_progress_bar": bar, "callbacks": callbacks,
-        }  # fmt: skip
-        return Trainer(**given | options | further)
-
-
-class Lines(Callback):
-    """A line per epoch, where a progress bar would fill a file."""
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        found = {k: f"{float(v):.5g}" for k, v in sorted(trainer.callback_metrics.items())}
-        text = "  ".join(f"{name} {value}" for name, value in found.items())
-        print(f"epoch {trainer.current_epoch}  {text}", flush=True)
 
 
 class RunFolder(Callback):
@@ -101,6 +48,8 @@ class RunFolder(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if batches_of_a_trial(trainer):
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         write(self.folder / "config.yaml", self.config)
 
@@ -119,8 +68,14 @@ def fit(
     output: str | None = None,
     ckpt_path: str | None = None,
     patience: int = 10,
-) -> Path:
-    """Trains; returns the file of the best checkpoint.
+) -> Path | None:
+    """Trains; returns the file of the best checkpoint, None where fast_dev_run keeps none.
+
+    A training that resumes does so with the options given now, and the options are what its
+    checkpoints and config.yaml say. Model, data and loss must be the same. ``trainer.max_epochs``
+    are epochs in all. Another ``task.lr`` or ``task.schedule`` acts from there on, see
+    ``schedules.carry_over``, and gives early stopping all of its patience again. Where nothing is
+    left to do, it says so and does nothing.
 
     Args:
         task: the model.
@@ -129,26 +84,31 @@ def fit(
         config: text of all options.
         output: folder of the run; default runs/DATASET_BACKBONE_POOLING_SPLIT.
         ckpt_path: resume from this checkpoint; "last": the last one of the output folder.
-        patience: stop after so many epochs without a better validation loss.
+        patience: stop after so many epochs with validation and without a better loss.
     """
-    folder = Path(output or default_folder(task, data))
-    if ckpt_path == "last":
-        ckpt_path = str(folder / LAST)
-    if ckpt_path is not None:
-        check_resumable(ckpt_path, task, data)
-    elif first_process() and any((folder / name).exists() for name in (BEST, LAST)):
+    if patience < 0:
+        raise OptionError(f"patience must be at least 0, got {patience}")
+    if task.schedule is None and task.hparams["schedule_options"]:
+        raise OptionError("schedule_options must be empty without a schedule")
+    epochs = (trainer.options or {}).get("max_epochs", trainer.max_epochs)
+    if task.schedule == "cosine" and epochs in (None, -1):
+        raise OptionError(
+            f"trainer.max_epochs must be given with task.schedule='cosine', got {epochs}"
+        )
+    folder = run_folder(task, data, output)
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"output must be a folder, got the file {folder}")
+    own = ckpt_path is not None and in_folder(ckpt_path, folder)
+    if not own and first_process() and any((folder / name).exists() for name in (BEST, LAST)):
         raise ValueError(
             f"output must be a new folder, got {folder} with a run in it; to resume that one: "
             "--ckpt_path last"
         )
-    if not data.download or (trainer.devices, trainer.num_nodes) == (1, 1):
-        # Before Lightning makes folders; with several processes only one may download.
-        data.prepare_data()
-        task.check(data)
-        _ = data.statistics
     csv = CSVLogger(folder, name="logs")
     logs = [csv, TensorBoardLogger(folder, name="logs", version=csv.version)]
-    stopping = EarlyStopping("val/loss", patience=patience, mode="min", check_finite=True)
+    stopping = EarlyStopping(  # not strict: max_steps may end before the first validation
+        "val/loss", patience=patience, mode="min", check_finite=True, strict=False
+    )
     best = ModelCheckpoint(
         folder, filename=Path(BEST).stem, monitor="val/loss", mode="min",
         enable_version_counter=False, save_on_train_epoch_end=True,
@@ -156,46 +116,94 @@ def fit(
     last = ModelCheckpoint(  # of every epoch
         folder, filename=Path(LAST).stem, enable_version_counter=False, save_on_train_epoch_end=True
     )
-    made = trainer.make(callbacks=[RunFolder(folder, config), stopping, best, last], logger=logs)
-    made.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
-    loss = float(made.callback_metrics.get("val/loss", math.nan))
-    if not math.isfinite(loss):
-        raise ValueError(f"training ended with a validation loss of {loss}; a lower task.lr helps")
-    if made.is_global_zero:
-        found = read_checkpoint(folder / BEST)
+    callbacks = [RunFolder(folder, config), Resume(folder, own, patience), stopping, best, last]
+    made = trainer.make(callbacks=callbacks, logger=logs)
+    check_validates(made)
+    steps = 0
+    if ckpt_path is not None:
+        ckpt_path = str(checkpoint_file(folder / LAST if ckpt_path == "last" else ckpt_path))
+        found = read_checkpoint(ckpt_path)
+        check_resumable(ckpt_path, found, task, data)
+        done = finished(found, made, task, patience)
+        if done:
+            if made.is_global_zero:
+                print(f"nothing left to do for {ckpt_path}: {done}")
+            return folder / BEST
+        steps = found["global_step"]
+        if made.is_global_zero:
+            say_what_changed(ckpt_path, dict(found["hyper_parameters"]), task)
+    if not data.download or (trainer.devices, trainer.num_nodes) == (1, 1):
+        # Before Lightning makes folders; with several processes only one may download.
+        with of_options(ValueError):
+            data.prepare_data()
+            task.check(data)
+            _ = data.statistics
+    try:
+        made.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
+    except (MisconfigurationException, ValueError) as error:
+        if made.global_step == steps:  # nothing has been trained
+            raise OptionError(str(error)) from error
+        raise
+    closing(made, best, folder / BEST, made.global_step - steps)
+    return None if batches_of_a_trial(made) else folder / BEST
+
+
+def closing(made: Trainer, best: ModelCheckpoint, file: Path, steps: int) -> None:
+    """Says how a training of so many steps ended; ValueError where it gave no model."""
+    loss = made.callback_metrics.get("val/loss")
+    if loss is not None and not math.isfinite(loss):
+        raise ValueError(
+            f"training ended with a validation loss of {float(loss)}; a lower task.lr helps"
+        )
+    trial = batches_of_a_trial(made)
+    if trial:
+        if made.is_global_zero:
+            print(f"fast_dev_run: tried {trial} of the batches of each kind; nothing is kept")
+    elif loss is None and file.is_file():
+        if made.is_global_zero:
+            print(f"stopped after {steps} steps, before a validation; {file} is as it was")
+    elif loss is None:
+        raise ValueError(f"training stopped after {steps} steps, before the first validation")
+    elif made.is_global_zero:
+        score = math.nan if best.best_model_score is None else float(best.best_model_score)
         print(
             f"stopped after epoch {made.current_epoch - 1}; best by the validation loss: epoch "
-            f"{found['epoch']} with {float(best.best_model_score or math.nan):.5g}, {folder / BEST}"
+            f"{read_checkpoint(file)['epoch']} with {score:.5g}, {file}"
         )
-    return folder / BEST
 
 
-def default_folder(task: PoolingTask, data: MoleculeData) -> Path:
+def batches_of_a_trial(trainer: Trainer) -> int:
+    """0 where the training is not a trial."""
+    return int(getattr(trainer, "fast_dev_run", 0))
+
+
+def run_folder(task: PoolingTask, data: MoleculeData, output: str | None) -> Path:
+    """The folder of a run, by default named by what it trains on what."""
+    if output:
+        return Path(output)
     hparams = task.hparams
     seed = "" if data.split_seed is None else f"_{data.split_seed}"
     name = data.dataset if isinstance(data.dataset, str) else data.dataset.name
     return Path("runs", f"{name}_{hparams['backbone']}_{hparams['pooling']}{seed}")
 
 
+def in_folder(ckpt_path: str, folder: Path) -> bool:
+    """Whether a run that resumes from this checkpoint is the one that wrote it."""
+    path = Path(ckpt_path)
+    return ckpt_path == "last" or folder.resolve() in (path.resolve(), path.resolve().parent)
+
+
+def say_what_changed(path: str, there: dict[str, Any], task: PoolingTask) -> None:
+    """Prints the options of the learning rate that are not those of the checkpoint."""
+    for name in ("lr", "schedule", "schedule_options"):
+        old, new = there.get(name), task.hparams[name]
+        if (old or None) != (new or None):
+            print(f"{path} had task.{name} {old!r}; from here on it is {new!r}")
+
+
 def first_process() -> bool:
     """Whether this is the process that writes, known before there are others."""
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def check_resumable(path: str, task: PoolingTask, data: MoleculeData) -> None:
-    """ValueError with what differs where a checkpoint is of another model or other data."""
-    found = read_checkpoint(path)
-    there, here = dict(found["hyper_parameters"]), dict(task.hparams)
-    pairs = [(name, there.get(name), here[name]) for name in MODEL]
-    described = data.description
-    pairs += [(name, found["zoo"]["data"].get(name), described[name]) for name in DATA]
-    differences = [
-        f"{name} is {old!r} there and {new!r} here"
-        for name, old, new in pairs
-        if (old or None) != (new or None) and not (name == "split" and new is None)
-    ]
-    if differences:
-        raise ValueError(f"{path} is the checkpoint of another model: {'; '.join(differences)}")
 
 
 def evaluate(
@@ -218,21 +226,26 @@ def evaluate(
     """
     file = checkpoint_file(ckpt_path)
     task = load_task(file)
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be at least 1, got {batch_size}")
     described = dict(task.trained_on)
     if path is not None:
         described["path"] = path
     data = MoleculeData(**described, download=download, batch_size=batch_size)
     made = trainer.make(logger=False, enable_checkpointing=False)
-    made.test(task, data, verbose=False)
+    if not made.limit_test_batches:
+        raise OptionError("limit_test_batches must not be 0: errors need molecules")
+    with of_options(MisconfigurationException):
+        made.test(task, data, verbose=False)
     if made.is_global_zero:
         target = Path(output) if output else file.with_name("test.csv")
         names = ("target", "unit", "mae", "rmse")
         shown = [[number(row[name]) for name in names] for row in task.results]
-        print(f"{file}, {len(data.parts['test'])} molecules of {described['dataset']}, "
+        print(f"{file}, {task.tested} molecules of {described['dataset']}, "
               f"split {described['split']}")  # fmt: skip
         print(aligned([list(names), *shown]), end="")
-        count, rows = len(data.parts["test"]), [[row[n] for n in names] for row in task.results]
-        with_file = [[*row, count, str(file)] for row in rows]
+        rows = [[row[n] for n in names] for row in task.results]
+        with_file = [[*row, task.tested, str(file)] for row in rows]
         write(target, as_csv([[*names, "molecules", "checkpoint"], *with_file]))
         print(f"written to {target}")
     return task.results
@@ -260,6 +273,9 @@ def predict(
         batch_size: molecules at a time.
         device: "cpu", "cuda", ...
     """
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be at least 1, got {batch_size}")
+    check_device(device)
     checkpoint = checkpoint_file(ckpt_path)
     task = load_task(checkpoint).to(device)
     frames = read_molecules(file)
@@ -271,3 +287,15 @@ def predict(
     else:
         write(Path(output), text)
         print(f"written to {output}", file=sys.stderr)
+
+
+def check_device(device: str) -> None:
+    """OptionError where nothing can be computed on a device, in float64 as energies are."""
+    try:
+        float(torch.zeros((), device=device, dtype=torch.float64))
+    except Exception as error:  # each device has errors of its own
+        reason = str(error).strip().splitlines()[0]
+        raise OptionError(
+            f"device must be one of this machine, 'cpu', 'cuda', 'cuda:1', ..., got {device!r}: "
+            f"{reason}"
+        ) from error

@@ -13,25 +13,24 @@ every reported error is in the unit of its target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
-from torchmetrics import MeanAbsoluteError, MeanSquaredError, SumMetric
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, SumMetric
 
 from .data import Batch, MoleculeData
 from .model import PooledModel
 from .molecules import Molecules, Target
+from .schedules import SCHEDULES, Cosine, carry_over, checked_options
 
 __all__ = ["MoleculeData", "PoolingTask"]
 
-SCHEDULES = {
-    "plateau": {"factor": 0.8, "patience": 10, "min_lr": 1e-6},
-    "cosine": {"eta_min": 0.0},
-}
 LOSSES = {"l1": torch.abs, "mse": torch.square}
 
 
@@ -46,6 +45,17 @@ class Errors(torch.nn.Module):
         self.mae = MeanAbsoluteError(num_outputs=targets)
         self.rmse = MeanSquaredError(squared=False, num_outputs=targets)
         self.forces = MeanAbsoluteError()
+        self._in_float64()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Errors:
+        super()._apply(fn, recurse)  # metrics follow ``.to(torch.bfloat16)``
+        return self._in_float64()
+
+    def _in_float64(self) -> Errors:
+        for metric in self.children():
+            assert isinstance(metric, Metric)
+            metric.set_dtype(torch.float64)
+        return self
 
     def update(self, batch: Batch, loss: Tensor, predicted: Tensor, forces: Tensor | None) -> None:
         molecules = batch.molecules
@@ -59,9 +69,10 @@ class Errors(torch.nn.Module):
             self.forces.update(forces, molecules.forces)
 
     def compute(self) -> dict[str, Tensor]:
-        """loss [], mae [T], rmse [T], and forces [] where there were any."""
+        """loss [], molecules [], mae [T], rmse [T], and forces [] where there were any."""
+        molecules = self.molecules.compute()
         found = {
-            "loss": self.loss.compute() / self.molecules.compute(),
+            "loss": self.loss.compute() / molecules, "molecules": molecules,
             "mae": self.mae.compute().reshape(-1), "rmse": self.rmse.compute().reshape(-1),
         }  # fmt: skip
         if self.forces.update_called:
@@ -86,6 +97,14 @@ class PoolingTask(LightningModule):
 
     where a are the weights of the atoms.
 
+    Labels, mean and std, the last addition, the loss and the errors are float64 whatever the
+    precision of the trainer: a total energy has more digits than a float32, what a network adds to
+    it has not. With "bf16-true" a step of less than 1/512 of a weight is lost; "bf16-mixed" keeps
+    the weights in float32. "16-true" is refused in training.
+
+    A checkpoint resumes with the ``lr``, ``schedule`` and ``schedule_options`` of this object, not
+    with those that it was written with, see ``schedules.carry_over``.
+
     Args:
         backbone: name of the network that makes the atom vectors.
         backbone_options: its options.
@@ -95,8 +114,9 @@ class PoolingTask(LightningModule):
         targets: names of the targets, those of the data.
         lr: learning rate of Adam.
         loss: "l1" or "mse".
-        schedule: of the learning rate: None, "plateau" (factor 0.8, patience 10, min_lr 1e-6) or
-            "cosine" (to 0 over the epochs of the trainer).
+        schedule: of the learning rate: None, "plateau" (factor 0.8, patience 10, min_lr 1e-6;
+            epochs without validation do not count) or "cosine" (to 0 over the epochs of the
+            trainer).
         schedule_options: options of the schedule that differ from these.
         forces: train on forces too; there must be one target, the energy.
         energy_weight: of the loss of the energies.
@@ -132,13 +152,20 @@ class PoolingTask(LightningModule):
             raise ValueError("targets must name at least one target, got none")
         if forces and len(targets) != 1:
             raise ValueError(f"targets must be one energy with forces, got {len(targets)} targets")
-        if not lr > 0:
-            raise ValueError(f"lr must be positive, got {lr}")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {lr}")
+        for name, weight in (
+            ("energy_weight", energy_weight), ("force_weight", force_weight),
+            ("coefficient_factor", coefficient_factor),
+        ):  # fmt: skip
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
         targets = list(targets)
         self.save_hyperparameters()
         self.lr, self.loss, self.forces = lr, loss, forces
         self.energy_weight, self.force_weight = energy_weight, force_weight
-        self.schedule, self.schedule_options = schedule, dict(schedule_options or {})
+        self.schedule = schedule
+        self.schedule_options = checked_options(schedule, schedule_options or {}, lr)
         self.coefficient_factor = coefficient_factor
         pooling_options = dict(pooling_options or {})
         if backend is not None:
@@ -149,13 +176,14 @@ class PoolingTask(LightningModule):
             "head": head, "targets": len(targets),
         })  # fmt: skip
         for name in ("mean", "std", "atomref"):
-            # A total energy has more digits than a float32; what a network adds to it has not.
             setattr(self.model, name, getattr(self.model, name).double())
         self.targets = tuple(Target(name, "") for name in targets)  # units come with the data
         self.elements: list[int] = []
         self.trained_on: dict[str, Any] = {}
         self.val_errors, self.test_errors = Errors(len(targets)), Errors(len(targets))
         self.results: list[dict[str, Any]] = []
+        self.tested = 0  # molecules behind the results
+        self._validated = False  # since the last epoch
 
     def forward(self, molecules: Molecules) -> Tensor:
         """Predictions [B, T] in the units of the targets."""
@@ -204,6 +232,7 @@ class PoolingTask(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         found = self.val_errors.compute()
+        self._validated = not self.trainer.sanity_checking
         self.log("val/loss", found["loss"], prog_bar=True, sync_dist=True)
         for target, error in zip(self.targets, found["mae"]):
             self.log(f"val/mae/{target.name}", error, sync_dist=True)
@@ -212,6 +241,7 @@ class PoolingTask(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         found = self.test_errors.compute()
+        self.tested = int(found["molecules"])
         self.results = [
             {"target": t.name, "unit": t.unit, "mae": float(mae), "rmse": float(rmse)}
             for t, mae, rmse in zip(self.targets, found["mae"], found["rmse"])
@@ -257,29 +287,39 @@ class PoolingTask(LightningModule):
         return data
 
     def configure_optimizers(self) -> Any:
+        if self.trainer.precision == "16-true":
+            raise ValueError(
+                "precision must not be '16-true' to train: squares of small gradients are 0 in "
+                "float16, and Adam divides by them; take '16-mixed' or 'bf16-true'"
+            )
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr)
         if self.schedule is None:
             return optimizer
-        options = SCHEDULES[self.schedule] | self.schedule_options
         if self.schedule == "plateau":
-            plateau = ReduceLROnPlateau(optimizer, **options)
-            schedule = {"scheduler": plateau, "monitor": "val/loss"}
+            if not self.trainer.limit_val_batches:
+                raise ValueError(
+                    "limit_val_batches must not be 0 with schedule='plateau', which follows the "
+                    "validation loss"
+                )
+            plateau = ReduceLROnPlateau(optimizer, **self.schedule_options)
+            # Never by Lightning: ``on_train_epoch_end`` does it.
+            schedule = {"scheduler": plateau, "monitor": "val/loss", "frequency": sys.maxsize}
             return {"optimizer": optimizer, "lr_scheduler": schedule}
         epochs = self.trainer.max_epochs or -1
         if epochs < 1:
             raise ValueError("max_epochs must be given with schedule='cosine'")
-        cosine = CosineAnnealingLR(optimizer, epochs, **options)
-        return {"optimizer": optimizer, "lr_scheduler": cosine}
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            super().lr_scheduler_step(scheduler, metric)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": Cosine(optimizer, epochs, **self.schedule_options),
+        }
 
     def on_train_epoch_end(self) -> None:
-        # Lightning does this after the checkpoint of the epoch: a resumed training would lack it.
+        # Lightning does this after the checkpoint of the epoch, which a resumed training would
+        # lack, and in epochs without validation with a loss of earlier weights.
         schedule = self.lr_schedulers()
-        if isinstance(schedule, ReduceLROnPlateau):
+        if isinstance(schedule, ReduceLROnPlateau) and self._validated:
             schedule.step(self.trainer.callback_metrics["val/loss"])
+        self._validated = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["zoo"] = {
@@ -292,6 +332,7 @@ class PoolingTask(LightningModule):
         found = checkpoint["zoo"]
         self.targets = tuple(Target(name, unit) for name, unit in found["targets"])
         self.elements, self.trained_on = list(found["elements"]), dict(found["data"])
+        carry_over(checkpoint, self.lr, self.schedule)
 
 
 def _given(values: Tensor | None) -> Tensor:

@@ -1,5 +1,8 @@
 // First derivative, (B1) to (B7), of a task: P from the saved LSE, block by block; keys outside,
 // queries inside. A molecule that fits one block is read once. Nothing quadratic is stored.
+//
+// The rounding of an LSE is a factor of its row of P. Where it is large, with many keys or large
+// logits, norms() walks all keys of a block of queries first and P is divided by its own sum.
 #include "../math.h"
 #include "block.h"
 #include "passes.h"
@@ -11,7 +14,9 @@ namespace {
 template <typename T>
 struct Scratch {
   T *q, *q_t, *k, *v, *dout, *dout_t, *out, *p, *ds, *pairs, *dq, *dk, *dv;
-  T *minus_lse, *delta, *dlse;
+  T *minus_lse, *delta, *dlse, *norm;
+  T* norms;  // by query of the molecule
+  T *long_dq[2], *long_dk[2], *long_dv[2];
   int64_t keys, head_ld, value_ld;
 
   Scratch(const AttnParams& a, int64_t longest, Arena& arena) {
@@ -33,41 +38,57 @@ struct Scratch {
     minus_lse = arena.take<T>(QUERIES);
     delta = arena.take<T>(QUERIES);
     dlse = arena.take<T>(QUERIES);
+    norm = arena.take<T>(QUERIES);
+    norms = arena.take<T>(longest);
     dq = arena.take<T>(longest * head_ld);
+    arena.each(keys * head_ld, long_dk[0], long_dk[1]);
+    arena.each(keys * value_ld, long_dv[0], long_dv[1]);
+    arena.each(long_rows<T>(a, longest, keys) * head_ld, long_dq[0], long_dq[1]);
   }
 };
 
-// p to P (times R), ds from dO.v to dS. ONE_BLOCK: every key is here; P is divided by its sum,
-// and delta = rowsum(P dP) comes from the block itself.
-template <typename T, bool DROPOUT, bool ONE_BLOCK>
-void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* delta,
-                     const T* dlse) {
+// From this many keys or logits of this size on, P is divided by its own sum. Below, its relative
+// error from the LSE is at most 1e-6 (float).
+constexpr int64_t MANY_KEYS = 2048;
+constexpr int LARGE_LSE = 16;
+
+// How a block of P becomes the softmax: it has all keys, or it is divided by a norm, or it is.
+enum class Norm { own, given, one };
+
+// p to P (times R), ds from dO.v to dS. Norm::own: P is divided by its sum, and delta =
+// rowsum(P dP) comes from the block itself.
+template <typename T, bool DROPOUT, Norm NORM>
+void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* norm,
+                     const T* delta, const T* dlse) {
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
     Vector<T> sum{}, total{};
-    if (ONE_BLOCK) {
-      for (int64_t j = 0; j < nj; ++j) {
+    if (NORM == Norm::own) {
+      Vector<T> sums[2] = {};
+      sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&few)[2]) {
         const int64_t at = j * QUERIES + x;
         const Vector<T> weight = load(p + at);
         Vector<T> dp = load(ds + at);
         if (DROPOUT) dp *= load(keep + at);
-        total += weight;
-        sum += weight * dp;
-      }
+        few[0] += weight;
+        few[1] += weight * dp;
+      });
+      total = sums[0], sum = sums[1];
       total = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
       sum *= total;
     } else {
       sum = load(delta + x);
+      if (NORM == Norm::given) total = load(norm + x);
     }
     const Vector<T> delta_l = sum - load(dlse + x);  // (B2)
     for (int64_t j = 0; j < nj; ++j) {
       const int64_t at = j * QUERIES + x;
       Vector<T> weight = load(p + at), dp = load(ds + at);
-      if (ONE_BLOCK) weight *= total;
+      if (NORM != Norm::one) weight *= total;
       if (DROPOUT) {
         const Vector<T> kept = load(keep + at);
         dp *= kept;
         store(p + at, weight * kept);
-      } else if (ONE_BLOCK) {
+      } else if (NORM != Norm::one) {
         store(p + at, weight);
       }
       store(ds + at, score_gradient(weight, dp, delta_l));  // (B3)
@@ -87,9 +108,65 @@ void row_products(const T* a, const T* b, int64_t ld, int64_t count, T* to) {
   for (int64_t i = count; i < whole_vectors<T>(count); ++i) to[i] = 0;
 }
 
+// norms[i] = 1 / sum of P over all keys, for queries first ... last - 1 of a molecule.
+template <typename T>
+void find_norms(const AttnParams& a, int64_t molecule, int64_t head, int64_t first, int64_t last,
+                const Scratch<T>& w, T* norms) {
+  Pairs at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
+  const int64_t key_step = step_of(at.keys.size, w.keys, 4);
+  const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
+  DeadRows dead{};
+  for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
+    at.ni = smaller(query_step, last - at.i0);
+    const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
+    read_lse(a.lse, molecule, row, head, at.ni, w.minus_lse, dead);
+    pack_rows(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, w.head_ld);
+    dead.clear_rows(w.q, w.head_ld, at.ni);
+    transpose_rows(w.q, w.head_ld, at.ni, w.q_t);
+    T *const sums = w.delta, *const lost = w.dlse;
+    zero(sums, QUERIES);
+    zero(lost, QUERIES);
+    for (at.j0 = 0; at.j0 < at.keys.size; at.j0 += key_step) {
+      at.nj = smaller(key_step, at.keys.size - at.j0);
+      pack_rows(a.k, a.dtype, 0, at.keys.first + at.j0, head, at.nj, a.head_dim, w.k, w.head_ld);
+      block_weights(a, at, Base::whole, w.k, w.head_ld, w.q_t, w.minus_lse, w.pairs, w.p);
+      dead.clear_pairs(w.p, at.ni, at.nj);
+      for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
+        Vector<T> block[1] = {}, sum = load(sums + x), rest = load(lost + x);
+        sum_keys<T>(at.nj, block, [&](int64_t j, Vector<T>(&few)[1]) {
+          few[0] += load(w.p + j * QUERIES + x);
+        });
+        add_exactly<T>(sum, rest, block[0]);
+        store(sums + x, sum);
+        store(lost + x, rest);
+      }
+    }
+    for (int64_t i = 0; i < at.ni; ++i) {
+      const T sum = sums[i] + lost[i];
+      norms[at.i0 + i] = sum == 0 ? T(0) : T(1) / sum;
+    }
+  }
+}
+
+// The norms of a molecule that needs them: those found before, or in the scratch; else null.
+template <typename T>
+const T* norms_of(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
+                  const Scratch<T>& w) {
+  const Span queries = query_span(a, molecule);
+  if (task.statistics) return static_cast<T*>(task.statistics) + head * queries.size;
+  bool needed = key_span(a, molecule).size > MANY_KEYS;
+  for (int64_t i = 0; i < queries.size && !needed; ++i) {
+    const T lse = *address<T>(a.lse, molecule, queries.first + i, head);
+    needed = lse > LARGE_LSE || (lse < -LARGE_LSE && lse != -T(__builtin_inf()));
+  }
+  if (!needed) return nullptr;
+  find_norms(a, molecule, head, 0, queries.size, w, w.norms);
+  return w.norms;
+}
+
 template <typename T>
 void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-              const Scratch<T>& w) {
+              const Scratch<T>& w, LongSum<T>& dq_sum) {
   Pairs at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
   const Span queries = at.queries, keys = at.keys;
   const int64_t first = smaller(task.first, keys.size), last = smaller(task.last, keys.size);
@@ -112,10 +189,21 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
     dq = {static_cast<T*>(task.dq_sum) + head * queries.size * w.head_ld, w.head_ld, true};
   else
     dq = target_of(a.dq, a.dtype, 0, queries.first, head, a.head_dim, w.dq, w.head_ld);
+  const T* const norms = one_block ? nullptr : norms_of(a, task, molecule, head, w);
+  const Base base = one_block ? Base::top : norms ? Base::whole : Base::lse;
+  const auto finish_block =
+      a.seed ? (one_block ? score_gradients<T, true, Norm::own>
+                          : norms ? score_gradients<T, true, Norm::given>
+                                  : score_gradients<T, true, Norm::one>)
+             : (one_block ? score_gradients<T, false, Norm::own>
+                          : norms ? score_gradients<T, false, Norm::given>
+                                  : score_gradients<T, false, Norm::one>);
   DeadRows dead{};
   for (at.j0 = first; at.j0 < last; at.j0 += key_step) {
     at.nj = smaller(key_step, last - at.j0);
     const int64_t key = keys.first + at.j0;
+    const bool add_dq = dq_sum.next(dq, queries.size, w.head_ld);
+    LongSum<T> dk_sum{w.long_dk[0], w.long_dk[1]}, dv_sum{w.long_dv[0], w.long_dv[1]};
     pack_rows(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, w.head_ld,
               ahead_of(a.k, keys, at.nj, head, a.heads));
     pack_rows(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, w.value_ld,
@@ -129,6 +217,8 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
         read_lse(a.lse, molecule, row, head, at.ni, w.minus_lse, dead);
         read_statistic(a.dlse, molecule, row, head, at.ni, w.dlse);
         dead.clear_rows(w.dlse, 1, at.ni);
+        for (int64_t i = 0; norms && i < lanes; ++i)
+          w.norm[i] = i < at.ni ? norms[at.i0 + i] : T(0);
         pack_rows(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, w.head_ld,
                   ahead_of(a.q, queries, at.ni, head, a.heads));
         pack_rows(a.dout, a.dtype, molecule, row, head, at.ni, a.value_dim, w.dout, w.value_ld,
@@ -142,28 +232,26 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
           row_products(w.out, w.dout, w.value_ld, at.ni, w.delta);  // (B2)
         }
       }
-      block_weights(a, at, one_block, w.k, w.head_ld, w.q_t, w.minus_lse, w.pairs, w.p);
+      block_weights(a, at, base, w.k, w.head_ld, w.q_t, w.minus_lse, w.pairs, w.p);
       pair_products(at, w.v, w.value_ld, w.dout_t, a.value_dim, w.ds, T(1), false);  // (B1)
       dead.clear_pairs(w.p, at.ni, at.nj);
       dead.clear_pairs(w.ds, at.ni, at.nj);
       if (a.seed) keep_pairs(a, at, w.pairs);
-      const auto finish = a.seed ? (one_block ? score_gradients<T, true, true>
-                                              : score_gradients<T, true, false>)
-                                 : (one_block ? score_gradients<T, false, true>
-                                              : score_gradients<T, false, false>);
-      finish(w.p, w.ds, w.pairs, nj, lanes, w.delta, w.dlse);
-      const bool add = at.i0 > 0;
-      sum_over_queries(at, w.p, w.dout, w.value_ld, dv.data, dv.ld, T(1), add);  // (B4)
-      sum_over_queries(at, w.ds, w.q, w.head_ld, dk.data, dk.ld, scale, add);    // (B6)
-      sum_over_keys(at, dead, w.ds, w.k, w.head_ld, dq.row(at.i0), dq.ld, scale,
-                    task.dq_sum || at.j0 > first);  // (B5)
+      finish_block(w.p, w.ds, w.pairs, nj, lanes, norms ? w.norm : nullptr, w.delta, w.dlse);
+      const bool add_dv = dv_sum.next(dv, nj, w.value_ld), add_dk = dk_sum.next(dk, nj, w.head_ld);
+      sum_over_queries(at, w.p, w.dout, w.value_ld, dv.data, dv.ld, T(1), add_dv);  // (B4)
+      sum_over_queries(at, w.ds, w.q, w.head_ld, dk.data, dk.ld, scale, add_dk);    // (B6)
+      sum_over_keys(at, dead, w.ds, w.k, w.head_ld, dq.row(at.i0), dq.ld, scale, add_dq);  // (B5)
       if (a.dbias.data) store_pairs(a, w.ds, at, a.dbias);  // (B7)
     }
+    dk_sum.finish(dk, at.nj, w.head_ld);
+    dv_sum.finish(dv, at.nj, w.value_ld);
     if (!dk.direct)
       store_rows<T>(dk.data, dk.ld, nullptr, a.dk, a.dtype, 0, key, head, at.nj, a.head_dim);
     if (!dv.direct)
       store_rows<T>(dv.data, dv.ld, nullptr, a.dv, a.dtype, 0, key, head, at.nj, a.value_dim);
   }
+  if (!a.shared_seeds) dq_sum.finish(dq, queries.size, w.head_ld);
   if (!dq.direct)
     store_rows<T>(dq.data, dq.ld, nullptr, a.dq, a.dtype, 0, queries.first, head, queries.size,
                   a.head_dim);
@@ -172,10 +260,21 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
 template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
-  const Scratch<T> scratch(a, 0, arena);
-  for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule)
-    for (int64_t head = task.head; head < task.head_end; ++head)
-      run_head<T>(a, task, molecule, head, scratch);
+  const Scratch<T> scratch(a, longest_of(a, task), arena);
+  for_each_head<T>(a, task, scratch.long_dq, scratch.head_ld,
+                   [&](int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
+                     run_head<T>(a, task, molecule, head, scratch, dq_sum);
+                   });
+}
+
+template <typename T>
+void run_norms(const AttnParams& a, const Task& task, void* buffer) {
+  Arena arena(buffer);
+  const Scratch<T> scratch(a, longest_of(a, task), arena);
+  const int64_t rows = query_span(a, task.molecule).size;
+  for (int64_t head = task.head; head < task.head_end; ++head)
+    find_norms(a, task.molecule, head, task.first, task.last, scratch,
+               static_cast<T*>(task.statistics) + head * rows);
 }
 
 }  // namespace
@@ -183,6 +282,11 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
 void backward(const AttnParams& a, const Task& task, void* scratch) {
   if (a.dtype == Dtype::float64) return run<double>(a, task, scratch);
   run<float>(a, task, scratch);
+}
+
+void norms(const AttnParams& a, const Task& task, void* scratch) {
+  if (a.dtype == Dtype::float64) return run_norms<double>(a, task, scratch);
+  run_norms<float>(a, task, scratch);
 }
 
 size_t backward_scratch(const AttnParams& a, int64_t longest) {

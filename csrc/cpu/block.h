@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "product.h"
 #include "simd.h"
+#include "sums.h"
 
 namespace attnpool {
 namespace ATTN_ISA {
@@ -174,26 +175,6 @@ ATTN_INLINE int64_t ahead_of(const View& x, const Span& rows, int64_t count, int
   return head + 1 < heads ? x.head : rows.size * x.row - head * x.head;
 }
 
-// Where the rows of a result are summed: in the output itself if its layout allows, else in a
-// buffer that store() converts.
-template <typename T>
-struct Target {
-  T* data;
-  int64_t ld;
-  bool direct;
-
-  ATTN_INLINE T* row(int64_t i) const { return data + i * ld; }
-};
-
-template <typename T>
-Target<T> target_of(const View& x, Dtype dtype, int64_t molecule, int64_t first, int64_t head,
-                    int64_t width, T* buffer, int64_t ld) {
-  const bool same = dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
-  if (same && x.unit == 1 && width % WIDTH<T> == 0)
-    return {address<T>(x, molecule, first, head), x.row, true};
-  return {buffer, ld, false};
-}
-
 // One (molecule, head) and the block of pairs at hand.
 struct Pairs {
   int64_t molecule, head;
@@ -334,15 +315,20 @@ void read_lse(const View& lse, int64_t molecule, int64_t first, int64_t head, in
   for (int64_t i = count; i < whole_vectors<T>(count); ++i) minus_lse[i] = 0;
 }
 
+// What a block's weights are relative to, see below.
+enum class Base { top, lse, whole };
+
 // p: logits (without bias) to weights. With all keys of the rows in the block they are taken from
-// the rows' own maximum and must be divided by their sum: the rounding of a large LSE would spoil
-// the cancellations of the derivatives. Otherwise they come from the LSE.
-template <typename T, bool ALL_KEYS, bool BIAS>
+// the rows' own maximum (top) and must be divided by their sum: the rounding of a large LSE would
+// spoil the cancellations of the derivatives. Otherwise they come from the LSE, or, to be divided
+// by their sum as well, from a whole number near it: that is subtracted without any rounding.
+template <typename T, Base BASE, bool BIAS>
 void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lanes) {
   const Vector<T> infinity = splat(T(__builtin_inf()));
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
     Vector<T> shift = load(minus_lse + x);
-    if (ALL_KEYS) {
+    if (BASE == Base::whole) shift = nearest_whole<T>(shift);
+    if (BASE == Base::top) {
       Vector<T> top = -infinity;
       for (int64_t j = 0; j < nj; ++j) {
         Vector<T> logit = load(p + j * QUERIES + x);
@@ -356,21 +342,29 @@ void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lan
     }
     for (int64_t j = 0; j < nj; ++j) {
       Vector<T> logit = load(p + j * QUERIES + x);
-      if (BIAS && !ALL_KEYS) logit += load(bias + j * QUERIES + x) * T(LOG2_E);
-      store(p + j * QUERIES + x, exp2<T>(logit + shift));
+      if (BIAS && BASE != Base::top) logit += load(bias + j * QUERIES + x) * T(LOG2_E);
+      const Vector<T> power = logit + shift;
+      store(p + j * QUERIES + x, BASE == Base::whole
+                                     ? exp2<T, true>(power, logit - (power - shift))
+                                     : exp2<T>(power));
     }
   }
 }
 
 // (F1), (F2) of a block; pairs is scratch for the bias.
 template <typename T>
-void block_weights(const AttnParams& a, const Pairs& at, bool all_keys, const T* k, int64_t ld,
+void block_weights(const AttnParams& a, const Pairs& at, Base base, const T* k, int64_t ld,
                    const T* q_t, const T* minus_lse, T* pairs, T* p) {
   pair_products(at, k, ld, q_t, a.head_dim, p, T(a.scale * LOG2_E), false);
   if (a.bias.data) pack_pairs(a, a.bias, at, pairs);
-  const auto run = a.bias.data ? (all_keys ? weights_of<T, true, true> : weights_of<T, false, true>)
-                               : (all_keys ? weights_of<T, true, false>
-                                           : weights_of<T, false, false>);
+  constexpr Base TOP = Base::top, LSE = Base::lse, WHOLE = Base::whole;
+  const auto run =
+      a.bias.data ? (base == TOP ? weights_of<T, TOP, true>
+                                 : base == LSE ? weights_of<T, LSE, true>
+                                               : weights_of<T, WHOLE, true>)
+                  : (base == TOP ? weights_of<T, TOP, false>
+                                 : base == LSE ? weights_of<T, LSE, false>
+                                               : weights_of<T, WHOLE, false>);
   run(p, pairs, minus_lse, at.nj, whole_vectors<T>(at.ni));
 }
 

@@ -18,6 +18,7 @@ struct Scratch {
   T *gk, *gv;
   T *minus_lse, *dlse, *delta_l, *t, *y, *w, *inverse;
   T* linear;  // by query of the molecule: statistics [4, n_q], gq, gdout
+  T *long_gq[2], *long_gdout[2], *long_gk[2], *long_gv[2];
   int64_t keys, head_ld, value_ld;
 
   Scratch(const AttnParams& a, int64_t longest, Arena& arena) {
@@ -32,6 +33,11 @@ struct Scratch {
     pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
     arena.each(QUERIES, minus_lse, dlse, delta_l, t, y, w, inverse);
     linear = arena.take<T>(whole_vectors<T>(longest) * (4 + head_ld + value_ld));
+    arena.each(keys * head_ld, long_gk[0], long_gk[1]);
+    arena.each(keys * value_ld, long_gv[0], long_gv[1]);
+    arena.each(long_rows<T>(a, longest, keys) * head_ld, long_gq[0], long_gq[1]);
+    arena.each(a.key_rows > TOGETHER * keys ? longest * value_ld : 0, long_gdout[0],
+               long_gdout[1]);
   }
 };
 
@@ -39,7 +45,12 @@ struct Scratch {
 // end: the rounding of a large LSE would spoil the cancellations in (D5) and (D6).
 template <typename T>
 struct Sums {
-  alignas(64) T total[QUERIES], delta[QUERIES], t[QUERIES], s1[QUERIES], w[QUERIES];
+  enum { TOTAL, DELTA, T_, S1, W, COUNT };
+  alignas(64) T sum[COUNT][QUERIES], lost[COUNT][QUERIES];
+
+  Vector<T> of(int which, int64_t x) const {
+    return whole_sum<T>(load(sum[which] + x), load(lost[which] + x));
+  }
 };
 
 template <typename T>
@@ -60,12 +71,11 @@ class Head {
       at_.ni = smaller(query_step_, last - at_.i0);
       load_queries();
       Sums<T> sums;
-      zero(&sums, 1);
       for (at_.j0 = 0; at_.j0 < at_.keys.size; at_.j0 += step) {
         at_.nj = smaller(step, at_.keys.size - at_.j0);
         load_keys();
         products();
-        add_sums(sums);
+        add_sums(sums, at_.j0 == 0);
       }
       finish(sums);
       for (int64_t i = 0; i < at_.ni; ++i) {
@@ -77,7 +87,7 @@ class Head {
     }
   }
 
-  void run() {
+  void run(LongSum<T>& gq_sum) {
     const Span queries = at_.queries, keys = at_.keys;
     const int64_t first = smaller(task_.first, keys.size), last = smaller(task_.last, keys.size);
     if (queries.size == 0) {
@@ -94,8 +104,12 @@ class Head {
     const Target<T> gq = sum_of(task_.dq_sum, a_.gq, 0, a_.head_dim, gq_buffer, w_.head_ld);
     const Target<T> gdout =
         sum_of(task_.gdout_sum, a_.gdout, at_.molecule, a_.value_dim, gdout_buffer, w_.value_ld);
+    LongSum<T> gdout_sum{w_.long_gdout[0], w_.long_gdout[1]};
     for (at_.j0 = first; at_.j0 < last; at_.j0 += key_step) {
       at_.nj = smaller(key_step, last - at_.j0);
+      const bool add_gq = gq_sum.next(gq, queries.size, w_.head_ld);
+      const bool add_gdout = gdout_sum.next(gdout, queries.size, w_.value_ld);
+      LongSum<T> gk_sum{w_.long_gk[0], w_.long_gk[1]}, gv_sum{w_.long_gv[0], w_.long_gv[1]};
       const int64_t key = keys.first + at_.j0;
       load_keys();
       const Target<T> gk =
@@ -108,16 +122,18 @@ class Head {
         products();
         if (one_block) {
           Sums<T> sums;
-          zero(&sums, 1);
-          add_sums(sums);
+          add_sums(sums, true);
           finish(sums);
           centre();
         } else {
           read_rows();
         }
         elementwise();
-        accumulate(gq, gdout, gk, gv, at_.j0 > first);
+        accumulate(gq, add_gq, gdout, add_gdout, gk, gk_sum.next(gk, at_.nj, w_.head_ld), gv,
+                   gv_sum.next(gv, at_.nj, w_.value_ld));
       }
+      gk_sum.finish(gk, at_.nj, w_.head_ld);
+      gv_sum.finish(gv, at_.nj, w_.value_ld);
       if (!gk.direct)
         store_rows<T>(gk.data, gk.ld, nullptr, a_.gk, a_.dtype, 0, key, at_.head, at_.nj,
                       a_.head_dim);
@@ -125,6 +141,8 @@ class Head {
         store_rows<T>(gv.data, gv.ld, nullptr, a_.gv, a_.dtype, 0, key, at_.head, at_.nj,
                       a_.value_dim);
     }
+    if (!a_.shared_seeds) gq_sum.finish(gq, queries.size, w_.head_ld);
+    gdout_sum.finish(gdout, queries.size, w_.value_ld);
     if (!gq.direct)
       store_rows<T>(gq.data, gq.ld, nullptr, a_.gq, a_.dtype, 0, queries.first, at_.head,
                     queries.size, a_.head_dim);
@@ -187,7 +205,7 @@ class Head {
   // P (before it is divided by its sum), T, dP and G of the block, (D1), (B1), (D3).
   void products() {
     const int64_t nj = at_.nj, count = nj * QUERIES;
-    block_weights(a_, at_, all_keys_, w_.k, w_.head_ld, w_.q_t, w_.minus_lse, w_.pairs, w_.p);
+    block_weights(a_, at_, all_keys_ ? Base::top : Base::whole, w_.k, w_.head_ld, w_.q_t, w_.minus_lse, w_.pairs, w_.p);
     bool add = a_.ddbias.data != nullptr;
     if (add) pack_pairs(a_, a_.ddbias, at_, w_.tangent);
     if (a_.ddq.data) {
@@ -218,34 +236,38 @@ class Head {
     dead_.clear_pairs(w_.g, at_.ni, nj);
   }
 
-  void add_sums(Sums<T>& sums) {
+  void add_sums(Sums<T>& sums, bool first) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      Vector<T> total = load(sums.total + x), delta = load(sums.delta + x);
-      Vector<T> t = load(sums.t + x), s1 = load(sums.s1 + x), w = load(sums.w + x);
-      for (int64_t j = 0; j < at_.nj; ++j) {
+      Vector<T> block[sums.COUNT] = {};
+      sum_keys<T>(at_.nj, block, [&](int64_t j, Vector<T>(&few)[sums.COUNT]) {
         const int64_t at = j * QUERIES + x;
         const Vector<T> p = load(w_.p + at), dp = load(w_.dp + at);
         const Vector<T> weighted = p * load(w_.tangent + at);
-        total += p;
-        delta += p * dp;
-        t += weighted;
-        s1 += weighted * dp;
-        w += p * load(w_.g + at);
+        few[sums.TOTAL] += p;
+        few[sums.DELTA] += p * dp;
+        few[sums.T_] += weighted;
+        few[sums.S1] += weighted * dp;
+        few[sums.W] += p * load(w_.g + at);
+      });
+#pragma GCC unroll 5
+      for (int i = 0; i < sums.COUNT; ++i) {
+        Vector<T> sum = block[i], lost{};
+        if (!first) {
+          sum = load(sums.sum[i] + x), lost = load(sums.lost[i] + x);
+          add_exactly<T>(sum, lost, block[i]);
+        }
+        store(sums.sum[i] + x, sum);
+        store(sums.lost[i] + x, lost);
       }
-      store(sums.total + x, total);
-      store(sums.delta + x, delta);
-      store(sums.t + x, t);
-      store(sums.s1 + x, s1);
-      store(sums.w + x, w);
     }
   }
 
   void finish(const Sums<T>& sums) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      const Vector<T> total = load(sums.total + x);
+      const Vector<T> total = sums.of(sums.TOTAL, x);
       const Vector<T> inverse = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
-      const Vector<T> delta = load(sums.delta + x) * inverse, t = load(sums.t + x) * inverse;
-      const Vector<T> s1 = load(sums.s1 + x) * inverse, w = load(sums.w + x) * inverse;
+      const Vector<T> delta = sums.of(sums.DELTA, x) * inverse, t = sums.of(sums.T_, x) * inverse;
+      const Vector<T> s1 = sums.of(sums.S1, x) * inverse, w = sums.of(sums.W, x) * inverse;
       const Vector<T> delta_l = delta - load(w_.dlse + x);  // (B2)
       store(w_.delta_l + x, delta_l);
       store(w_.t + x, t);
@@ -261,12 +283,12 @@ class Head {
   void centre() {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
       const Vector<T> t = load(w_.t + x), delta = load(w_.delta_l + x) + load(w_.dlse + x);
-      Vector<T> sum{};
-      for (int64_t j = 0; j < at_.nj; ++j) {
+      Vector<T> sum[1] = {};
+      sum_keys<T>(at_.nj, sum, [&](int64_t j, Vector<T>(&few)[1]) {
         const int64_t at = j * QUERIES + x;
-        sum += load(w_.p + at) * (load(w_.tangent + at) - t) * (load(w_.dp + at) - delta);
-      }
-      store(w_.y + x, sum * load(w_.inverse + x) + load(w_.w + x));
+        few[0] += load(w_.p + at) * (load(w_.tangent + at) - t) * (load(w_.dp + at) - delta);
+      });
+      store(w_.y + x, sum[0] * load(w_.inverse + x) + load(w_.w + x));
     }
   }
 
@@ -312,16 +334,16 @@ class Head {
     sum_over_queries(at_, x, y, ld, to.data, to.ld, factor, add);
   }
 
-  void accumulate(const Target<T>& gq, const Target<T>& gdout, const Target<T>& gk,
-                  const Target<T>& gv, bool later_keys) {
+  // add_...: whether this is added to the target, which else begins here.
+  void accumulate(const Target<T>& gq, bool add_gq, const Target<T>& gdout, bool add_gdout,
+                  const Target<T>& gk, bool add_gk, const Target<T>& gv, bool add_gv) {
     const T *pr = w_.p, *ur = w_.tangent, *ds = w_.dp, *z = w_.g;
-    const bool later_queries = at_.i0 > 0;
-    by_queries(z, w_.k, w_.head_ld, gq, scale_, later_keys || task_.dq_sum);  // (D7)
+    by_queries(z, w_.k, w_.head_ld, gq, scale_, add_gq);  // (D7)
     if (a_.ddk.data) by_queries(ds, w_.ddk, w_.head_ld, gq, scale_, true);
-    by_keys(z, w_.q, w_.head_ld, gk, scale_, later_queries);  // (D8)
+    by_keys(z, w_.q, w_.head_ld, gk, scale_, add_gk);  // (D8)
     if (a_.ddq.data) by_keys(ds, w_.ddq, w_.head_ld, gk, scale_, true);
-    by_keys(ur, w_.dout, w_.value_ld, gv, T(1), later_queries);                        // (D9)
-    by_queries(ur, w_.v, w_.value_ld, gdout, T(1), later_keys || task_.gdout_sum);  // (D11)
+    by_keys(ur, w_.dout, w_.value_ld, gv, T(1), add_gv);           // (D9)
+    by_queries(ur, w_.v, w_.value_ld, gdout, T(1), add_gdout);  // (D11)
     if (a_.ddv.data) by_queries(pr, w_.ddv, w_.value_ld, gdout, T(1), true);
     if (a_.gbias.data) store_pairs(a_, z, at_, a_.gbias);  // (D10)
   }
@@ -340,13 +362,16 @@ class Head {
 template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer, bool only_statistics) {
   Arena arena(buffer);
-  const Scratch<T> scratch(a, 0, arena);
-  for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule)
-    for (int64_t head = task.head; head < task.head_end; ++head) {
-      Head<T> work(a, task, molecule, head, scratch);
-      if (only_statistics) work.statistics(task.first, task.last);
-      else work.run();
-    }
+  const Scratch<T> scratch(a, longest_of(a, task), arena);
+  if (only_statistics) {
+    for (int64_t head = task.head; head < task.head_end; ++head)
+      Head<T>(a, task, task.molecule, head, scratch).statistics(task.first, task.last);
+    return;
+  }
+  for_each_head<T>(a, task, scratch.long_gq, scratch.head_ld,
+                   [&](int64_t molecule, int64_t head, LongSum<T>& gq_sum) {
+                     Head<T>(a, task, molecule, head, scratch).run(gq_sum);
+                   });
 }
 
 }  // namespace

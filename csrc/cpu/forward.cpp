@@ -12,7 +12,7 @@ constexpr int64_t KEPT_BYTES = 1 << 20;  // packed keys and values that stay in 
 
 template <typename T>
 struct Scratch {
-  T *q, *q_t, *k, *v, *s, *pairs, *o, *maximum, *sum, *row;
+  T *q, *q_t, *k, *v, *s, *pairs, *o, *o_sum, *o_lost, *maximum, *taken, *sum, *lost, *row;
   int64_t keys, kept, head_ld, value_ld;
 
   Scratch(const AttnParams& a, Arena& arena) {
@@ -26,17 +26,25 @@ struct Scratch {
     v = arena.take<T>(kept * value_ld);
     s = arena.take<T>(keys * QUERIES);
     pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
-    o = arena.take<T>(QUERIES * value_ld);
-    maximum = arena.take<T>(QUERIES);
-    sum = arena.take<T>(QUERIES);
-    row = arena.take<T>(QUERIES);
+    arena.each(QUERIES * value_ld, o, o_sum, o_lost);
+    arena.each(QUERIES, maximum, taken, sum, lost, row);
   }
 };
 
+// 2^(old - now): what sums relative to an old maximum must be multiplied by.
+template <typename T>
+ATTN_INLINE Vector<T> fading(Vector<T> old, Vector<T> now) {
+  const Vector<T> infinity = splat(T(__builtin_inf()));
+  return exp2<T>(old - (now == -infinity ? Vector<T>{} : now));
+}
+
 // Turns logits s (and bias) into weights exp(s - max) and moves the running maximum and sum of each
-// row on; decay[i] is what the sums of earlier blocks must be multiplied by.
+// row on; decay[i] is what the sums of earlier blocks must be multiplied by. Over several blocks
+// the maximum is rounded to a whole number: then decay is a power of 2, which rounds nothing away,
+// however often the maximum rises.
 template <typename T, bool BIAS>
-void soften(T* s, const T* bias, int64_t nj, int64_t lanes, T* maximum, T* sum, T* decay) {
+void soften(T* s, const T* bias, int64_t nj, int64_t lanes, bool one_block, T* maximum, T* sum,
+            T* lost, T* decay) {
   const Vector<T> infinity = splat(T(__builtin_inf()));
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
     const Vector<T> old = load(maximum + x);
@@ -49,17 +57,25 @@ void soften(T* s, const T* bias, int64_t nj, int64_t lanes, T* maximum, T* sum, 
       }
       top = larger_lanes(logit, top);
     }
+    if (!one_block) top = nearest_whole<T>(top);
     store(maximum + x, top);
     const Vector<T> finite = top == -infinity ? Vector<T>{} : top;
-    const Vector<T> fade = exp2<T>(old - finite);
-    Vector<T> total = load(sum + x) * fade;
-    for (int64_t j = 0; j < nj; ++j) {
+    Vector<T> sums[1] = {};
+    sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&sum)[1]) {
       const Vector<T> weight = exp2<T>(load(s + j * QUERIES + x) - finite);
-      total += weight;
+      sum[0] += weight;
       store(s + j * QUERIES + x, weight);
+    });
+    Vector<T> total = sums[0];
+    if (!one_block) {
+      const Vector<T> fade = fading<T>(old, top);
+      Vector<T> before = load(sum + x) * fade, rest = load(lost + x) * fade;
+      add_exactly<T>(before, rest, total);
+      total = before;
+      store(lost + x, rest);
+      store(decay + x, fade);
     }
     store(sum + x, total);
-    store(decay + x, fade);
   }
 }
 
@@ -73,9 +89,9 @@ void multiply_pairs(T* s, const T* by, int64_t nj, int64_t lanes) {
 // maximum becomes lse = max + log sum; row = 1 / sum, 0 in rows without a finite logit. Returns
 // whether there are such rows.
 template <typename T>
-bool finish_rows(int64_t ni, T* maximum, const T* sum, T* row) {
+bool finish_rows(int64_t ni, T* maximum, const T* sum, const T* lost, T* row) {
   for (int64_t x = 0; x < ni; x += WIDTH<T>) {
-    const Vector<T> total = load(sum + x);
+    const Vector<T> total = whole_sum<T>(load(sum + x), load(lost + x));
     store(maximum + x, load(maximum + x) * T(LN_2) + log<T>(total));
     store(row + x, total == Vector<T>{} ? Vector<T>{} : T(1) / total);
   }
@@ -107,12 +123,21 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
     pack_rows(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, w.head_ld,
               ahead_of(a.q, at.queries, at.ni, head, a.heads));
     transpose_rows(w.q, w.head_ld, at.ni, w.q_t);
-    for (int64_t i = 0; i < lanes; ++i) w.maximum[i] = -infinity, w.sum[i] = 0;
+    for (int64_t i = 0; i < lanes; ++i) w.maximum[i] = w.taken[i] = -infinity, w.sum[i] = w.lost[i] = 0;
     const Target<T> out = one_block ? target_of(a.out, a.dtype, molecule, row, head, a.value_dim,
                                                 w.o, w.value_ld)
                                     : Target<T>{w.o, w.value_ld, false};
+    LongSum<T> sums{w.o_sum, w.o_lost};
+    const auto decay_of_taken = [&] {
+      for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
+        store(w.row + x, fading<T>(load(w.taken + x), load(w.maximum + x)));
+        store(w.taken + x, load(w.maximum + x));
+      }
+      return w.row;
+    };
     bool dead = false;
     for (at.j0 = 0; at.j0 < at.keys.size; at.j0 += key_step) {
+      if (sums.blocks == TOGETHER) sums.take_over(out, at.ni, w.value_ld, decay_of_taken());
       at.nj = smaller(key_step, at.keys.size - at.j0);
       const int64_t key = at.keys.first + at.j0;
       T* const k = w.k + (keep ? at.j0 * w.head_ld : 0);
@@ -126,20 +151,22 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
       pair_products(at, k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
       if (a.bias.data) {  // (F1), (F2)
         pack_pairs(a, a.bias, at, w.pairs);
-        soften<T, true>(w.s, w.pairs, at.nj, lanes, w.maximum, w.sum, w.row);
+        soften<T, true>(w.s, w.pairs, at.nj, lanes, one_block, w.maximum, w.sum, w.lost, w.row);
       } else {
-        soften<T, false>(w.s, nullptr, at.nj, lanes, w.maximum, w.sum, w.row);
+        soften<T, false>(w.s, nullptr, at.nj, lanes, one_block, w.maximum, w.sum, w.lost, w.row);
       }
       if (a.seed) {
         keep_pairs(a, at, w.pairs);
         multiply_pairs(w.s, w.pairs, at.nj, lanes);
       }
-      if (one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.row);
+      if (one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
+      const bool add = sums.blocks++ > 0;
       product_columns<T>({w.s, QUERIES, v, w.value_ld, out.data, out.ld, int(at.ni),  // (F3)
                           int(w.value_ld / WIDTH<T>), int(at.nj), T(1),
-                          one_block || at.j0 > 0 ? w.row : nullptr, at.j0 > 0});
+                          one_block || add ? w.row : nullptr, add});
     }
-    if (!one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.row);
+    if (sums.started) sums.finish(out, at.ni, w.value_ld, decay_of_taken());
+    if (!one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
     if (!out.direct)
       store_rows(out.data, out.ld, one_block ? nullptr : w.row, a.out, a.dtype, molecule, row, head,
                  at.ni, a.value_dim);

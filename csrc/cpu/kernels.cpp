@@ -39,12 +39,20 @@ template <typename T>
 void add(const AttnParams& a, const Sum& sum, int64_t head) {
   const int64_t ld = whole_vectors<T>(sum.width);
   const int64_t next = a.heads * sum.rows * ld;
-  alignas(64) T total[256];
+  alignas(64) T total[256], lost[256];
   for (int64_t i = 0; i < sum.rows; ++i) {
     const T* part = static_cast<const T*>(sum.part) + (head * sum.rows + i) * ld;
     zero(total, ld);
+    zero(lost, ld);
     for (int64_t x = 0; x < sum.parts; ++x, part += next)
-      for (int64_t d = 0; d < ld; d += WIDTH<T>) store(total + d, load(total + d) + load(part + d));
+      for (int64_t d = 0; d < ld; d += WIDTH<T>) {
+        Vector<T> all = load(total + d), rest = load(lost + d);
+        add_exactly<T>(all, rest, load(part + d));
+        store(total + d, all);
+        store(lost + d, rest);
+      }
+    for (int64_t d = 0; d < ld; d += WIDTH<T>)
+      store(total + d, whole_sum<T>(load(total + d), load(lost + d)));
     store_rows<T>(total, ld, nullptr, sum.to, a.dtype, sum.molecule, sum.first_row + i, head, 1,
                   sum.width);
   }
@@ -57,8 +65,10 @@ void add_parts(const AttnParams& a, const Sum& sum, int64_t head) {
 
 }  // namespace
 
-extern const Kernels kernels = {ATTN_NAME(ATTN_ISA), runs_here,  scratch_bytes, padded,   forward,
-                                backward,            statistics, double_backward, add_parts};
+extern const Kernels kernels = {ATTN_NAME(ATTN_ISA), runs_here,  scratch_bytes,
+                                padded,              forward,    backward,
+                                norms,               statistics, double_backward,
+                                add_parts};
 
 }  // namespace ATTN_ISA
 }  // namespace attnpool

@@ -16,7 +16,7 @@ struct Task {
   // Buffers in the accumulation type, owned by the caller; null: none.
   void* dq_sum;      // [heads, n_q, padded D]: dq (double backward: gq) is added here
   void* gdout_sum;   // [heads, n_q, padded Dv]: gdout is added here
-  void* statistics;  // [heads, 4, n_q]: row statistics of the double backward
+  void* statistics;  // [heads, 4, n_q]: of the double backward; [heads, n_q]: of the backward
 };
 
 // out[row, head, :] = sum over parts of part[head, row, :], in the order of the parts.
@@ -37,6 +37,8 @@ struct Kernels {
   int64_t (*padded)(const AttnParams&, int64_t width);
   void (*forward)(const AttnParams&, const Task&, void* scratch);
   void (*backward)(const AttnParams&, const Task&, void* scratch);
+  // Row statistics of a part of a large molecule, which its backward or double backward reads.
+  void (*norms)(const AttnParams&, const Task&, void* scratch);
   void (*statistics)(const AttnParams&, const Task&, void* scratch);
   void (*double_backward)(const AttnParams&, const Task&, void* scratch);
   void (*add_parts)(const AttnParams&, const Sum&, int64_t head);

@@ -197,7 +197,9 @@ class Derivative {
 
   void run() {
     const Kernels& k = *chosen();
-    if (!first_.tasks.empty()) run_tasks(a_, k.statistics, Pass::double_backward, first_);
+    if (!first_.tasks.empty())
+      run_tasks(a_, double_ ? k.statistics : k.norms,
+                double_ ? Pass::double_backward : Pass::backward, first_);
     if (double_) run_tasks(a_, k.double_backward, Pass::double_backward, plan_);
     else run_tasks(a_, k.backward, Pass::backward, plan_);
     const int64_t heads = a_.heads;
@@ -246,7 +248,7 @@ class Derivative {
       const int64_t parts = (key_span(a_, b).size + part - 1) / part;
       char* dq = large_sum(b, n, parts, a_.head_dim, head_ld, out_);
       char* gdout = double_ ? large_sum(b, n, parts, a_.value_dim, value_ld, a_.gdout) : nullptr;
-      char* rows = double_ ? take(size_t(a_.heads * 4 * n) * sums_size(a_)) : nullptr;
+      char* rows = take(size_t(a_.heads * (double_ ? 4 : 1) * n) * sums_size(a_));
       for (Task& task : plan_.tasks) {
         if (task.molecule != b || task.molecule_end != b + 1) continue;
         const size_t skip = size_t(task.first / part * a_.heads * n) * sums_size(a_);
@@ -254,7 +256,7 @@ class Derivative {
         task.statistics = rows;
         if (double_) task.gdout_sum = gdout + skip * size_t(value_ld);
       }
-      for (int64_t h = 0; double_ && h < a_.heads; ++h)
+      for (int64_t h = 0; h < a_.heads; ++h)
         for (int64_t i = 0; i < n; i += QUERY_PART)
           first_.tasks.push_back({b, b + 1, h, h + 1, i, std::min(n, i + QUERY_PART), nullptr,
                                   nullptr, rows});

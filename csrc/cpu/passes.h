@@ -10,6 +10,7 @@ namespace ATTN_ISA {
 void forward(const AttnParams& a, const Task& task, void* scratch);
 size_t forward_scratch(const AttnParams& a);
 void backward(const AttnParams& a, const Task& task, void* scratch);
+void norms(const AttnParams& a, const Task& task, void* scratch);
 size_t backward_scratch(const AttnParams& a, int64_t longest);
 void statistics(const AttnParams& a, const Task& task, void* scratch);
 void double_backward(const AttnParams& a, const Task& task, void* scratch);

@@ -97,6 +97,27 @@ ATTN_INLINE Vector<double> larger_lanes(Vector<double> a, Vector<double> b) {
   return a > b ? a : b;
 }
 
+// x to the nearest whole number, or within a few of it from 2^22 (float) on.
+template <typename T>
+ATTN_INLINE Vector<T> nearest_whole(Vector<T> x) {
+  return (x + Lanes<T>::ROUND) - Lanes<T>::ROUND;
+}
+
+// sum += x, where lost gathers what rounding takes from sum (Knuth's two-sum): however many x are
+// added, sum + lost is as exact as one addition.
+template <typename T>
+ATTN_INLINE void add_exactly(Vector<T>& sum, Vector<T>& lost, Vector<T> x) {
+  const Vector<T> next = sum + x, part = next - sum;
+  lost += (sum - (next - part)) + (x - part);
+  sum = next;
+}
+
+// sum + lost; a sum that is not finite has lost nothing but NaN.
+template <typename T>
+ATTN_INLINE Vector<T> whole_sum(Vector<T> sum, Vector<T> lost) {
+  return sum + (lost == lost ? lost : Vector<T>{});
+}
+
 // Logits are kept in units of log 2, so that a weight is a power of 2.
 constexpr double LOG2_E = 1.44269504088896340736, LN_2 = 0.69314718055994530942;
 
@@ -121,22 +142,24 @@ ATTN_INLINE Vector<T> one_plus(Vector<T> f, const T (&c)[N]) {
 }
 
 // 2^x for x up to about 1; exactly 1 for 0, 0 below the smallest normal number, NaN for NaN.
-// Relative error about 1e-7 (float), 2e-16 (double).
-template <typename T>
-ATTN_INLINE Vector<T> exp2(Vector<T> x) {
+// Relative error about 1e-7 (float), 2e-16 (double). REST: of x + rest, with a rest below 1e-5.
+template <typename T, bool REST = false>
+ATTN_INLINE Vector<T> exp2(Vector<T> x, Vector<T> rest = Vector<T>{}) {
   using L = Lanes<T>;
   using Bits = typename L::Bits;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     const __m512 all = (__m512)x;
     const __mmask16 normal = _mm512_cmp_ps_mask(all, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
-    const Vector<T> f = (Vector<T>)_mm512_maskz_reduce_ps(normal, all, _MM_FROUND_TO_NEG_INF |
-                                                                           _MM_FROUND_NO_EXC);
+    Vector<T> f = (Vector<T>)_mm512_maskz_reduce_ps(normal, all, _MM_FROUND_TO_NEG_INF |
+                                                                     _MM_FROUND_NO_EXC);
+    if (REST) f += rest;
     return (Vector<T>)_mm512_maskz_scalef_ps(normal, (__m512)one_plus(f, EXP2_ABOVE), all);
   }
 #endif
   const Vector<T> shifted = x + L::ROUND;
-  const Vector<T> f = x - (shifted - L::ROUND);
+  Vector<T> f = x - (shifted - L::ROUND);
+  if (REST) f += rest;
   Vector<T> p;
   if constexpr (sizeof(T) == 4) p = one_plus(f, EXP2_AROUND);
   else p = one_plus(f, EXP2_TAYLOR);

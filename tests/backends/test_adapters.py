@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import stand_ins
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnpool_kernels import (
     BackendError,
@@ -55,7 +54,7 @@ def attend(batch, inputs, backend, return_lse=False):
     return set_attention(*inputs[:3], batch.q_ptr, batch.k_ptr, **options)
 
 
-def judge(case, dtype, backend, lse, gradients=True):
+def judge(case, dtype, backend, lse, gradients=True, slack=1.0):
     """Values and first gradients of a backend against the budget."""
     batch = replace(case, lse=False).make(dtype)
 
@@ -74,26 +73,18 @@ def judge(case, dtype, backend, lse, gradients=True):
 
     found = run(ours, dtype)
     assert found["out"].is_contiguous() and found["out"].dtype == dtype
-    truth, *yards = (
-        run(lambda x: testing.dense(batch, kind, x, first), kind)  # noqa: B023
-        for kind, first in ((torch.float64, False), (dtype, False), (dtype, True))
-    )
+    truth = run(lambda x: testing.dense(batch, torch.float64, x), torch.float64)
     truth = {name: x.detach() for name, x in truth.items() if name in found}
     found = {name: x.detach() for name, x in found.items()}
-    assert not testing.violations(found, truth, yards, dtype), case.name
+    variances = testing.budget(batch, dtype)
+    assert not testing.violations(found, truth, variances, slack), case.name
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_sdpa(case, dtype):
-    if dtype == torch.float32:
-        # torch's fused CPU backward rebuilds P from a rounded LSE: outside the budget in float32.
-        if case.name == "large logits":
-            pytest.skip("torch's own error in float32 exceeds the budget")
-        with sdpa_kernel(SDPBackend.MATH):
-            judge(case, dtype, "sdpa", lse=False)
-    else:
-        judge(case, dtype, "sdpa", lse=False)
+    # torch's fused CPU backward adds the blocks of dk and dv up in bfloat16
+    judge(case, dtype, "sdpa", lse=False, slack=2.0 if dtype == torch.bfloat16 else 1.0)
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)

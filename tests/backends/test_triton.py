@@ -92,6 +92,32 @@ def test_unknown_capability_falls_back_with_one_warning():
         )
 
 
+@needs_triton
+def test_both_of_torchs_settings_of_tf32():
+    """In a process of its own: torch remembers which one was used."""
+    code = """
+import torch
+from attnpool_kernels.backends.triton import tuning
+rows, matmul = [tuning.precision(torch.float32)], torch.backends.cuda.matmul
+matmul.allow_tf32 = True
+rows.append(tuning.precision(torch.float32))
+matmul.allow_tf32 = False
+rows.append(tuning.precision(torch.float32))
+torch.set_float32_matmul_precision("high")
+rows.append(tuning.precision(torch.float32))
+for setting in "ieee", "tf32":
+    matmul.fp32_precision = setting
+    rows.append(tuning.precision(torch.float32))
+matmul.fp32_precision = "none"
+rows.append(tuning.precision(torch.float32))
+torch.backends.fp32_precision = "tf32"
+rows.append(tuning.precision(torch.float32))
+print(*rows)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.split() == ["fp32", "tf32"] * 4, run.stderr
+
+
 def recorded(counts, heads=2, dim=16, **options):
     """The launches of all passes for molecules of these sizes."""
     import aot

@@ -21,6 +21,7 @@ from triton_guard import GuardError, guard, padded
 import attnpool_kernels.backends.triton as backend
 from attnpool_kernels import ops, testing
 from attnpool_kernels.backends.triton import tiles, tuning
+from attnpool_kernels.backends.triton._backward import sum_parts
 from attnpool_kernels.dispatch import Problem
 from attnpool_kernels.testing import Case
 
@@ -206,6 +207,33 @@ def test_offsets_beyond_2_to_the_31():
         found = testing.run_kernels(batch, backend)
     for name, x in found.items():
         assert torch.equal(x, expected[name]), name
+
+
+def test_units_2_to_the_31_apart():
+    """The head dimension outermost; the last unit lies 15 * 2^28 elements behind the first."""
+    batch = Case("far units", (2, 9), heads=1, dim=16).make(torch.float16)
+    expected = run(batch)
+    for name in ("q", "v", "dout", "ddk"):
+        near = getattr(batch, name)
+        pages = mmap.mmap(-1, 15 * 2**29 + 4096)
+        storage = torch.from_numpy(np.frombuffer(pages, np.float16))
+        setattr(batch, name, storage.as_strided(near.shape, (1, 16, 2**28)).copy_(near))
+    with guard():
+        found = testing.run_kernels(batch, backend)
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+def test_sum_of_many_parts(infinite):
+    """A running sum of 5,000 equal parts is 16 roundings off."""
+    partial, like = torch.full((5000, 2, 1, 16), 3.3), torch.empty(2, 1, 16)
+    partial[7, 0] = torch.inf if infinite else 3.3
+    with guard():
+        found = sum_parts(partial, like).double()
+    expected = partial.double().sum(0)
+    assert torch.equal(found.isinf(), expected.isinf())
+    assert ((found - expected).abs() <= 1.2e-7 * expected)[expected.isfinite()].all()
 
 
 @pytest.mark.parametrize("left_out", ["ddq", "ddk", "ddv", "ddbias", "all"])

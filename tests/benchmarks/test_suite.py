@@ -15,7 +15,6 @@ from benchmarks import (
     cases,
     gate,
     goals,
-    measure,
     memory,
     plot,
     providers,
@@ -25,6 +24,7 @@ from benchmarks import (
     tables,
 )
 from benchmarks.cases import PASSES, Workload
+from benchmarks.rates import Rates
 from benchmarks.sweep import Limits, Sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ KINDS = {
     "double": replace(RAGGED, dtype=torch.float64),
     "module": replace(RAGGED, seeds=2, module=True),
 }
-RATES = measure.Rates({torch.float32: 1e11}, 1e10)
+RATES = Rates({torch.float32: 1e11}, 1e10)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +86,7 @@ def test_study_of_the_paper():
 def test_work_of_a_known_batch():
     work = Workload("x", "molecules", (3, 5), heads=2, dim=4)
     assert work.work("forward") == (4 * 2 * 4 * (9 + 25), 4 * 8 * 8 * 4)  # 4·H·D·Σn², 4·e·H·D·Σn
-    assert work.work("backward")[0] == 14 * 2 * 4 * (9 + 25)
+    assert work.work("backward")[0] == 12 * 2 * 4 * (9 + 25)
     pool = replace(work, seeds=1)
     assert pool.work("forward")[1] == (2 * 8 + 2) * 8 * 4  # k and v once, one row out a molecule
 
@@ -155,9 +155,11 @@ def test_sampled_gate_sees_the_last_row(monkeypatch):
 
 def test_peak_memory_of_the_naive_way_is_its_matrix():
     work = Workload("n=1024", "scaling", (1024,), heads=4, dim=8, x=1024)
-    found = memory.probe(work, "forward", "naive", 2, 2**32, 30.0)
+    found = memory.probe(work, "forward", "naive", 2, 2**32, 300.0)
     matrix = 4 * 1024 * 1024 * 4
     assert found.status == "ok", found.reason
+    if not memory.Mark().exact:
+        pytest.skip("this system does not reset its mark of resident memory")
     assert 1.9 * matrix < found.peak_bytes < 3.3 * matrix
 
 
@@ -174,9 +176,9 @@ def test_refusal_oom_and_what_follows_are_rows(tmp_path):
         Workload(f"n={n}", "scaling", (n,), heads=4, dim=8, x=n, passes=("double_backward",))
         for n in (16, 1500, 1600)
     ]
-    limits = Limits(budget_s=0.1, cap_bytes=60_000_000, fewest=2)  # 4 times that ends a sampling
+    limits = Limits(budget_s=0.1, cap_bytes=60_000_000, fewest=2, call_s=300.0)
     rows = _sweep(tmp_path, limits, ["naive", "flash"], works)
-    assert rows[16, "naive"].status == "ok" and rows[16, "naive"].samples >= 2
+    assert rows[16, "naive"].status == "ok" and rows[16, "naive"].samples >= 1
     assert rows[16, "flash"].status == "refused" and "second" in rows[16, "flash"].reason
     assert rows[1500, "naive"].status == "oom", rows[1500, "naive"].reason
     assert rows[1600, "naive"].status == "skipped"
@@ -196,9 +198,72 @@ def test_order_does_not_matter_to_what_failed(tmp_path):
         Workload(f"n={n}", "scaling", (n,), heads=4, dim=8, x=n, passes=("forward",))
         for n in (2100, 16, 2200)
     ]
-    limits = Limits(budget_s=0.001, cap_bytes=60_000_000, fewest=2)
+    limits = Limits(budget_s=0.001, cap_bytes=60_000_000, fewest=2, call_s=300.0)
     rows = _sweep(tmp_path, limits, ["naive"], works)
     assert [rows[n, "naive"].status for n in (2100, 16, 2200)] == ["oom", "ok", "skipped"]
+
+
+def test_a_slow_start_is_no_slow_call():
+    """On a busy machine a child may start for longer than its call may take."""
+
+    class Pipe:
+        def __init__(self, *answers):
+            self.answers = list(answers)  # (seconds until then, message)
+
+        def poll(self, seconds):
+            return self.answers[0][0] <= seconds
+
+        def recv(self):
+            return self.answers.pop(0)[1]
+
+    class Child:
+        killed = False
+
+        def kill(self):
+            self.killed = True
+
+    fine = memory.Probe("ok", peak_bytes=1)
+    child = Child()
+    assert memory.answer(Pipe((60, "ready"), (1, fine)), child, 5.0) is fine and not child.killed
+    early = memory.Probe("error", "before it was ready")
+    assert memory.answer(Pipe((60, early)), child, 5.0) is early and not child.killed
+    found = memory.answer(Pipe((60, "ready"), (6, fine)), child, 5.0)
+    assert (found.status, found.reason) == ("timeout", "over 5 s for one call") and child.killed
+    found = memory.answer(Pipe((1e9, "ready")), child, 5.0)
+    assert found.status == "timeout" and "to start and prepare" in found.reason
+
+
+def test_a_mark_that_cannot_be_reset_is_no_measurement(monkeypatch):
+    """Memory that a call used below an earlier peak is not known to be 0."""
+
+    def refuse(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    mark = memory.Mark()
+    before = mark._before
+    assert not mark.exact and before
+    for now, peak in ((before, None), (before + 4096, 4096), (None, None)):
+        monkeypatch.setattr(memory, "_mark", lambda now=now: now)
+        assert mark.peak() == peak
+
+
+def test_run_without_memory(tmp_path, monkeypatch):
+    """Memory that cannot be measured, and children that never answer in time: the run goes on."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(run.rates, "measure", lambda *arguments: RATES)
+    arguments = ["--tiny", "--contenders", "naive", "--budget", "0.001", "--no-molecules"]
+    arguments += ["--minutes", "inf", "--output"]
+    monkeypatch.setattr(memory, "probe", lambda *a, **k: memory.Probe("ok", seconds=1e-3))
+    assert run.main([*arguments, str(tmp_path)]) == 0
+    rows, _ = sheet.read(tmp_path / "quick-tiny.csv")
+    assert rows and all(row.ok and row.peak_bytes is None for row in rows)
+    assert (tmp_path / "quick-tiny-scaling.png").stat().st_size > 10_000
+    monkeypatch.setattr(memory, "probe", lambda *a, **k: memory.Probe("timeout", "too slow"))
+    assert run.main([*arguments, str(tmp_path / "none")]) == 0
+    path = tmp_path / "none" / "quick-tiny.csv"
+    assert {row.status for row in sheet.read(path)[0]} == {"timeout", "skipped"}
+    assert report.main([str(path), "--output", str(tmp_path / "x.html")]) == 0
 
 
 def test_long_call_runs_once(tmp_path):
@@ -358,6 +423,7 @@ def test_help_and_list(capsys):
 def test_whole_run_resume_and_report(tmp_path, capsys):
     arguments = ["--tiny", "--contenders", "attnpool:cpu,attnpool:reference,naive"]
     arguments += ["--output", str(tmp_path), "--budget", "0.001"]
+    arguments += ["--minutes", "inf", "--call", "600"]  # whatever else the machine does
     assert run.main([*arguments, "--qm7b", str(_little_qm7b(tmp_path))]) == 0
     shown = capsys.readouterr().out
     path = tmp_path / "quick-tiny.csv"
@@ -366,6 +432,10 @@ def test_whole_run_resume_and_report(tmp_path, capsys):
     assert {row.what for row in rows} == set(PASSES)
     assert all(row.ok for row in rows if row.contender == "naive")
     assert runs[0]["versions"]["torch"] and runs[0]["rates"]["copy_gbs"] > 0
+    for row in rows:  # the limits were settled after the run, by whatever the machine did best
+        assert row.limit_by in ("arithmetic", "memory", "library") and row.library_ms > 0
+        if row.limit_by != "library" and row.ok:
+            assert row.ratio >= 1, f"{row.workload}, {row.what}, {row.contender}: {row.ratio}"
     assert "naive and attnpool agree" in shown and "real molecules (QM7b)" in shown
     pytest.importorskip("matplotlib")
     assert (tmp_path / "quick-tiny-scaling.png").stat().st_size > 10_000
@@ -398,6 +468,20 @@ def test_report_of_accuracies_and_of_unknown_families(tmp_path, capsys):
     assert report.main([*files, "--output", str(page)]) == 2
     assert "row 1: 2 fields, expected 7" in capsys.readouterr().err
     assert page.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [{"peak_bytes": None}, {"peak_bytes": 1000}, {"limit_ms": None}, {"p20_ms": None}],
+    ids=lambda gone: next(iter(gone)),
+)
+def test_figure_with_a_gap(tmp_path, gone):
+    """As on a busy machine, where every measurement of memory ran out of time."""
+    pytest.importorskip("matplotlib")
+    made = plot.draw([replace(row, **gone) for row in _rows()], tmp_path / "x", "test")
+    assert [path.name for path in made] == ["x-scaling.png", "x-scaling.svg"]
+    assert all(path.stat().st_size > 10_000 for path in made)
+    assert ("no measurement over" in made[1].read_text()) == ("peak_bytes" in gone)
 
 
 def test_figure_of_seeds(tmp_path):

@@ -147,3 +147,21 @@ def test_pooling_ignores_the_order_of_atoms():
 def test_bad_input(call, error, names):
     with pytest.raises(error, match=rf"\b{names}\b"):
         call()
+
+
+@pytest.mark.parametrize("pooling", [SumPooling, MeanPooling, SoftmaxPooling])
+@pytest.mark.parametrize("rows", [10**3, 10**4, 10**6])
+def test_sums_of_many_equal_rows(pooling, rows):
+    """A running float32 sum of 10^6 rows of 1.1 is 1 % off."""
+    x = torch.full((rows + 3, 2), 1.1)
+    found = pooling()(x, torch.tensor([0, 3, rows + 3]))
+    exact = torch.tensor([3.0, rows]) if pooling is SumPooling else torch.ones(2)
+    expected = exact[:, None].double() * x[0].double()
+    assert ((found.double() - expected).abs() <= 64 * 1.2e-7 * expected).all()
+
+
+@pytest.mark.parametrize("rows", [63, 64, 65, 4095, 4096, 9000])
+def test_sums_have_the_bits_of_the_molecule_alone(rows):
+    x = torch.randn(rows + 70, 2)
+    together = SumPooling()(x, torch.tensor([0, 33, 33, rows + 33, rows + 70]))
+    assert torch.equal(together[2:3], SumPooling()(x[33 : rows + 33], torch.tensor([0, rows])))

@@ -4,11 +4,18 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from attnpool_kernels.nn.projection import add_linear, add_relu_linear, project
+from attnpool_kernels.nn.projection import add_linear, add_relu_linear, bare, project
 
 
 def leaf(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def layer(weight, bias):
+    made = torch.nn.Linear(*weight.shape[::-1])
+    made._parameters.update(weight=weight, bias=bias)  # not copied: what is differentiated
+    assert bare(made)
+    return made
 
 
 @pytest.mark.parametrize("parts", ["qkv", "qv", "v"])
@@ -53,18 +60,26 @@ def test_project_gives_views_of_one_product():
 def test_add_linear(rows):
     residual, x, weight, bias = leaf(rows, 4), leaf(6, 3), leaf(4, 3), leaf(4)
     wanted = residual.repeat(6 // rows, 1) + linear(x, weight, bias)
-    torch.testing.assert_close(add_linear(residual, x, weight, bias), wanted)
+    torch.testing.assert_close(add_linear(residual, x, layer(weight, bias)), wanted)
     inputs = (residual, x, weight, bias)
-    assert torch.autograd.gradcheck(add_linear, inputs)
-    assert torch.autograd.gradgradcheck(add_linear, inputs)
+
+    def call(residual, x, weight, bias):
+        return add_linear(residual, x, layer(weight, bias))
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
 
 
 def test_add_relu_linear():
     x, weight, bias = inputs = leaf(6, 4), leaf(4, 4), leaf(4)
     wanted = x + linear(x, weight, bias).relu()
-    torch.testing.assert_close(add_relu_linear(*inputs), wanted)
-    assert torch.autograd.gradcheck(add_relu_linear, inputs)
-    assert torch.autograd.gradgradcheck(add_relu_linear, inputs)
+
+    def call(x, weight, bias):
+        return add_relu_linear(x, layer(weight, bias))
+
+    torch.testing.assert_close(call(*inputs), wanted)
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
 
 
 @pytest.mark.parametrize("wanted", range(4))
@@ -74,8 +89,8 @@ def test_gradients_that_nobody_asks_for_are_not_made(wanted):
         tensor.requires_grad_(i == wanted)
     residual, x, weight, bias = tensors
     stacked = [project(x, None, weight.repeat(3, 1), bias.repeat(3), "qkv")[0]] * (wanted > 0)
-    layers = [add_linear(residual, x, weight, bias), *stacked]
-    layers += [add_relu_linear(x, weight, bias)] * (wanted > 0)
+    layers = [add_linear(residual, x, layer(weight, bias)), *stacked]
+    layers += [add_relu_linear(x, layer(weight, bias))] * (wanted > 0)
     for out in layers:
         (gradient,) = torch.autograd.grad(out.sum(), tensors[wanted])
         assert gradient.isfinite().all() and gradient.any()

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 
@@ -34,7 +35,7 @@ def zoo(tmp_path, monkeypatch, capsys, qm7b):
     monkeypatch.chdir(tmp_path)
 
     def go(*argv):
-        if argv[0] == "fit":
+        if argv[:1] == ("fit",):
             argv = ("fit", *SMALL, "--data.path", str(qm7b), *argv[1:])
         try:
             code = cli.main([str(a) for a in argv])
@@ -150,32 +151,198 @@ def test_early_stopping(zoo, tmp_path):
     assert code == 0 and "stopped after epoch 2; best by the validation loss: epoch 0" in out
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--task.targets", "[homo]"], "target must be one of first_excitation_zindo"),
-        (["--data.split", 5], "split seed must be one of 23887, 386333"),
-        (["--task.pooling", "nix"], "pooling must be one of sum, mean"),
-        (["--task.pooling_options", "{nix: 1}"], "nix"),
-        (["--task.backbone", "nix"], "backbone must be one of schnet"),
-        (["--task.backbone_options", "{nix: 1}"], "'nix'"),
-        (["--data.dataset", "nix"], "dataset must be one of qm7b, qm8"),
-        (["--data.path", "nix"], "nix does not exist"),
-        (["--data.limit", 0], "limit must be at least 1"),
-        (["--ckpt_path", "nix"], "ckpt_path must be a file or the folder of a run, got nix"),
-        (["--ckpt_path", "last"], "ckpt_path must be a file"),
-        (["--config", "nix"], "config must be a file or one of md17_schnet_abp"),
-        (["--task.lr", "fast"], "lr"),
-        (["--task.nix", "1"], "--task.nix"),
-        (["--task.lr", "1e30", "--trainer.max_epochs", 3], "validation loss of nan"),
-    ],
+def options(*pairs):
+    return pytest.mark.parametrize(("given", "message"), pairs, ids=lambda x: str(x)[:40])
+
+
+def trainer(text):
+    return ["--trainer.options", text]
+
+
+def schedule(name, text):
+    return ["--task.schedule", name, "--task.schedule_options", text]
+
+
+@options(
+    (["--task.targets", "[homo]"], "target must be one of first_excitation_zindo"),
+    (["--task.targets", "[]"], "targets must name at least one target"),
+    (["--task.targets", "[homo_gw,homo_gw]"], "targets must differ from each other"),
+    (["--task.forces", "true"], "forces must be in the data"),
+    (["--task.pooling", "nix"], "pooling must be one of sum, mean"),
+    (["--task.pooling_options", "{nix: 1}"], "nix"),
+    (["--task.pooling_options", "{heads: x}"], "heads must be an int"),
+    (["--task.backbone", "nix"], "backbone must be one of schnet"),
+    (["--task.backbone_options", "{nix: 1}"], "'nix'"),
+    (["--task.backend", "nix"], "backend must be one of"),
+    (["--task.loss", "nix"], "task.loss"),
+    (["--task.lr", "fast"], "task.lr"),
+    (["--task.lr", "0"], "lr must be positive"),
+    (["--task.force_weight", "-1"], "force_weight must be at least 0 and finite, got -1"),
+    (["--task.nix", "1"], "--task.nix"),
+    (["--task.schedule", "nix"], "task.schedule"),
+    (["--task.schedule_options", "{patience: 3}"], "schedule_options must be empty"),
+    (["--task.schedule", "cosine", "--trainer.max_epochs", "-1"], "max_epochs must be given"),
+    (schedule("plateau", "{nix: 1}"), "options of schedule 'plateau' are factor, patience"),
+    (schedule("plateau", "{mode: max}"), "options of schedule 'plateau' are"),
+    (schedule("plateau", "{patience: -1}"), "patience of schedule 'plateau' must be an int of at"),
+    (schedule("plateau", "{factor: -0.5}"), "must be between 0 and 1, got -0.5"),
+    (schedule("plateau", "{min_lr: nix}"), "min_lr of schedule 'plateau' must be a number"),
+    (schedule("plateau", "{threshold_mode: nix}"), "must be 'rel' or 'abs', got 'nix'"),
+    (schedule("cosine", "{T_max: 3}"), "options of schedule 'cosine' are eta_min, got 'T_max'"),
+    (schedule("cosine", "{eta_min: 1}"), "must be from 0 to lr, 0.0005, got 1"),
+    (["--data.dataset", "nix"], "dataset must be one of qm7b, qm8"),
+    (["--data.options", "{nix: 1}"], "qm7b has no option 'nix'"),
+    (["--data.split", "5"], "split seed must be one of 23887, 386333"),
+    (["--data.limit", "0"], "limit must be at least 1"),
+    (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
+    (["--data.batch_size", "-1"], "batch_size must be at least 1, got -1"),
+    (["--trainer.accelerator", "gpu"], "accelerator='gpu'"),
+    (["--trainer.accelerator", "nix"], "accelerator='nix'"),
+    (["--trainer.devices", "0"], "devices=0"),
+    (["--trainer.devices", "nix"], "devices='nix'"),
+    (["--trainer.strategy", "nix"], "strategy='nix'"),
+    (["--trainer.num_nodes", "0"], "num_nodes=0"),
+    (["--trainer.max_epochs", "0"], "max_epochs must be an int of at least 1 or -1, got 0"),
+    (["--trainer.max_time", "soon"], "max_time='soon'"),
+    (["--trainer.accumulate_grad_batches", "0"], "must be an int of at least 1, got 0"),
+    (["--trainer.accumulate_grad_batches", "-1"], "must be an int of at least 1, got -1"),
+    (["--trainer.gradient_clip_val", "-1"], "gradient_clip_val must be at least 0 and finite"),
+    (trainer("{nix: 1}"), "options of lightning.pytorch.Trainer, got 'nix'"),
+    (trainer("{callbacks: nix}"), "must not have callbacks"),
+    (trainer("{logger: nix}"), "must not have logger"),
+    (trainer("{precision: nix}"), "precision='nix'"),
+    (trainer("{precision: 16-true}"), "precision must not be '16-true' to train"),
+    (trainer("{limit_val_batches: 0}"), "limit_val_batches must not be 0"),
+    (trainer("{limit_val_batches: 0.01}"), "limit_val_batches"),
+    (trainer("{check_val_every_n_epoch: 0}"), "check_val_every_n_epoch must be an int of at"),
+    (trainer("{val_check_interval: 0}"), "val_check_interval must be positive, got 0"),
+    (trainer("{val_check_interval: 100}"), "`val_check_interval` (100) must be less"),
+    (trainer("{gradient_clip_algorithm: nix}"), "gradient_clip_algorithm='nix'"),
+    (trainer("{detect_anomaly: 3}"), "detect_anomaly must be true or false, got 3"),
+    (trainer("{max_steps: 0}"), "max_steps must be an int of at least 1 or -1"),
+    (trainer("{enable_checkpointing: false}"), "enable_checkpointing=False"),
+    (trainer("[1]"), "trainer.options"),
+    (["--patience", "-1"], "patience must be at least 0, got -1"),
+    (["--seed", "-1"], "-1 is not in bounds"),
+    (["--config", "nix"], "config must be a file or one of md17_schnet_abp"),
+    (["--output", "file"], "output must be a folder, got the file"),
+    (["--nix", "1"], "--nix"),
+)  # fmt: skip
+def test_wrong_options_of_fit(zoo, tmp_path, given, message):
+    if "gpu" in message and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "file").touch()
+    code, _, err = zoo("fit", "--trainer.max_epochs", 2, "--output", "out", *given)
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: ") and message in err
+    late = any(x in given[-1] for x in ("interval: 100", "0.01", "16-true"))  # seen in Lightning
+    assert late or [x.name for x in tmp_path.iterdir()] == ["file"]
+    assert not list(tmp_path.glob("out/*.ckpt"))
+
+
+@options(
+    (["--data.path", "nix"], "nix does not exist"),
+    (["--ckpt_path", "nix"], "ckpt_path must be a file or the folder of a run, got nix"),
+    (["--ckpt_path", "last"], "ckpt_path must be a file"),
 )
-def test_one_line_for_what_cannot_be(zoo, tmp_path, options, message):
-    code, _, err = zoo("fit", *options, "--output", "out")
-    assert code not in (0, None) and message in err and "Traceback" not in err
-    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
-    if "nan" not in message:
-        assert list(tmp_path.iterdir()) == []
+def test_missing_files(zoo, tmp_path, given, message):
+    code, _, err = zoo("fit", *given, "--output", "out")
+    assert (code, err.count("\n")) == (1, 1) and err.startswith("error: ") and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rate_that_is_too_large(zoo):
+    code, _, err = zoo("fit", "--task.lr", "1e30", "--trainer.max_epochs", 3, "--output", "out")
+    assert code == 1 and "validation loss of nan" in err and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, qm7b):
+    """A trained run and a molecule."""
+    place = tmp_path_factory.mktemp("runs")
+    argv = [*SMALL, "--data.path", qm7b, "--trainer.max_epochs", 1, "--output", place / "run"]
+    assert cli.main([str(x) for x in ("fit", *argv)]) == 0
+    (place / "m.xyz").write_text("3\n\nO 0 0 0\nH 0 0 1\nH 0 1 0\n")
+    return place
+
+
+@options(
+    ("test RUN --batch_size 0", "batch_size must be at least 1, got 0"),
+    ("test RUN --batch_size -1", "batch_size must be at least 1, got -1"),
+    ("test RUN --trainer.accelerator gpu", "accelerator='gpu'"),
+    ("test RUN --trainer.devices 0", "devices=0"),
+    ("test RUN --trainer.options {nix:1}", "trainer.options"),
+    ("test RUN --trainer.options {limit_test_batches:\xa00}", "limit_test_batches must not be 0"),
+    ("test RUN --trainer.max_epochs 3", "--trainer.max_epochs"),
+    ("test", "ckpt_path"),
+    ("predict XYZ RUN --batch_size 0", "batch_size must be at least 1, got 0"),
+    ("predict XYZ RUN --batch_size -1", "batch_size must be at least 1, got -1"),
+    ("predict XYZ RUN --batch_size x", "batch_size"),
+    ("predict XYZ RUN --device gpu", "device must be one of this machine"),
+    ("predict XYZ RUN --device nix", "device must be one of this machine"),
+    ("predict XYZ RUN --device cuda:99", "device must be one of this machine"),
+    ("predict XYZ RUN --device meta", "device must be one of this machine"),
+    ("predict XYZ", "ckpt_path"),
+    ("predict XYZ RUN --nix 1", "--nix"),
+    ("configs --nix", "--nix"),
+    ("nix", "'nix'"),
+    ("", "subcommand"),
+)
+def test_wrong_options_of_the_other_commands(zoo, folder, given, message):
+    names = {"RUN": f"--ckpt_path={folder / 'run'}", "XYZ": str(folder / "m.xyz")}
+    if given.startswith("predict"):
+        names["RUN"] = str(folder / "run")
+    argv = [names.get(x, x.replace("\xa0", " ")) for x in given.split(" ") if x]
+    if "gpu" in message and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    code, _, err = zoo(*argv)
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: ") and message in err
+    assert not (folder / "run/test.csv").exists()
+
+
+def test_a_trial_of_test_counts_what_it_tested(zoo, folder, tmp_path):
+    argv = ("--ckpt_path", folder / "run", "--output", "t.csv", "--batch_size", 3)
+    code, out, _ = zoo("test", *argv, "--trainer.options", "{fast_dev_run: true}")
+    assert code == 0 and "3 molecules" in out and rows(tmp_path / "t.csv")[0]["molecules"] == "3"
+    code, out, _ = zoo("test", *argv)
+    assert code == 0 and "4 molecules" in out and rows(tmp_path / "t.csv")[0]["molecules"] == "4"
+
+
+def test_the_configuration_of_a_resumed_run_starts_anew(zoo, tmp_path):
+    assert zoo("fit", "--output", "a", "--trainer.max_epochs", 1)[0] == 0
+    for path in ("last", "a/last.ckpt", "a"):
+        code, out, _ = zoo(
+            "fit", "--config", "a/config.yaml", "--output", "a", "--ckpt_path", path,
+            "--trainer.max_epochs", 9, "--task.lr", "2e-5",
+        )  # fmt: skip
+        text = (tmp_path / "a/config.yaml").read_text()
+        assert code == 0 and "last.ckpt" not in text and "ckpt_path: a" not in text
+        assert "lr: 2.0e-05" in text and "max_epochs: 9" in text
+        if path == "last":
+            assert "from here on it is 2e-05" in out
+    code, out, _ = zoo("fit", "--config", "a/config.yaml", "--output", "b")
+    assert code == 0 and "epoch 0 " in out
+    code, out, _ = zoo("fit", "--config", "b/config.yaml", "--output", "b", "--ckpt_path", "last")
+    assert code == 0 and out.startswith("nothing left to do for b/last.ckpt: ")
+
+
+def test_sigterm_is_not_success(tmp_path, qm7b):
+    argv = [*SMALL, "--data.path", str(qm7b), "--output", "a", "--patience", "1000000"]
+    command = [sys.executable, "-m", "attnpool_kernels.zoo", "fit", *argv]
+    command += ["--trainer.max_epochs", "-1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("epoch 2 "):
+                process.terminate()
+                break
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "Traceback" not in err and err.count("\nerror:") + err.startswith("error:") == 1
+    assert "stopped by SIGTERM" in err and "--ckpt_path last" in err
+    assert torch.load(tmp_path / "a/last.ckpt", weights_only=True)["epoch"] >= 2
 
 
 def test_help_and_list(zoo):
@@ -234,7 +401,7 @@ def test_two_processes_train_as_one_does(zoo, tmp_path, qm7b):
     command += ["-m", "attnpool_kernels.zoo", *options, "--output", "two"]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     found = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.count("best by the validation loss") == 1  # one process speaks

@@ -120,7 +120,7 @@ def test_data_that_cannot_be(given, options, message):
         ({"schedule": "step"}, "schedule must be one of plateau, cosine, got 'step'"),
         ({"targets": []}, "targets must name at least one"),
         ({"forces": True, "targets": ["a", "b"]}, "targets must be one energy .* got 2"),
-        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         ({"pooling": "nix", "pooling_options": {}}, "pooling must be one of .* got 'nix'"),
         ({"backend": "nix"}, "nix"),
     ],

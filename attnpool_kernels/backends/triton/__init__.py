@@ -78,16 +78,26 @@ def _module(pass_name: str, args: tuple):
     return importlib.import_module(f"{__name__}.{module}")
 
 
+def _near(args: tuple) -> list:
+    """The arguments; a tensor whose units lie 2^31 elements apart or more is copied, because
+    the kernels count offsets inside a row in 32 bits."""
+    return [x.contiguous() if isinstance(x, torch.Tensor) and _spreads_far(x) else x for x in args]
+
+
+def _spreads_far(x: torch.Tensor) -> bool:
+    return x.dim() > 2 and (x.shape[-1] - 1) * x.stride(-1) >= 2**31
+
+
 def forward(*args):
     """(out, lse); see attnpool_kernels.autograd for the arguments and the equations."""
-    return _module("forward", args).forward(*args)
+    return _module("forward", args).forward(*_near(args))
 
 
 def backward(*args):
     """(dq, dk, dv, dbias)."""
-    return _module("backward", args).backward(*args)
+    return _module("backward", args).backward(*_near(args))
 
 
 def double_backward(*args):
     """(gq, gk, gv, gbias, gdout, gdlse)."""
-    return _module("double_backward", args).double_backward(*args)
+    return _module("double_backward", args).double_backward(*_near(args))

@@ -199,11 +199,18 @@ def _key_kernel(
 
 @triton.jit(do_not_specialize=["size", "parts"])
 def _sum_parts_kernel(partial, total, size: tl.int64, parts: tl.int64, BLOCK: tl.constexpr):
-    """total[i] = sum of partial[part, i] over the parts, in order."""
+    """total[i] = sum of partial[part, i] over the parts, in order; what rounding takes from it is
+    gathered in lost (Knuth's two-sum), so that the error does not grow with the parts."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), partial.dtype.element_ty)
+    lost = tl.zeros((BLOCK,), partial.dtype.element_ty)
     for part in range(0, parts):
-        acc += tl.load(partial + part * size + o, mask=o < size, other=0.0)
+        x = tl.load(partial + part * size + o, mask=o < size, other=0.0)
+        new = acc + x
+        taken = new - acc
+        lost += (acc - (new - taken)) + (x - taken)
+        acc = new
+    acc += tl.where(lost == lost, lost, 0.0)  # NaN where the sum is not finite
     tl.store(total + o, acc.to(total.dtype.element_ty), mask=o < size)
 
 

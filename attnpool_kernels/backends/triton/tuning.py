@@ -193,7 +193,8 @@ _PRECISION = {"fp32": "tf32x3", "tf32": "tf32"}  # of tl.dot; float32 accuracy f
 def precision(dtype: torch.dtype) -> str:
     """Row of the table: the dtype, and for float32 whether torch allows plain TF32."""
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+        # follows allow_tf32 too, which raises when it is read after this one was written
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
     return _ROWS[dtype]
 
 

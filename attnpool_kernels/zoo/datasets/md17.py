@@ -208,7 +208,7 @@ def _unit(
 
 def _halved(train: int, rest: int) -> Split:
     drawn = shuffled((0, rest // 2, rest - rest // 2), [CCSD_SEED])[CCSD_SEED]
-    return Split(torch.arange(train), train + drawn.val, train + drawn.test)
+    return Split(torch.arange(train, device="cpu"), train + drawn.val, train + drawn.test)
 
 
 def _drawn(path: Path, count: int, train: int, val: int) -> dict[int, Split]:

@@ -36,7 +36,8 @@ def shuffled(lengths: Sequence[int], seeds: Iterable[int]) -> dict[int, Split]:
     train, val, test = lengths
     splits = {}
     for seed in seeds:
-        order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(sum(lengths), generator=generator, device="cpu")
         splits[seed] = Split(*order.split([train, val, test]))
     return splits
 

@@ -1,0 +1,138 @@
+"""Lightning's Trainer from plain options, and what of them cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class OptionError(ValueError):
+    """An option that cannot be, in contrast to a file that cannot be read or a failed training."""
+
+    exit_code = 2  # of the command line, as for options that do not exist
+
+
+@contextmanager
+def of_options(*kinds: type[Exception], what: str = "") -> Iterator[None]:
+    """Says of errors of these kinds that an option is to blame."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except kinds as error:
+        raise OptionError(f"{what}{error}") from error
+
+
+@dataclasses.dataclass
+class TrainerOptions:
+    """Lightning's Trainer.
+
+    Args:
+        accelerator: "auto", "cpu", "gpu", ...
+        devices: processes, each with a device of its own; "auto": all that there are. Under
+            torchrun: its number of processes. They share the batches of data.batch_size.
+        strategy: "auto", "ddp", "ddp_find_unused_parameters_true", ...
+        num_nodes: machines.
+        max_epochs: -1: until early stopping.
+        max_time: as DD:HH:MM:SS.
+        accumulate_grad_batches: batches of a step of the optimizer.
+        gradient_clip_val: largest norm of the gradient.
+        progress: show a bar; null: where the output is a terminal, else a line per epoch.
+        options: further options of lightning.pytorch.Trainer.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str = 1
+    strategy: str = "auto"
+    num_nodes: int = 1
+    max_epochs: int = -1
+    max_time: str | None = None
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    progress: bool | None = None
+    options: dict[str, Any] | None = None
+
+    def make(self, **options: Any) -> Trainer:
+        """The trainer; OptionError for what cannot be, before anything is read or written."""
+        given = dataclasses.asdict(self)
+        further = given.pop("options") or {}
+        bar = given.pop("progress")
+        bar = sys.stdout.isatty() if bar is None else bar
+        callbacks = [*options.pop("callbacks", []), TQDMProgressBar() if bar else Lines()]
+        check(further, given | further)
+        fixed = {
+            "use_distributed_sampler": False,  # MoleculeData deals the molecules out
+            "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
+            "enable_progress_bar": bar, "callbacks": callbacks,
+        }  # fmt: skip
+        defaults = dataclasses.asdict(TrainerOptions())
+        shown = {k: x for k, x in (given | further).items() if x != defaults.get(k)}
+        text = ", ".join(f"{name}={value!r}" for name, value in shown.items()) or "the defaults"
+        with of_options(Exception, what=f"no trainer can be made with {text}: "):
+            return Trainer(**given | fixed | options | further)
+
+
+def check(further: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """OptionError for values that Lightning takes and that cannot be, or fails with much later."""
+    known = inspect.signature(Trainer).parameters
+    for name, value in further.items():
+        if name not in known:
+            raise OptionError(
+                f"trainer.options must be options of lightning.pytorch.Trainer, got {name!r}"
+            )
+        if name == "callbacks" or (name == "logger" and not isinstance(value, bool)):
+            raise OptionError(f"trainer.options must not have {name}: those of a run are fixed")
+        kind = known[name].annotation
+        if kind in (bool, bool | None) and not isinstance(value, bool | None):
+            raise OptionError(f"{name} must be true or false, got {value!r}")
+    for name, least, endless in (
+        ("max_epochs", 1, True), ("max_steps", 1, True), ("accumulate_grad_batches", 1, False),
+        ("check_val_every_n_epoch", 1, False), ("num_sanity_val_steps", 0, True),
+        ("log_every_n_steps", 0, False),
+    ):  # fmt: skip
+        value = given.get(name)
+        if value is None or (endless and value == -1):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            wanted = f"an int of at least {least}" + (" or -1" if endless else "")
+            raise OptionError(f"{name} must be {wanted}, got {value!r}")
+    clip, interval = given.get("gradient_clip_val"), given.get("val_check_interval")
+    if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
+        raise OptionError(f"gradient_clip_val must be at least 0 and finite, got {clip!r}")
+    if isinstance(interval, int | float) and not interval > 0:
+        raise OptionError(f"val_check_interval must be positive, got {interval!r}")
+
+
+def check_validates(trainer: Trainer) -> None:
+    """OptionError for a trainer that never trains or never validates, which a run must do."""
+    for name in ("limit_train_batches", "limit_val_batches"):
+        if not getattr(trainer, name):
+            raise OptionError(
+                f"{name} must not be 0 to fit a model and to choose the best by its validation "
+                f"loss, got {getattr(trainer, name)}"
+            )
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if every is not None and epochs is not None and 0 < epochs < every:
+        raise OptionError(
+            f"check_val_every_n_epoch must be at most max_epochs, {epochs}, for a validation loss "
+            f"to choose the best model by, got {every}"
+        )
+
+
+class Lines(Callback):
+    """A line per epoch, where a progress bar would fill a file."""
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        found = {k: f"{float(v):.5g}" for k, v in sorted(trainer.callback_metrics.items())}
+        text = "  ".join(f"{name} {value}" for name, value in found.items())
+        print(f"epoch {trainer.current_epoch}  {text}", flush=True)
