@@ -63,8 +63,6 @@ def _verdict(
     host: Batch, found: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[list[str], dict[str, float]]:
     """What is wrong, and the share of its budget that each tensor uses."""
-    if not hasattr(testing, "budget"):
-        return _older_verdict(host, found, exact, dtype)
     variances = testing.budget(host, dtype)
     shares = {}
     for name, x in exact.items():
@@ -74,20 +72,3 @@ def _verdict(
         y, z = (torch.where(good, t, 0.0).to(t.dtype) for t in (found[name], x))
         shares[name] = max(testing.measure(y, z, torch.where(good, variances[name], 0.0)))
     return testing.violations(found, exact, variances), shares
-
-
-def _older_verdict(host, found, exact, dtype):
-    """With a budget from same-dtype math: the share is of the error of that math."""
-    yards = [
-        testing.differentiate(
-            lambda x: testing.dense(host, dtype, x, scale_first=first),  # noqa: B023
-            host,
-            dtype,
-        )
-        for first in (False, True)
-    ]
-    shares = {}
-    for name, x in exact.items():
-        worst = max(_error(yard[name], x) for yard in yards)
-        shares[name] = _error(found[name], x) / (6 * worst) if worst else 0.0
-    return testing.violations(found, exact, yards, dtype, slack=2.0), shares
