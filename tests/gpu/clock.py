@@ -21,9 +21,9 @@ from .shapes import Shape
 
 Call = Callable[[], Any]
 
-SAMPLES = 5
-LONGEST = 1.0  # seconds that a sample of REPLAYS replays may last; slower calls are replayed less
-EAGER = 20  # calls
+SAMPLES = 3
+LONGEST = 0.4  # seconds that a sample of REPLAYS replays may last; slower calls are replayed less
+EAGER = 20  # calls, fewer where they are slow
 CHECKED = 3_000_000  # pairs x heads up to which results are compared with float64
 ARITHMETIC = 100_000_000  # pairs x heads from which a cache changes nothing, but memory may end
 SHARE = 0.4  # of the free memory that the copies of the inputs may take
@@ -66,6 +66,8 @@ def own_stream(device: str) -> Iterator[Any]:
         yield None
         return
     _freeze()
+    gc.collect()  # graphs of the case before, and with them their memory
+    torch.cuda.empty_cache()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -90,12 +92,15 @@ def kernels(calls: list[Call], stream: Any) -> dict[str, Any]:
     return {"clock": "graph", "turns": len(calls), "replays": replays} | _spread(found)
 
 
-def eager(call: Call, stream: Any) -> dict[str, float]:
-    """Microseconds of the call as Python makes it, and those until Python is done with it."""
+def eager(call: Call, stream: Any, seconds: float) -> dict[str, float]:
+    """Microseconds of the call as Python makes it, and those until Python is done with it.
+
+    seconds: of its kernels.
+    """
     if stream is None:
         took = 1e6 * min(_plain(call) for _ in range(3))
         return {"eager_us": took, "host_us": took}
-    took, host = replay.plain(call, EAGER)
+    took, host = replay.plain(call, max(3, min(EAGER, int(0.1 / max(seconds, 1e-9)))))
     return {"eager_us": 1e6 * took, "host_us": 1e6 * host}
 
 
@@ -105,6 +110,7 @@ def rates(shape: Shape, what: str, dtype: torch.dtype, device: str, seconds: flo
     floor = size / copy_rate(device)
     return {
         "shape": shape.facts(), "floor": floor, "ratio": seconds / floor,
+        "copy_gb_s": copy_rate(device) / 1e9,
         "gb_s": size / seconds / 1e9, "tflop_s": flops / seconds / 1e12,
     }  # fmt: skip
 

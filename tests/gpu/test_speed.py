@@ -16,15 +16,13 @@ from benchmarks import cases as suites
 from benchmarks import providers, replay, sheet, sweep
 from benchmarks.cases import PASSES, Workload
 
+from . import alone, clock, fake_cuda, rivals, shapes
+from .blocks import prewarm, speed
+from .blocks import rivals as rivals_block
+from .blocks import sweep as sweep_block
+from .case import Case, Outcome, Settings
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [path for path in (str(ROOT / "tests"),) if path not in sys.path]
-
-from gpu import alone, clock, fake_cuda, rivals, shapes  # noqa: E402
-from gpu.blocks import prewarm, speed  # noqa: E402
-from gpu.blocks import rivals as rivals_block  # noqa: E402
-from gpu.blocks import sweep as sweep_block  # noqa: E402
-from gpu.case import Case, Outcome, Settings  # noqa: E402
-
 SMALL = shapes.equal(5, 3, 2, 16)
 POOLED = shapes.Shape("pooled", (4, 9, 1), 2, 8, 2)
 

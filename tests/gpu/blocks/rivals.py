@@ -94,7 +94,7 @@ def timed(shape, dtype, who, prepare, passes, device: str, emit: Emit) -> None:
                     one()  # the passes before it, outside of the graph
                 row = {"what": what, "backend": who} | clock.kernels(chosen, stream)
                 row |= clock.rates(shape, what, dtype, device, row["seconds"])
-                emit(row | clock.eager(chosen[0], stream))
+                emit(row | clock.eager(chosen[0], stream, row["seconds"]))
             except Outcome:
                 raise
             except Exception as error:
@@ -143,7 +143,7 @@ def module(who: str, dtype, device: str, emit: Emit) -> None:
             call = getattr(passes, what)
             call()
             row = {"what": what, "backend": who, "shape": facts} | clock.kernels([call], stream)
-            emit(row | clock.eager(call, stream))
+            emit(row | clock.eager(call, stream, row["seconds"]))
         results = clock.checked(batch, lambda what: getattr(passes, what)(), PASSES[:2])
         if results is not None:
             emit(results | {"backend": who})

@@ -82,7 +82,7 @@ def timed(shape, dtype, backend: str, device: str, emit: Emit) -> None:
                 row = {"what": what} | clock.kernels([getattr(x, what) for x in chosen], stream)
                 row |= clock.rates(shape, what, dtype, device, row["seconds"])
                 try:  # the public call needs the other passes, too
-                    row |= clock.eager(getattr(public, what), stream)
+                    row |= clock.eager(getattr(public, what), stream, row["seconds"])
                 except Exception as error:
                     failed = error
                     row["text"] = f"the public call: {type(error).__name__}: {error}"

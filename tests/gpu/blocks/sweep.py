@@ -40,8 +40,7 @@ def cases(settings: Settings) -> list[Case]:
         return []
     if settings.device != "cuda":
         return [
-            Case(NAME, COMPILE, "triton", seconds=60.0,
-                 environment=(("TRITON_INTERPRET", "0"),)),
+            Case(NAME, COMPILE, seconds=60.0),
             Case(NAME, f"{MEASURE} fp32 16 forward", "triton", "float32", seconds=60.0),
             Case(NAME, "graph replay", "triton", needs_cuda=True),
         ]  # fmt: skip
@@ -110,7 +109,8 @@ def compile_all(settings: Settings, emit: Emit) -> None:
             dtype = getattr(torch, tiles.DTYPES[row])
             for group in GROUPS if cuda else ("forward",):
                 for key, found in _entries(row, width, group, "cuda").items():
-                    for tile in found if cuda else found[:1]:
+                    original = tiles.shipped(key, capability)
+                    for tile in (original, *found) if cuda else (original,):
                         with tiles.using({key: tile}):
                             for shape in _shapes(width, group, "cuda"):
                                 batch = shapes.without_values(shape, dtype)
