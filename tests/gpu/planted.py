@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from gpu.case import Case, Emit, Settings
 from gpu.child import end_with_parent
@@ -36,7 +38,9 @@ def run(case: Case, settings: Settings, emit: Emit) -> None:
     import attnpool_kernels
 
     emit({"what": "who", "pid": os.getpid(), "package": attnpool_kernels.__file__})
-    if case.name == "segfault":
+    if case.name == "before":
+        emit({"what": "network"} | network())
+    elif case.name == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif case.name == "exit":
         os._exit(7)
@@ -63,6 +67,17 @@ def run(case: Case, settings: Settings, emit: Emit) -> None:
             signal.signal(number, signal.SIG_IGN)
         while True:
             time.sleep(0.01)
+
+
+def network() -> dict[str, Any]:
+    """Which interfaces there are, and what becomes of a connection."""
+    with open("/proc/net/dev") as file:
+        interfaces = [line.split(":")[0].strip() for line in file.readlines()[2:]]
+    try:
+        socket.create_connection(("192.0.2.1", 9), timeout=0.5).close()
+    except OSError as error:
+        return {"interfaces": interfaces, "text": str(error)}
+    return {"interfaces": interfaces, "text": "connected"}
 
 
 def wrong(settings: Settings, emit: Emit) -> None:

@@ -269,8 +269,6 @@ exit {code}
     [
         ("memcheck", "ERROR SUMMARY: 0 errors", 0, "ok"),
         ("initcheck", "ERROR SUMMARY: 2 errors", 9, "wrong"),
-        ("racecheck", "RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", 0, "wrong"),
-        ("synccheck", "nothing", 0, "failed"),
     ],
 )
 def test_sanitizers_by_a_stand_in(tool, summary, code, status, tmp_path, monkeypatch):
@@ -293,6 +291,20 @@ def test_sanitizers_by_a_stand_in(tool, summary, code, status, tmp_path, monkeyp
     assert f"--tool {tool}" in options and "--error-exitcode 9" in options
     assert ("--kernel-regex kns=attnpool" in options) == (tool != "initcheck")
     assert ("--padding 512" in options) == (tool == "memcheck")
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("all passes have run\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)", "ok"),
+        ("all passes have run\n========= RACECHECK SUMMARY: 1 hazard displayed", "wrong"),
+        ("all passes have run\n========= ERROR SUMMARY: 10 errors", "wrong"),
+        ("========= ERROR SUMMARY: 0 errors", "failed"),
+        ("all passes have run", "failed"),
+    ],
+)
+def test_verdicts_of_sanitizers(text, status):
+    assert sanitizers.verdict(0, text, 1.0)["status"] == status
 
 
 def test_a_tool_that_hangs_is_killed():

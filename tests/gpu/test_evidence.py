@@ -6,6 +6,7 @@ that counts; every block, and faults planted among them.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -14,11 +15,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from .case import GOOD
+from .case import GOOD, Settings, pack, unpack
 from .evidence import ASKED_FOR, ORDER
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -173,6 +176,39 @@ def test_faults_cost_their_case_only(rehearsal, machine):
     assert others and all(map(gone, others))
     for name in ("segfault", "exit", "wrong", "hang"):
         assert f"planted/{name}/" in text
+
+
+def test_there_was_no_network(rehearsal):
+    _, _, rows = rehearsal
+    (row,) = [row for row in rows if row["what"] == "network"]
+    assert row["text"] == "no network in a rehearsal"
+    assert not no_network() or row["interfaces"] == ["lo"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_of_every_block(device, tmp_path):
+    """What a run lists before it starts: also for CUDA, without touching it."""
+    settings = Settings(device, tmp_path, tmp_path, cores=16)
+    seen = set()
+    for name in ORDER:
+        block = importlib.import_module(f"gpu.blocks.{name}")
+        assert name == block.NAME and block.WEIGHT > 0
+        cases = block.cases(settings)
+        assert cases and {case.block for case in cases} == {name}
+        keys = [case.key for case in cases]
+        assert len(set(keys)) == len(keys)
+        assert {case.after for case in cases} <= seen | {""}
+        assert 1 <= getattr(block, "PARALLEL", lambda _: 1)(settings) <= 16
+        shards = {}
+        for case in cases:
+            if case.shard:
+                shards.setdefault((case.shard, case.backend), set()).add(case.environment)
+        assert all(len(kinds) == 1 for kinds in shards.values())
+        assert unpack(pack(settings, cases)) == (settings, cases)
+        seen.add(name)
+        only = block.cases(replace(settings, backends=("cuda",)))
+        assert {case.backend for case in only} <= {"", "cuda"}
+    assert not torch.cuda.is_initialized()
 
 
 def test_nothing_is_written_at_home(rehearsal, machine):
