@@ -89,11 +89,32 @@ class Capture:
 
 
 class OnCpu(TorchFunctionMode):
+    """Tensors of "cuda" on the CPU; what reads the contents of one waits for the device."""
+
+    READS = (
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "nonzero",
+        "cpu",
+        "masked_select",
+    )
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        lengths = name == "repeat_interleave" and "output_size" not in kwargs
+        if name in self.READS or (lengths and any(map(torch.is_tensor, args[1:]))):
+            self.device.wait()
         if "device" in kwargs:
             kwargs = kwargs | {"device": _host(kwargs["device"])}
-        if getattr(function, "__name__", "") == "to":
+        if name == "to":
             args = tuple(map(_host, args))
         return function(*args, **kwargs)
 
@@ -140,5 +161,5 @@ def installed(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator(_host(device)))
-    with OnCpu():
+    with OnCpu(device):
         yield device

@@ -81,6 +81,18 @@ def test_a_call_that_waits_is_found_before_the_capture(device):
     assert not device.capturing and device.mode == 0 and device.stream is device.first
 
 
+def test_no_rival_but_those_of_ours_reads_sizes_from_the_device(device):
+    """The fake notices what reads contents, as our own adapters do."""
+    work = Workload("ragged", "ragged", (5, 1, 9, 3), heads=2, dim=16, dtype=torch.bfloat16)
+    batch = work.make("cuda")
+    batch.prepare("backward")
+    passes = alone.Autograd(batch, rivals.RIVALS["naive, padded"](batch))
+    passes.backward()
+    assert replay.record([passes.forward, passes.backward]).calls == 2
+    with pytest.raises(replay.CannotRecord, match="it waits for the device"):
+        replay.record([lambda: batch.ptr.tolist()])
+
+
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(device):
     def call():
         if device.capturing:

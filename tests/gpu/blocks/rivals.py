@@ -118,7 +118,13 @@ def _refusal(error: Exception) -> bool:
 
     text = str(error)
     return isinstance(error, NotImplementedError | torch.OutOfMemoryError) or any(
-        part in text for part in ("No available kernel", "No operator found", "not implemented")
+        part in text
+        for part in (
+            "No available kernel",
+            "No viable backend",
+            "No operator found",
+            "not implemented",
+        )
     )
 
 
