@@ -135,6 +135,7 @@ def test_every_block_runs(rehearsal):
     assert [key for key, n in Counter(cases_keys(rows)).items() if n > 1] == []
     for name in blocks:
         assert f"\n{name}" in text
+    assert "GB/s, bfloat16" in text and "no lines of" not in text
 
 
 def cases_keys(rows: list[dict]) -> list[str]:

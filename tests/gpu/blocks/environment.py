@@ -100,3 +100,11 @@ def built() -> dict[str, str]:
     """Hashes of the libraries that were carried here: are they built from these sources?"""
     files = sorted((ROOT / "attnpool_kernels").glob("*.so"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
+
+
+def table(rows: list[dict]) -> list[str]:
+    """What the card can do, in a line."""
+    rates = [f"{row['dtype']} {row['tflop_s']:.4g} TFLOP/s" for row in rows if "tflop_s" in row]
+    copies = [f"copy {row['gb_s']:.4g} GB/s" for row in rows if "gb_s" in row]
+    names = [row["gpu"] for row in rows if "gpu" in row]
+    return [", ".join([*names, *copies, *rates])] if rates or copies else []
