@@ -262,10 +262,11 @@ def model(batch: Batch, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     shapes["gdout"] = batch.dout.shape
     if batch.dlse is not None:
         shapes["gdlse"] = lse_shape
-    found = {
-        name: tuple(torch.zeros(shape, dtype=torch.float64, device="cpu") for _ in range(2))
-        for name, shape in shapes.items()
-    }
+
+    def zeros(shape) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
+
+    found = {name: (zeros(shape), zeros(shape)) for name, shape in shapes.items()}
     found["lse"][0].fill_(-torch.inf)
     added = 0
     for index, keys in enumerate(case.counts):
