@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import importlib.metadata
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -29,6 +31,8 @@ def main(pipe: int, parent: int) -> int:
     end_with_parent()
     if os.getppid() != parent:
         return 1
+    faulthandler.enable()  # where a crash was, for its row
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # gigabytes, where CUDA is loaded
     os.set_inheritable(pipe, False)
 
     def tell(event: str, **facts: Any) -> None:

@@ -42,12 +42,13 @@ def poisoned() -> Iterator[None]:
     """Fills what torch allocates with NaN, so that a number that nobody writes is seen."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms would import the compiler, which is nothing to depend on.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch._C._set_deterministic_algorithms(before, warn_only=False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 

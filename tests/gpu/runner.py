@@ -297,7 +297,8 @@ def _cause(code: int | None) -> str:
 
 def _tail(path: Path) -> str:
     with contextlib.suppress(OSError):
-        return path.read_bytes()[-TAIL:].decode(errors="replace").strip()
+        text = path.read_bytes()[-4 * TAIL :].decode(errors="replace")
+        return text.partition("\nExtension modules: ")[0].strip()[-TAIL:]
     return ""
 
 

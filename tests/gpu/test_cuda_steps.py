@@ -171,6 +171,12 @@ def test_synchronisations_are_seen(cuda, monkeypatch):
     assert cuda.calls[-1] == "default"
 
 
+def test_memory_is_poisoned():
+    with judgement.poisoned():
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_memory_is_asked_for(cuda):
     batches.require_memory(int(70e9), "cuda")
     cuda.free = 3e9
