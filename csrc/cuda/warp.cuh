@@ -179,6 +179,24 @@ ATTN_DEVICE A quad_max(A x) {
   return other > x ? other : x;
 }
 
+// sum += x, where lost gathers what rounding takes from sum (Knuth's two-sum): however many x are
+// added, whole_sum is as exact as one addition. double has digits enough without.
+template <typename A>
+ATTN_DEVICE void add_exactly(A& sum, A& lost, A x) {
+  if constexpr (sizeof(A) == 8) {
+    sum += x;
+    return;
+  }
+  const A next = sum + x, part = next - sum;
+  lost += (sum - (next - part)) + (x - part);
+  sum = next;
+}
+// A sum that is not finite has lost nothing but NaN.
+template <typename A>
+ATTN_DEVICE A whole_sum(A sum, A lost) {
+  return lost == lost ? sum + lost : sum;
+}
+
 // Two floats as three pairs of bfloat16 whose sums are the floats: 3 x 8 bits are all 24.
 struct Split {
   uint32_t part[3];
