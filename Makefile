@@ -9,6 +9,7 @@ QM7B   ?= $(wildcard ../shared/data/qm7b.npz)
 CONFIG ?= qm7b_small_abp
 ARGS   ?=
 DEVICE ?= cuda
+MINUTES ?= 9
 JOBS   ?= 2
 
 BIN     := $(VENV)/bin
@@ -90,13 +91,15 @@ test-fast: $(VENV)/.test
 test-portable: $(VENV)/.test
 	$(BIN)/python tests/portable.py $(ARGS)
 
-## make test-gpu   what only a CUDA device can prove, about 3 minutes; DEVICE=cpu proves the script
+## make test-gpu   what only a CUDA device can prove, within MINUTES=9; DEVICE=cpu rehearses it
 test-gpu: $(VENV)/.package
-	$(BIN)/python tests/gpu_check.py --device $(DEVICE) --out gpu_check.json $(ARGS)
+	$(BIN)/python tests/gpu/evidence.py --device $(DEVICE) --minutes $(MINUTES) --out gpu-evidence \
+	  --blocks environment smoke prewarm correctness adapters invariants sanitizers $(ARGS)
 
-## make bench-gpu  the benchmark on a CUDA device, 6 minutes
-bench-gpu: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.run --device $(DEVICE) --minutes 6 $(ARGS)
+## make bench-gpu  kernel times and the libraries beside us on a CUDA device, within MINUTES=9
+bench-gpu: $(VENV)/.package
+	$(BIN)/python tests/gpu/evidence.py --device $(DEVICE) --minutes $(MINUTES) --out gpu-evidence \
+	  --blocks environment prewarm speed rivals $(ARGS)
 
 ## make lint       ruff and mypy
 lint: $(VENV)/.lint $(VENV)/.torch

@@ -122,9 +122,9 @@ def _serve(device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     import attnpool_kernels
 
-    from . import providers
+    from . import providers, replay
     from .gate import Gate
-    from .measure import once, sampler
+    from .measure import once
 
     def reply(x: object) -> None:
         pickle.dump(x, answers)
@@ -154,7 +154,7 @@ def _serve(device: str, threads: int) -> None:
             def again(batch=batch, call=call, what=what):
                 return batch.run(call, what)
 
-            sample = sampler(again, device, once(again, device))
+            sample, _ = replay.of_batch(batch, call, what, once(again, device))
             reply(0.0)
         except Exception as error:
             reply(f"{type(error).__name__}: {error}")

@@ -76,7 +76,10 @@ everyone.</li>
 and second gradients included. Who is wrong is not timed.</li>
 <li><b>Time.</b> Contenders take turns within one process; the tables give medians, the bands of
 the figures the 20th to 80th percentile. "+ backward" contains the forward pass, "+ second
-derivative" contains both: it is a step of training on forces.</li>
+derivative" contains both: it is a step of training on forces. On CUDA a call of less than 10 ms is
+timed by replays of a graph that holds it several times, on inputs that are together larger than the
+cache: what is measured is the kernels, not Python. Rows of calls that no graph can hold say
+so.</li>
 <li><b>Memory.</b> Peak over the inputs during one call: resident memory of a fresh child process
 on a CPU (exact to about half a megabyte, "-" below that), torch's allocator on CUDA.</li>
 <li><b>Limit.</b> The larger of (flops / rate of multiply-adds) and (bytes / rate of memory). On a

@@ -31,6 +31,7 @@ Time and peak memory of set attention against the number of atoms.
 Every contender starts from packed rows and ends with packed rows: padding and unpadding count.
 Each is checked against float64 before it is timed. The contenders take turns within one process;
 peak memory comes from a child process for each point (CPU) or from torch's allocator (CUDA).
+On CUDA a call of less than 10 ms is timed by replays of a graph, on inputs larger than the cache.
 Refusals, wrong results, out of memory and timeouts are rows with their reasons.
 """
 SUITES = "".join(f"  {name:10} {text}\n" for name, (text, _) in cases.SUITES.items())

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import memory, providers
+from . import memory, providers, replay
 from .base import Base
 from .cases import Batch, Workload
 from .gate import Gate, shortened
-from .measure import Sampler, Timing, interleave, once, peak_cuda, sampler
+from .measure import Sampler, Timing, interleave, once, peak_cuda
 from .providers import Contender
 from .rates import Rates
 from .sheet import BenchmarkError, Row, Sheet
@@ -186,7 +186,7 @@ class Sweep:
                 return None
             if 1.0 < first < 5.0:  # the first call of a process may stumble
                 first = once(lambda: batch.run(call, what), device)
-            run = sampler(lambda: batch.run(call, what), device, first)
+            run, row.reason = replay.of_batch(batch, call, what, first)
         except Exception as error:
             row.status, row.reason = memory.classify(error)
             if device == "cuda" and "CUDA error" in row.reason:

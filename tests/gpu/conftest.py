@@ -1,0 +1,36 @@
+"""Stand-ins for a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from attnpool_kernels import backends, dispatch
+from attnpool_kernels.backends import cpu
+
+from . import clock, fake_cuda
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with fake_cuda.installed(monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def as_cuda(device, monkeypatch):
+    """The CPU kernels under the name "cuda"."""
+    if cpu.load():
+        pytest.skip(cpu.load())
+    names = ("KIND", "forward", "backward", "double_backward")
+    module = SimpleNamespace(**{name: getattr(cpu, name) for name in names})
+    module.why_not, module.load = lambda problem: [], lambda: ""
+    module.__name__ = "cuda"
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: module if name == "cuda" else load(name))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    clock.copy_rate.cache_clear()
+    monkeypatch.setattr(clock.card, "copy_rate", lambda *_: 3.0e12)
+    yield device
+    clock.copy_rate.cache_clear()
