@@ -50,7 +50,7 @@ $(VENV)/.zoo: $(VENV)/.package
 	@touch $@
 
 # torch for CUDA brings its own Triton; the interpreter of 3.6 uses what numpy 2.4 removed.
-$(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo
+$(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo Makefile
 	$(INSTALL) $(KEEP) pytest pytest-benchmark pytest-xdist hypothesis pybind11 torch_geometric \
 	  abi3audit auditwheel
 	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0

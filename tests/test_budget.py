@@ -297,8 +297,10 @@ def test_the_verdict_does_not_know_torchs_own_error(case):
 
 
 OTHER_PROCESS = """
-import json, sys, torch
+import json, sys, pytest, torch
 sys.path.insert(0, {tests!r})
+import seeds
+seeds.install(pytest.MonkeyPatch())
 from test_budget import LARGE, ratios
 torch.set_num_threads({threads})
 print(json.dumps(ratios(LARGE, torch.float32, torch.load({path!r}))))

@@ -147,7 +147,11 @@ def test_output_is_an_average(kernels, case):
     assert torch.equal(out_of(batch, kernels)["out"], 2 * out)
     batch.v = torch.ones_like(batch.v)
     ones = out_of(batch, kernels)["out"]
-    ends = ptr if case.seeds or not case.q_counts else testing._ptr(case.q_counts, ptr.dtype, "cpu")
+    ends = (
+        ptr
+        if case.seeds or not case.q_counts
+        else testing.cases._ptr(case.q_counts, ptr.dtype, "cpu")
+    )
     for i, n in enumerate(case.counts):
         mine = ones[i] if case.seeds else ones[ends[i] : ends[i + 1]]
         assert torch.allclose(mine, torch.full_like(mine, float(n > 0)), atol=1e-6)

@@ -399,8 +399,8 @@ ATTN_DEVICE void read_units(Acc<X> (&to)[N], const X* row) {
   for (int n = 0; n < N; ++n) to[n] = to_acc(pack.at[n]);
 }
 
-// sum[s] += sum over the keys of a tile of terms[s][key] rows[key]. Absent keys of the last four
-// have rows of zeros and terms that are finite.
+// sum[s] += sum over the keys of a tile of terms[s][key] rows[key], TOGETHER of them at a time.
+// Absent keys of the last of these have rows of zeros and terms that are finite.
 template <typename Plan, typename T, int D>
 ATTN_DEVICE void add_rows(Acc<T> (&sum)[SEEDS][D / 32], const Acc<T>* terms, const T* rows,
                           int keys, uint32_t mask) {
@@ -416,9 +416,12 @@ ATTN_DEVICE void add_rows(Acc<T> (&sum)[SEEDS][D / 32], const Acc<T>* terms, con
       if (!(mask >> s & 1)) continue;
       const Pack<A, N> weight = load_pack<N>(terms + s * Plan::PAIR_KEYS + key);
       ATTN_UNROLL
-      for (int i = 0; i < N; ++i)
+      for (int u = 0; u < U; ++u) {
+        A part = 0;
         ATTN_UNROLL
-        for (int u = 0; u < U; ++u) sum[s][u] += weight.at[i] * x[i][u];
+        for (int i = 0; i < N; ++i) part += weight.at[i] * x[i][u];
+        sum[s][u] += part;
+      }
     }
   }
 }

@@ -44,13 +44,16 @@ ATTN_DEVICE void add_gradients(Acc<T> (&dq)[SEEDS][D / 32], const KernelParams& 
       read_units(of_q, q + s * D);
       read_units(of_dout, dout + s * D);
       ATTN_UNROLL
-      for (int i = 0; i < N; ++i)
+      for (int u = 0; u < U; ++u) {
+        A part = 0;
         ATTN_UNROLL
-        for (int u = 0; u < U; ++u) {
-          dq[s][u] += a.at[i] * x[i][u];
+        for (int i = 0; i < N; ++i) {
+          part += a.at[i] * x[i][u];
           dk[i][u] += a.at[i] * of_q[u];
           dv[i][u] += b.at[i] * of_dout[u];
         }
+        dq[s][u] += part;
+      }
     }
     ATTN_UNROLL
     for (int i = 0; i < N; ++i) {
@@ -153,12 +156,16 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
       ATTN_UNROLL
       for (int s = 0; s < SEEDS; ++s) {
         if (!(mask >> s & 1)) continue;
-        if (!sweeps)
+        if (!sweeps) {
+          A lost_total = 0, lost_delta = 0;
           for (int64_t i = lane * p.split; i < part.keys; i += 32 * p.split) {
             const A* from = numbers_of_part<A>(p, part, int(i), head, s) + value_dim;
-            total[s] += from[0];
-            delta[s] += from[1];
+            add_exactly(total[s], lost_total, from[0]);
+            add_exactly(delta[s], lost_delta, from[1]);
           }
+          total[s] += lost_total;
+          delta[s] += lost_delta;
+        }
         total[s] = sum_below(total[s], sweeps ? KEYS : 32);
         delta[s] = sum_below(delta[s], sweeps ? KEYS : 32);
         if (lane > 0) continue;

@@ -48,6 +48,7 @@ ATTN_KERNEL ATTN_BOUNDS(MergePlan<T>::THREADS)
   };
   const bool weighted = !p.gdout.data;
   A highest = -A(INFINITY), total = 0, sum[Plan::UNITS] = {0, 0, 0, 0};
+  A lost_total = 0, lost[Plan::UNITS] = {0, 0, 0, 0};
   if (weighted) {
     for (int i = lane; i < parts; i += 32) {
       const A peak = numbers(i)[value_dim];
@@ -63,12 +64,16 @@ ATTN_KERNEL ATTN_BOUNDS(MergePlan<T>::THREADS)
     A share = 1;
     if (weighted) {
       share = from[value_dim] == -A(INFINITY) ? A(0) : exponential<T>(from[value_dim] - highest);
-      total += from[value_dim + 1] * share;
+      add_exactly(total, lost_total, from[value_dim + 1] * share);
     }
     ATTN_UNROLL
     for (int u = 0; u < Plan::UNITS; ++u)
-      if (lane * Plan::UNITS + u < value_dim) sum[u] += from[lane * Plan::UNITS + u] * share;
+      if (lane * Plan::UNITS + u < value_dim)
+        add_exactly(sum[u], lost[u], from[lane * Plan::UNITS + u] * share);
   }
+  total += lost_total;
+  ATTN_UNROLL
+  for (int u = 0; u < Plan::UNITS; ++u) sum[u] = whole_sum(sum[u], lost[u]);
   A* rows = reinterpret_cast<A*>(memory);
   A* row = rows + warp * Plan::ROW;
   ATTN_UNROLL

@@ -19,9 +19,10 @@ ATTN_DEVICE void sum_rows(const A* from, Out* to, int64_t rows, int64_t chunk, i
   const int64_t element = blockIdx.x % blocks * SumPlan::THREADS + threadIdx.x;
   const int64_t last = first + chunk < rows ? first + chunk : rows;
   if (element >= elements) return;
-  A sum = 0;
-  for (int64_t row = first; row < last; ++row) sum += from[row * elements + element];
-  from_acc(sum, to[blockIdx.x / blocks * elements + element]);
+  A sum = 0, lost = 0;
+  for (int64_t row = first; row < last; ++row)
+    add_exactly(sum, lost, from[row * elements + element]);
+  from_acc(whole_sum(sum, lost), to[blockIdx.x / blocks * elements + element]);
 }
 
 template <typename T>

@@ -32,8 +32,8 @@ struct Place {
   int64_t tile;
 
   ATTN_DEVICE explicit Place(const KernelParams& p)
-      : group(threadIdx.x / Plan::GROUP_THREADS), thread(threadIdx.x % Plan::GROUP_THREADS),
-        slot(thread / 32 * 16) {
+      : group(Plan::GROUPS == 1 ? 0 : threadIdx.x / Plan::GROUP_THREADS),
+        thread(threadIdx.x % Plan::GROUP_THREADS), slot(thread / 32 * 16) {
     const uint32_t work = blockIdx.x * Plan::GROUPS + group;
     const uint32_t heads = static_cast<uint32_t>(p.heads);
     tile = work / heads;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "kernel_params.h"
+#include "once_per_device.h"
 
 #ifndef ATTN_HOST_SHIM
 #include <cuda_bf16.h>
@@ -51,9 +52,11 @@ ATTN_DEVICE float exp_fast(float x) {
   return y;
 }
 
-// Barrier of the `threads` threads of one group; groups of a block use different numbers.
+// Barrier of the `threads` threads of one group; groups of a block use different numbers, 1 or 2.
+// A number in a register would claim all 16 barriers of the block, and 64 is all that an SM has.
 ATTN_DEVICE void group_barrier(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+  if (number == 1) asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+  else asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory");
 }
 
 // 16 bytes from global to shared memory, or 16 zero bytes; done at the wait. Both 16-byte aligned.
@@ -107,15 +110,30 @@ ATTN_DEVICE void mma_double(double& c0, double& c1, double a, double b) {
       : "d"(a), "d"(b));
 }
 
+// Allows a kernel more than 48 KiB of shared memory on the current device.
+template <void (*KERNEL)(KernelParams)>
+int allow_shared_memory(int bytes) {
+  static std::atomic<uint64_t> allowed{0};
+  int device = 0;
+  const int status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  return once_per_device(
+      allowed, device,
+      [&] {
+        return cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      },
+      [] { cudaGetLastError(); });
+}
+
 // Runs a kernel for so many groups of warps; returns 0 or a cudaError_t.
 template <void (*KERNEL)(KernelParams), typename Plan>
 int launch(int64_t groups, const KernelParams& p, void* stream) {
+  static_assert(Plan::GROUPS <= 2, "group_barrier has two numbers");
   const int64_t blocks = (groups + Plan::GROUPS - 1) / Plan::GROUPS;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (Plan::BYTES > (48 << 10)) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, Plan::BYTES);
+    const int status = allow_shared_memory<KERNEL>(Plan::BYTES);
     if (status != cudaSuccess) return status;
   }
   KERNEL<<<static_cast<unsigned>(blocks), Plan::THREADS, Plan::BYTES,
@@ -179,22 +197,43 @@ ATTN_DEVICE A quad_max(A x) {
   return other > x ? other : x;
 }
 
-// Two floats as three pairs of bfloat16 whose sums are the floats: 3 x 8 bits are all 24.
+// sum += x, where lost gathers what rounding takes from sum (Knuth's two-sum): however many x are
+// added, whole_sum is as exact as one addition. double has digits enough without.
+template <typename A>
+ATTN_DEVICE void add_exactly(A& sum, A& lost, A x) {
+  if constexpr (sizeof(A) == 8) {
+    sum += x;
+    return;
+  }
+  const A next = sum + x, part = next - sum;
+  lost += (sum - (next - part)) + (x - part);
+  sum = next;
+}
+// A sum that is not finite has lost nothing but NaN.
+template <typename A>
+ATTN_DEVICE A whole_sum(A sum, A lost) {
+  return lost == lost ? sum + lost : sum;
+}
+
+// Two floats as three pairs of bfloat16 whose sums are the floats: 3 x 8 bits are all 24. The first
+// parts are cut off, not rounded, so that the largest floats do not become infinite. Those of an
+// infinity are itself and NaN, see mma_16.
 struct Split {
   uint32_t part[3];
   ATTN_DEVICE Split() {}
   ATTN_DEVICE Split(float low, float high) {
+    part[0] = float_bits(low) >> 16 | (float_bits(high) & 0xffff0000u);
     ATTN_UNROLL
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 1; i < 3; ++i) {
+      low -= bits_float(part[i - 1] << 16);
+      high -= bits_float(part[i - 1] & 0xffff0000u);
       part[i] = pack(low, high, Bfloat16{});
-      low -= bits_float(part[i] << 16);
-      high -= bits_float(part[i] & 0xffff0000u);
     }
   }
 };
 
 // c (16 x 8) += a (16 x 16) b (16 x 8) with float32 accuracy: eight of the nine products of parts,
-// the smallest first; the ninth is 2^-34 of a product. 1 * x is exact. Three TF32 products, the
+// the smallest first; the ninth is 2^-32 of a product. 1 * x is exact. Three TF32 products, the
 // usual way, take 3/4 of the time but lose the last bit of both operands. Tensor cores truncate
 // their sums, so the large product stands alone and joins by additions that round to nearest (after
 // Ootomo and Yokota, 2022).
@@ -215,8 +254,12 @@ ATTN_DEVICE void mma_16(float (&c)[4], const Split (&a)[4], const Split (&b)[2])
   add(small, I, J);
   add(small, J, I);
   add(large, 0, 0);
+  // Where an operand is infinite, the large product says all, and the small ones are NaN.
   ATTN_UNROLL
-  for (int i = 0; i < 4; ++i) c[i] += large[i] + small[i];
+  for (int i = 0; i < 4; ++i) {
+    const bool finite = large[i] - large[i] == 0;
+    c[i] += large[i] + (finite ? small[i] : 0);
+  }
 }
 
 // c (16 x 8) += a (16 x 8) b (8 x 8): a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) and

@@ -188,3 +188,30 @@ def test_why_not():
     if not torch.version.cuda:
         with pytest.raises(BackendError, match="CUDA library"):
             dispatch.select(good, "cuda")
+
+
+def test_a_kernel_asks_each_device_once_and_leaves_no_error_behind(module):
+    """A refusal is returned to its own call, cleared (the next launch would report it), retried."""
+    assert module.ask_devices([0, 0, 1, 0, 1], [0, 0]) == ([0, 0, 0, 0, 0], 2, 0)
+    assert module.ask_devices([0, 0, 0], [98, 0]) == ([98, 0, 0], 2, 1)
+    assert module.ask_devices([70, 70], [0, 0]) == ([0, 0], 2, 0)  # beyond the 64 remembered
+
+
+@pytest.mark.parametrize("value", [3.4e38, torch.inf, -torch.inf])
+@pytest.mark.parametrize("seeds", [None, 9, 2])
+def test_largest_floats_and_infinities_in_float32(module, seeds, value):
+    """Products of split float32: parts of a large float stay finite, those of infinity are it."""
+    case = testing.Case("two", (5, 18), seeds=seeds, heads=1, dim=16, logits=0.1)
+    batch = case.make(torch.float32)
+    batch.v[2, 0, 3] = value
+    kernels = cuda_host.Kernels(module)
+    problem = (batch.q, batch.k, batch.v, None, batch.q_ptr, batch.k_ptr, None, None)
+    out, _ = kernels.forward(*problem, batch.scale, 0.0)
+    finite = batch.v.nan_to_num(0.0, 0.0, 0.0)  # the oracle multiplies other molecules by 0
+    expected, _ = testing.dense(batch, torch.float64, [batch.q, batch.k, finite])
+    own = (slice(0, 5) if seeds is None else slice(0, 1), ..., 0, 3)
+    if abs(value) == torch.inf:
+        assert (out[own] == value).all()
+        out[own] = expected[own] = 0
+    assert out.isfinite().all()
+    assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5)

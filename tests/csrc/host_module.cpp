@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/once_per_device.h"
 
 namespace py = pybind11;
 using namespace attnpool;
@@ -92,7 +93,21 @@ py::list plan(const std::string& pass, const py::dict& call) {
   return found;
 }
 
+// once_per_device for calls on these devices, where ask() answers in turn: (what the calls
+// returned, how often it asked, how often it cleared an error).
+std::tuple<std::vector<int>, int, int> ask_devices(const std::vector<int>& devices,
+                                                   const std::vector<int>& answers) {
+  std::atomic<uint64_t> done{0};
+  std::vector<int> returned;
+  int asked = 0, cleared = 0;
+  for (const int device : devices)
+    returned.push_back(once_per_device(
+        done, device, [&] { return answers.at(asked++); }, [&] { ++cleared; }));
+  return {returned, asked, cleared};
+}
+
 PYBIND11_MODULE(MODULE_NAME, m) {
+  m.def("ask_devices", &ask_devices);
   m.def("run", &run);
   m.def("scratch", &scratch);
   m.def("plan", &plan);

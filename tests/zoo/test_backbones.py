@@ -126,8 +126,12 @@ def test_dimenet_is_that_of_pyg(monkeypatch, name, kind):
     net = small(name)
     net.load_state_dict(theirs.state_dict())
     sums = torch.zeros(3, 16, dtype=torch.float64).index_add(0, ragged.batch(), net(z, pos, ragged))
-    # PyG's formulas hold float32 constants, so that 1e-8 is what they agree to in float64
-    torch.testing.assert_close(theirs(z, pos, ragged.batch()), sums, rtol=1e-6, atol=1e-7)
+    wanted = theirs(z, pos, ragged.batch())
+    # PyG's formulas hold constants rounded to float32, so the two agree in float64 as closely as
+    # PyG's own model does with itself in float32. The weights are float32 numbers in both.
+    rounding = (theirs.float()(z, pos.float(), ragged.batch()) - wanted).abs().max()
+    assert rounding < 1e-3 * wanted.abs().max()
+    assert (sums - wanted).abs().max() <= 8 * rounding
 
 
 def test_spherical_basis():

@@ -90,7 +90,7 @@ def test_bad_input(pos, ptr, cutoff, name):
 
 
 def test_triplets():
-    index = edges(torch.randn(20, 3), torch.tensor([0, 4, 5, 17]), 1.5)
+    index = edges(torch.randn(20, 3), torch.tensor([0, 4, 5, 17]), 2.0)
     pairs = index.T.tolist()
     wanted = {
         (i, j, k, pairs.index([k, j]), pairs.index([j, i]))
@@ -99,7 +99,7 @@ def test_triplets():
         if middle == j and k != i
     }
     found = list(zip(*(x.tolist() for x in triplets(index, 20))))
-    assert set(found) == wanted and len(found) == len(wanted) > 100
+    assert set(found) == wanted and len(found) == len(wanted) > 100 and len(pairs) < 12 + 132
     with pytest.raises(ValueError, match="sorted"):
         triplets(index.flip(1), 20)
 

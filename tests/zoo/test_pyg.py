@@ -207,7 +207,9 @@ def test_schnet_with_abp_has_forces():
     z, pos, batch = molecules()
     pos.requires_grad_()
     model = SchNet(16, 16, 2, num_gaussians=8, cutoff=4.0, interaction_graph=MoleculeGraph(4.0))
-    model = pyg.pooled_schnet(model, AttentionPooling(16, 16, heads=2, seeds=4)).double()
+    model = pyg.pooled_schnet(
+        model, AttentionPooling(16, 16, heads=2, seeds=4, activation="silu")
+    ).double()
     energy = model(z, pos, batch)
     assert energy.shape == (3, 1)
     (force,) = torch.autograd.grad(energy.sum(), pos, create_graph=True)
