@@ -143,6 +143,8 @@ def test_every_pooling(pooling, head):
         return
     options = {"heads": 1, "hidden": 8} if head == "atom" and pooling == "abp" else {}
     options = {} if head == "atom" and pooling == "seed" else OPTIONS.get(pooling, {}) | options
+    if head == "atom" and pooling == "set_transformer":
+        options["pre_linear"] = False  # a ReLU on rows of width 2 may be off for all atoms
     net = model(pooling=pooling, head=head, pooling_options=options, targets=2)
     given = molecules(4, 1, 7)
     net.set_statistics(torch.tensor([3.0, -5.0]), torch.tensor([0.5, 2.0]), atoms=4)
