@@ -5,8 +5,8 @@
 
 For each entry of the table a grid of tiles is compiled for sm_90. What spills much, repeats
 products or needs more shared memory than there is goes; of the rest those with the fewest
-instructions for molecules of 18 and 55 atoms (warps x instructions, loops as often as they run) are
-kept in ``candidates.json``.
+instructions for molecules of 18 and 55 atoms, or sets of 1,024 and 4,096 rows, (warps x
+instructions, loops as often as they run) are kept in ``candidates.json``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SM = 90
 KEPT = 4  # of each entry, beside the one of the table
 SPILLS = 64  # bytes
 REPEATED = 1.5  # products that warps compute more than once, over those that are needed
-ATOMS = (18, 55)
+ATOMS, LONG_ATOMS = (18, 55), (1024, 4096)
 # BLOCK_M, BLOCK_N, warps
 SHORT = (
     (16, 16, 1), (16, 32, 1), (16, 64, 1), (16, 64, 2), (32, 16, 2), (32, 32, 1), (32, 32, 2),
@@ -68,7 +68,8 @@ def measured(key: Key, tile: Tile) -> dict | None:
     with tiles.using({key: tile}):
         launches = aot.launches(variant)
     found: dict = {"tile": list(tile), "registers": 0, "spills": 0, "shared": 0, "repeated": 1.0}
-    work = dict.fromkeys(ATOMS, 0.0)
+    atoms = LONG_ATOMS if key.name in aot.tuning.LONG_PASSES else ATOMS
+    work = dict.fromkeys(atoms, 0.0)
     for launch in launches:
         if "PRECISION" not in launch.arguments or launch.arguments.get("STATISTICS"):
             continue
@@ -82,7 +83,7 @@ def measured(key: Key, tile: Tile) -> dict | None:
         for name, x in zip(("registers", "spills", "shared"), record.line()):
             found[name] = max(found[name], x)
         found["repeated"] = max(found["repeated"], repeated(compiled.asm["ttgir"]))
-        for n in ATOMS:
+        for n in atoms:
             turns = math.ceil(n / tile[1])
             work[n] += warps * math.ceil(n / tile[0]) * (total - loop + loop * turns)
     return found | {"instructions": {str(n): round(x) for n, x in work.items()}}

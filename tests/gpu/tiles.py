@@ -73,6 +73,7 @@ def candidates() -> dict[Key, list[Tile]]:
     return {
         Key.of(name): [tuple(entry["tile"]) for entry in entries]
         for name, entries in known["entries"].items()
+        if entries  # of some entries only the tile of the table is left
     }
 
 
