@@ -3,12 +3,14 @@
 Compiling everything takes minutes (-m slow). In every run: the table belongs to these sources, none
 of its kernels spills, and three of the kernels closest to the limit are compiled again. Those are
 skipped where nvcc is absent or of another release than the table's, which says nothing about it.
+The table holds at least sm_80 and sm_90; ``nvcc_report.py --archs 120 --update`` adds another.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -33,28 +35,31 @@ def test_the_table_belongs_to_these_sources():
 
 
 def test_no_kernel_spills():
-    assert not nvcc_report.violations(TABLE["archs"], TABLE["archs"], list(nvcc_report.ARCHS))
+    assert not nvcc_report.violations(TABLE["archs"], TABLE["archs"], list(TABLE["archs"]))
 
 
 @pytest.mark.parametrize(
     ("source", "arch", "dtype", "width"),
     [
-        ("backward", "120", "float", 64),
+        ("backward", "80", "float", 64),
         ("double_backward", "90", "Bfloat16", 128),
-        ("few_seeds_backward", "100", "Bfloat16", 128),
+        ("few_seeds_backward", "90", "Bfloat16", 128),
     ],
 )
 def test_three_of_the_largest(source, arch, dtype, width):
     needs_nvcc()
-    found = nvcc_report.parse(nvcc_report.compile_one(source, arch, (dtype, width)))
+    said = nvcc_report.compile_one(source, arch, (dtype, width))
+    found = nvcc_report.parse(said)
     assert any(name.startswith(f"{source}_") for name in found[arch])
     assert not nvcc_report.violations(found, TABLE["archs"], [arch], some=True)
+    # A barrier whose number is in a register claims all 16, and an SM has 64 for all its blocks.
+    assert max(map(int, re.findall(r"used (\d+) barriers", said))) <= 3
 
 
 @pytest.mark.slow
 def test_all_architectures():
     needs_nvcc()
-    archs = list(nvcc_report.ARCHS)
+    archs = list(TABLE["archs"])
     assert not nvcc_report.violations(nvcc_report.measure(archs), TABLE["archs"], archs)
 
 
@@ -74,5 +79,5 @@ def test_the_gate_can_fail():
 
 def test_the_table_covers_every_architecture_alike():
     kernels = {arch: set(table) for arch, table in TABLE["archs"].items()}
-    assert set(kernels) == set(nvcc_report.ARCHS)
+    assert {"80", "90"} <= set(kernels) <= set(nvcc_report.ARCHS)
     assert len(set(map(frozenset, kernels.values()))) == 1
