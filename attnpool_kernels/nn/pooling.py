@@ -22,14 +22,14 @@ TOGETHER = (64, 64**2)  # rows of a molecule that are summed first
 
 def segment_sum(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
     """[B, C] sums of the rows x [N, C] of each molecule; batch = ``ragged.batch(N)``."""
-    return _sums(x, ragged, batch)[:-1]
+    return _sums(x, ragged, batch)[:-1].to(x.dtype)
 
 
 def _sums(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
-    """[B + 1, C] sums; the last line is for the rows of no molecule.
+    """[B + 1, C] sums, in float32 at least; the last line is for the rows of no molecule.
 
     Groups of rows of a molecule are added up first, counted from its own first row, then groups of
-    such sums, all in float32 at least: a running float32 sum of 10^6 equal rows is 1 % off.
+    such sums: a running float32 sum of 10^6 equal rows is 1 % off.
     """
     total = x.to(torch.promote_types(x.dtype, torch.float32))
     molecules, ptr = ragged.ptr.shape[0], ragged.ptr.long()
@@ -40,7 +40,7 @@ def _sums(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         into = torch.zeros_like(total[:, 0], dtype=torch.long).scatter(0, place, group)
         total = total.new_zeros(most + molecules + 1, x.shape[1]).index_add(0, into, total)
         place = group
-    return total.to(x.dtype)
+    return total
 
 
 def segment_max(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def segment_softmax(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
     top = _select(x.detach(), _first_largest(x.detach(), ragged, batch))
     e = (x - top.index_select(0, batch)).exp()
     total = _sums(e, ragged, batch)
-    return e / total.index_select(0, batch)
+    return (e / total.index_select(0, batch)).to(x.dtype)
 
 
 def _first_largest(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
@@ -110,8 +110,9 @@ class MeanPooling(_Pooling):
     """Σ_i x_i / n."""
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
+        sums = _sums(x, ragged, batch)[:-1]  # may leave the range of a half type, the mean does not
         counts = ragged.counts().clamp(min=1)
-        return segment_sum(x, ragged, batch) / counts[:, None].to(x.dtype)
+        return (sums / counts[:, None].to(sums.dtype)).to(x.dtype)
 
 
 class MaxPooling(_Pooling):

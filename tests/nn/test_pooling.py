@@ -165,3 +165,11 @@ def test_sums_have_the_bits_of_the_molecule_alone(rows):
     x = torch.randn(rows + 70, 2)
     together = SumPooling()(x, torch.tensor([0, 33, 33, rows + 33, rows + 70]))
     assert torch.equal(together[2:3], SumPooling()(x[33 : rows + 33], torch.tensor([0, rows])))
+
+
+def test_the_mean_of_halves_does_not_overflow_on_the_way():
+    """Neither the sum of 70,000 rows of 3 nor their count fits into float16."""
+    x = torch.full((70_000, 2), 3.0, dtype=torch.float16)
+    ptr = torch.tensor([0, 70_000])
+    assert torch.equal(MeanPooling()(x, ptr), torch.full((1, 2), 3.0, dtype=torch.float16))
+    assert torch.allclose(SoftmaxPooling()(x[:, :1], ptr).float(), torch.tensor(3.0), rtol=1e-2)
