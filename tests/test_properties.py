@@ -160,7 +160,11 @@ def test_output_is_an_average(kernels, case):
 @examples(30)
 @given(n=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]), dim=WIDTHS, heads=st.integers(1, 3))
 def test_exact_sums(kernels, n, dim, heads):
-    """Equal logits and small integers: the mean, bit for bit; one dominating logit: its value."""
+    """Equal logits and small integers: the mean, bit for bit; one dominating logit: its value.
+
+    Its weight is not 1 where keys come in several blocks: there the exponent is cut by a whole
+    power of two, so that long sums lose nothing. The division then is one rounding off at most.
+    """
     ptr = torch.tensor([0, n, 2 * n])
     zero = torch.zeros(2 * n, heads, dim)
     v = torch.randint(-8, 9, (2 * n, heads, dim)).float()
@@ -170,7 +174,8 @@ def test_exact_sums(kernels, n, dim, heads):
     keys = torch.zeros(2 * n, heads, dim)
     keys[n - 1] = 1e4 / dim
     out = set_attention(torch.ones_like(zero), keys, v, ptr, scale=1.0, backend=name)
-    assert torch.equal(out[:n], v[n - 1].expand(n, heads, dim))
+    off = (out[:n] - v[n - 1]).abs()
+    assert (off <= v[n - 1].abs() * torch.finfo(torch.float32).eps).all()
 
 
 @examples(30)
