@@ -1,8 +1,9 @@
 """Plain torch, one molecule at a time: the readable definition, on any device, in any order.
 
 Serves what no kernel serves (dimensions over 256, other devices, third derivatives, forward mode)
-and needs no compiler. Half types are computed in float32. Reads the boundaries on the host, so it
-synchronises on an accelerator.
+and needs no compiler. Half types are computed in float32, and molecules of more than ``LONG`` keys
+in float64: torch's running float32 sums of 10^6 equal weights are off in the third digit. Reads the
+boundaries on the host, so it synchronises on an accelerator.
 
 torch's ``make_fx`` records softmax, as every function whose derivative uses its result, with that
 result detached: a recorded gradient would have a wrong derivative. So recording one raises.
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 KIND = "composite"
 GRAD_ORDER = 1_000_000  # plain differentiable torch
+LONG = 4096
 
 
 def why_not(problem: Problem) -> list[str]:
@@ -60,15 +62,16 @@ def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
     for i in range(len(k_edges) - 1):
         own = slice(q_edges[i], q_edges[i + 1]) if q_ptr is not None else slice(None)
         keys = slice(k_edges[i], k_edges[i + 1])
-        logits = scale * (q[:, own] @ k[:, keys].transpose(1, 2))
+        sums = torch.float64 if k_edges[i + 1] - k_edges[i] > LONG else wide
+        logits = scale * (q[:, own].to(sums) @ k[:, keys].to(sums).transpose(1, 2))
         if bias is not None and pairs is not None:
-            mine = bias[pairs[i] : pairs[i + 1]].to(wide)
+            mine = bias[pairs[i] : pairs[i + 1]].to(sums)
             logits = logits + mine.view(*logits.shape[1:], heads).permute(2, 0, 1)
         n, m = logits.shape[1:]
         keep = None if seed is None else keep_mask(seed, i, heads, n, m, dropout)
-        out, lse = _softmax_times(logits, v[:, keys], keep, dropout)
-        outs.append(out)
-        lses.append(lse)
+        out, lse = _softmax_times(logits, v[:, keys].to(sums), keep, dropout)
+        outs.append(out.to(wide))
+        lses.append(lse.to(wide))
     if q_ptr is None:
         shape = (0, heads, rows, v.shape[2])
         out = torch.stack(outs) if outs else _zeros(q, v).expand(shape)

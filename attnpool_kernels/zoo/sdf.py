@@ -157,6 +157,7 @@ def _properties(block: Block, at: int, charges: np.ndarray, radicals: np.ndarray
             text = False
             continue
         if line.startswith("M  END"):
+            _nothing_after(block, number)
             return
         if line.startswith(">"):
             break  # data of the file
@@ -177,6 +178,18 @@ def _properties(block: Block, at: int, charges: np.ndarray, radicals: np.ndarray
     if not block.ended:
         last = block.start + len(block.lines) - 1
         raise ValueError(f"the molecule is cut off: line {last} is the last, without M  END before")
+
+
+def _nothing_after(block: Block, end: int) -> None:
+    """Only data, which begin with >, may stand between M  END and $$$$: no second molecule."""
+    data = False
+    for number, line in enumerate(block.lines[end + 1 - block.start :], end + 1):
+        data = data or line.startswith(">")
+        if line.startswith("M  END") or (line.strip() and not data):
+            raise ValueError(
+                f"line {number} must be $$$$, which ends a molecule, or data of the molecule that "
+                f"M  END in line {end} closes, got {shown(line)}"
+            )
 
 
 def _pairs(line: str, number: int, atoms: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ Needs a Python with torch and Triton and this tree: no installation, no network,
 runs in a process of its own kind; a crash, a hang, a dead CUDA context or a missing library costs
 that case and is a row. DIR/evidence.jsonl gets a line for each result as soon as it is there, and a
 table is printed last. Exits with 0 where everything is right, 1 where something is not, 2 where
-there is no CUDA device, 3 where nothing is wrong but time was short.
+there is no CUDA device or an argument is wrong, 3 where nothing is wrong but time was short.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ ORDER = (
     "sanitizers", "sweep",
 )  # fmt: skip
 ASKED_FOR = ("sweep",)  # only where --blocks names them
+ROWS = "evidence.jsonl"
+LONGEST = 24 * 3600.0  # seconds that can be asked for
 RESERVE = 3.0  # seconds of the minutes that are kept for killing, the table and the exit
 
 
@@ -110,8 +112,23 @@ def options(arguments: list[str]) -> argparse.Namespace:
     unknown = set(found.blocks or ()) - set(available())
     if unknown:
         parser.error(f"no such block: {', '.join(sorted(unknown))}; there are {available()}")
-    if found.minutes * 60 <= 2 * RESERVE:
-        parser.error(f"--minutes must be above {2 * RESERVE / 60}, got {found.minutes}")
+    if not 2 * RESERVE < found.minutes * 60 <= LONGEST:
+        parser.error(
+            f"--minutes must be above {2 * RESERVE / 60} and at most {LONGEST / 60:.0f}, "
+            f"got {found.minutes}"
+        )
+    if found.cores < 1:
+        parser.error(f"--cores must be at least 1, got {found.cores}")
+    from attnpool_kernels.backends import PRIORITY
+
+    if strange := set(found.backends) - set(PRIORITY):
+        parser.error(f"no such backend: {', '.join(sorted(strange))}; there are {PRIORITY}")
+    try:
+        found.out.mkdir(parents=True, exist_ok=True)
+        with open(found.out / ROWS, "a"):
+            pass
+    except OSError as error:
+        parser.error(f"--out must be a folder to write to: {error}")
     return found
 
 
@@ -121,7 +138,6 @@ def main(arguments: list[str]) -> int:
     # If all else fails the kernel ends this process, and with it its children.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, chosen.minutes * 60)
-    chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.device == "cuda" and not has_cuda():
         print("no CUDA device: nothing was done (--device cpu rehearses)")
         return 2
@@ -130,7 +146,7 @@ def main(arguments: list[str]) -> int:
         "device": chosen.device,
         "run": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    journal = Journal(chosen.out / "evidence.jsonl", facts)
+    journal = Journal(chosen.out / ROWS, facts)
     settings = Settings(
         chosen.device, chosen.out.resolve(), cache_folder(), tuple(chosen.backends), chosen.cores
     )

@@ -175,6 +175,7 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         theirs, ours = os.pipe()[::-1]
         with open(log, "ab") as output:
+            said = output.tell()  # by the processes before
             process = subprocess.Popen(
                 [sys.executable, str(self.script), "--child", str(theirs), str(os.getpid())],
                 stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=(theirs,),
@@ -217,14 +218,14 @@ class Runner:
                 if not more:  # the pipe is closed: the process is gone, or as good as gone
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(5.0)
-                    reason = f"{_cause(process.returncode)}: {_tail(log)}"
+                    reason = f"{_cause(process.returncode)}: {_tail(log, said)}"
                     self._end(cases[done], "crashed", reason, took, versions)
                     return done + 1
                 if self._stop.is_set() or time.time() >= settings.deadline:
                     self._end(cases[done], "no time", "the block's share is over", took, versions)
                     return done + 1
                 if took >= limit:
-                    reason = f"killed after {took:.0f} s: {_tail(log)}"
+                    reason = f"killed after {took:.0f} s: {_tail(log, said)}"
                     self._end(cases[done], "hang", reason, took, versions)
                     return done + 1
             return done
@@ -295,9 +296,9 @@ def _cause(code: int | None) -> str:
         return f"exit code {code}"
 
 
-def _tail(path: Path) -> str:
+def _tail(path: Path, start: int) -> str:
     with contextlib.suppress(OSError):
-        text = path.read_bytes()[-4 * TAIL :].decode(errors="replace")
+        text = path.read_bytes()[start:][-4 * TAIL :].decode(errors="replace")
         return text.partition("\nExtension modules: ")[0].strip()[-TAIL:]
     return ""
 

@@ -270,11 +270,17 @@ def test_nothing_outlives_a_killed_run(machine, tmp_path):
     [
         (["--blocks", "nothing"], "no such block: nothing"),
         (["--minutes", "0.05"], "--minutes must be above"),
+        (["--minutes", "nan"], "--minutes must be above"),
+        (["--minutes", "inf"], "--minutes must be above"),
+        (["--cores", "0"], "--cores must be at least 1"),
+        (["--backends", "nope"], "no such backend: nope"),
+        (["--out", __file__], "--out must be a folder to write to"),
+        (["--out", "/proc/nope"], "--out must be a folder to write to"),
     ],
 )
 def test_arguments_are_refused_by_name(arguments, text, capsys, tmp_path):
     from .evidence import options
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         options(["--out", str(tmp_path), "--minutes", "1", *arguments])
-    assert text in capsys.readouterr().err
+    assert stopped.value.code == 2 and text in capsys.readouterr().err

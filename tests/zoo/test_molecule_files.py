@@ -158,6 +158,8 @@ GOOD = record((3, 2), [*OH, ("H", 0, 1, -0.3, 0)], [(1, 2, 1), (1, 3, 1)])  # 11
         ("$$$$\n" + GOOD, "line 12 must be one of three lines of header"),
         ("x\n\n\n  0  0  0     0  0            999 V3000\nM  V30 BEGIN CTAB\nM  END\n$$$$\n",
          "line 15 says that the format is V3000"),
+        (GOOD.replace("$$$$\n", "") + GOOD, r"line 22 must be \$\$\$\$"),
+        (GOOD.replace("$$$$\n", "> <x>\n1\n\n") + GOOD, r"line 34 must be \$\$\$\$"),
     ],
 )  # fmt: skip
 def test_lines_that_are_no_sdf(tmp_path, text, message):
