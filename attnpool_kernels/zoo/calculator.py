@@ -18,6 +18,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ase import Atoms
@@ -58,6 +59,7 @@ class PooledCalculator(Calculator):
     """
 
     implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012, as in ASE
+    results: dict[str, Any]
 
     def __init__(
         self,
