@@ -6,8 +6,9 @@ their names. Optional packages are imported only when a backend that needs them 
 """
 
 from . import backends, ragged
-from .dispatch import BackendError, Problem
+from .dispatch import BackendError
 from .functional import explain, seed_pool, set_attention
+from .problem import Problem
 from .ragged import Ragged
 
 __version__ = "0.1.0"

@@ -28,119 +28,140 @@ autograd. All residuals go through ``save_for_backward``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backends, ops
+from .backends import CompositeBackend
+from .operands import (
+    Cotangents,
+    Gradients,
+    Operands,
+    Options,
+    Result,
+    Tangents,
+    split,
+)
+from .problem import Problem
+from .ragged import Sets
+from .tracing import recording, watched
 
-_TENSORS = 8  # q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed: the first arguments of every pass
+_NOTHING = Operands(*[None] * len(Operands._fields))  # type: ignore[arg-type]
+_NO_OPTIONS = (None,) * len(Options._fields)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend):
-        tensors = q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed
+    def forward(ctx, namespace, *flat):
+        x, options = split(flat, Operands, Options)
         with _below_autograd():
-            out, lse = ops.forward(*tensors, scale, dropout, backend)
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.options = scale, dropout, backend
+            y = ops.PASSES[namespace].forward(*flat)
+        ctx.save_for_backward(*x, *y)
+        ctx.namespace, ctx.options = namespace, options
         ctx.set_materialize_grads(False)
-        return out, lse
+        return y
 
     @staticmethod
     def backward(ctx, dout, dlse):
         _refuse_tangents(dout, dlse)
-        *problem, out, lse = ctx.saved_tensors
-        scale, dropout, backend = ctx.options
-        need_dbias = problem[3] is not None and ctx.needs_input_grad[3]
-        if dout is None:
-            dout = out.new_zeros(1).expand(out.shape)
-        dq, dk, dv, dbias = _backward(
-            *problem, out, lse, dout, dlse, scale, dropout, need_dbias, backend
-        )
-        return dq, dk, dv, dbias if need_dbias else None, *[None] * 7
+        x, y = split(ctx.saved_tensors, Operands, Result)
+        needs, *_ = split(ctx.needs_input_grad[1:], Operands)
+        dx = _gradients(ctx.namespace, x, y, Cotangents(dout, dlse), ctx.options, needs)
+        return None, *dx, *_NO_OPTIONS
+
+
+def _gradients(namespace, x, y, dy, options, needs) -> Operands:
+    """The second pass; gradients in the places of the operands."""
+    need_dbias = x.bias is not None and needs.bias
+    if dy.dout is None:
+        dy = dy._replace(dout=y.out.new_zeros(1).expand(y.out.shape))
+    dx = Gradients(*_CALLS[namespace].backward(*x, *y, *dy, *options, need_dbias))
+    dbias = dx.dbias if need_dbias else None
+    return _NOTHING._replace(q=dx.dq, k=dx.dk, v=dx.dv, bias=dbias)
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx, namespace, *flat):
+        x, y, dy, options, need_dbias = split(flat, Operands, Result, Cotangents, Options)
         with _below_autograd():
-            gradients = ops.backward(*arguments)
-        *tensors, scale, dropout, need_dbias, backend = arguments
-        ctx.save_for_backward(*tensors)
-        ctx.options = scale, dropout, backend
+            dx = Gradients(*ops.PASSES[namespace].backward(*flat))
+        ctx.save_for_backward(*x, *y, *dy)
+        ctx.namespace, ctx.options = namespace, options
         if not need_dbias:
-            ctx.mark_non_differentiable(gradients[3])
+            ctx.mark_non_differentiable(dx.dbias)
         ctx.set_materialize_grads(False)
-        return gradients
+        return tuple(dx)
 
     @staticmethod
-    def backward(ctx, ddq, ddk, ddv, ddbias):
-        _refuse_tangents(ddq, ddk, ddv, ddbias)
-        tensors = ctx.saved_tensors
-        gq, gk, gv, gbias, gdout, gdlse = _double_backward(
-            *tensors, ddq, ddk, ddv, ddbias, *ctx.options
-        )
-        gradients = [gq, gk, gv, gbias if tensors[3] is not None else None]
-        gradients += [None] * (_TENSORS - len(gradients) + 2)  # boundaries, seed, out, lse
-        gradients += [gdout, gdlse if tensors[-1] is not None else None]
-        return *gradients, *[None] * 4
+    def backward(ctx, *cotangents):
+        _refuse_tangents(*cotangents)
+        x, y, dy = split(ctx.saved_tensors, Operands, Result, Cotangents)
+        double_backward = _CALLS[ctx.namespace].double_backward
+        gq, gk, gv, gbias, gdout, gdlse = double_backward(*x, *y, *dy, *cotangents, *ctx.options)
+        gx = _NOTHING._replace(q=gq, k=gk, v=gv, bias=None if x.bias is None else gbias)
+        gdy = Cotangents(gdout, None if dy.dlse is None else gdlse)
+        # out and lse are functions of x: their gradients are in gx. Last, need_dbias.
+        return None, *gx, *(None for _ in y), *gdy, *_NO_OPTIONS, None
 
 
 class _DoubleBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        ctx.backend = arguments[-1]
+    def forward(ctx, namespace, *flat):
+        ctx.namespace, ctx.device = namespace, flat[0].device.type
         with _below_autograd():
-            return ops.double_backward(*arguments)
+            return ops.PASSES[namespace].double_backward(*flat)
 
     @staticmethod
     def backward(ctx, *_):
+        backend = ctx.device if ctx.namespace == "attnpool" else ctx.namespace[len("attnpool_") :]
         raise NotImplementedError(
-            f"backend {ctx.backend!r} has no third derivative; backend='reference' has every order"
+            f"backend {backend!r} has no third derivative; backend='reference' has every order"
         )
 
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _differentiable(
-    operator: torch._ops.OpOverload, function: type[torch.autograd.Function]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Makes ``function`` the derivative of an operator, as torch's own derivatives are made.
+def differentiable(namespace: str) -> None:
+    """Registers the derivatives of the operators of a namespace, as torch's own are.
 
-    Returns the operator as Python calls it: what the dispatcher would do with it, without its
-    detour, where no compiler or tracer is there to see the operator.
+    ``attention`` then calls what the dispatcher would call, without its detour, where no compiler
+    or tracer is there to see the operator.
     """
+    own = ops.library_of(namespace)
+    functions = _Forward, _Backward, _DoubleBackward
+    calls = [
+        _differentiable(own, namespace, operator, function)
+        for operator, function in zip(ops.PASSES[namespace], functions)
+    ]
+    _CALLS[namespace] = ops.Passes(*calls)
 
-    def differentiate(*arguments):
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in arguments
-        ):
-            return function.apply(*arguments)
+
+def _differentiable(own, namespace, operator, function) -> Callable[..., tuple[Tensor, ...]]:
+    def differentiate(*flat):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+            return function.apply(namespace, *flat)
         with _below_autograd():
-            return operator(*arguments)
+            return operator(*flat)
 
-    def call(*arguments):
-        return operator(*arguments) if _recorded() else differentiate(*arguments)
+    def call(*flat):
+        return operator(*flat) if watched() else differentiate(*flat)
 
-    ops.library.impl(operator, differentiate, "Autograd")
+    own.impl(operator, differentiate, "Autograd")
     return call
 
 
-def _recorded() -> bool:
-    """Whether something above autograd has to see the operator itself."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+_CALLS: dict[str, ops.Passes] = {}
+for _namespace in ops.PASSES:
+    differentiable(_namespace)
 
 
-attention = _differentiable(ops.forward, _Forward)
-_backward = _differentiable(ops.backward, _Backward)
-_double_backward = _differentiable(ops.double_backward, _DoubleBackward)
+def attention(namespace: str, x: Operands, options: Options) -> Result:
+    """The first pass by the operators of a namespace, differentiable to second order."""
+    return Result(*_CALLS[namespace].forward(*x, *options))
 
 
 def _refuse_tangents(*cotangents: Tensor | None) -> None:
@@ -154,6 +175,33 @@ def _refuse_tangents(*cotangents: Tensor | None) -> None:
         )
 
 
+def composite(
+    backend: CompositeBackend, x: Operands, options: Options, sets: Sets | None
+) -> tuple[Tensor, Tensor | None]:
+    """The operation by a composite backend, differentiable as far as it is exact.
+
+    One that is exact to first order only is guarded: see ``_Composite``. Compilers must not look
+    into that, since sizes are read on the host and the guard has to stand outside of their graphs.
+    """
+    if backend.NEEDS.order > 2:
+        return backend.attention(x, options, sets)
+    if torch.compiler.is_compiling():
+        return _outside_of_graphs(backend, x, options, None)
+    return _first_order(backend, x, options, sets)
+
+
+def _first_order(backend, x, options, sets):
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)):
+        return backend.attention(x, options, sets)
+    if recording():
+        raise NotImplementedError(
+            f"backend {backends.name_of(backend)!r} cannot be recorded by make_fx with inputs that "
+            "require grad: the graph would have no derivative; leave backend=None or name a kernel "
+            "backend"
+        )
+    return _Composite.apply(backend, options, sets, *x)
+
+
 class _Composite(torch.autograd.Function):
     """Calls another library: its first derivative, and ours where it has none.
 
@@ -164,29 +212,25 @@ class _Composite(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call, name, *arguments):
-        tensors, options = arguments[:_TENSORS], arguments[_TENSORS:]
-        leaves = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
+    def forward(ctx, backend, options, sets, *flat):
+        leaves = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in flat]
         with torch.enable_grad():
-            out, lse = call(*leaves, *options)
-        ctx.save_for_backward(*tensors)
-        ctx.name, ctx.options = name, options
+            out, lse = backend.attention(Operands(*leaves), options, sets)
+        ctx.save_for_backward(*flat)
+        ctx.backend, ctx.options = backend, options
         ctx.kept = out, [x for x in leaves if x is not None and x.requires_grad]
         ctx.set_materialize_grads(False)
         return out.detach(), None if lse is None else lse.detach()
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2 : 2 + _TENSORS]
+        x, needs = Operands(*ctx.saved_tensors), Operands(*ctx.needs_input_grad[3:])
         if torch.is_grad_enabled() or dlse is not None:
-            gradients = _native_gradients(ctx, tensors, dout, dlse)
-        else:
-            out, inputs = ctx.kept
-            found = iter(_library_gradients(out, inputs, dout))
-            gradients = [next(found) if want else None for want in wanted]
-        gradients = [x if want else None for x, want in zip(gradients, wanted)]
-        return None, None, *gradients, *[None] * len(ctx.options)
+            found = _native_gradients(ctx, x, Cotangents(dout, dlse), needs)
+            return None, None, None, *(g if need else None for g, need in zip(found, needs))
+        out, inputs = ctx.kept
+        gradients = iter(_library_gradients(out, inputs, dout))
+        return None, None, None, *(next(gradients) if need else None for need in needs)
 
 
 def _library_gradients(out, inputs, dout):
@@ -200,69 +244,30 @@ def _library_gradients(out, inputs, dout):
     )
 
 
-def _native_gradients(ctx, tensors, dout, dlse):
-    scale, dropout = ctx.options
-    backend = _native(tensors, dropout)
-    if backend is None:
-        what = "derivative of its LSE" if dlse is not None else "second derivative"
+def _native_gradients(ctx, x: Operands, dy: Cotangents, needs: Operands) -> Operands:
+    namespace = _native(x, ctx.options)
+    if namespace is None:
+        what = "derivative of its LSE" if dy.dlse is not None else "second derivative"
         asked = " (create_graph=True was asked for)" if torch.is_grad_enabled() else ""
         raise NotImplementedError(
-            f"backend {ctx.name!r} has no {what}{asked}, and no native kernel can serve this call "
-            "in its place; leave backend=None or name 'reference', which has every order"
+            f"backend {backends.name_of(ctx.backend)!r} has no {what}{asked}, and no native kernel "
+            "can serve this call in its place; leave backend=None or name 'reference', which has "
+            "every order"
         )
     with torch.no_grad():
-        out, lse = ops.forward(*tensors, scale, dropout, backend)
-    if dout is None:
-        dout = out.new_zeros(1).expand(out.shape)
-    need_dbias = tensors[3] is not None and ctx.needs_input_grad[5]
-    gradients = _backward(*tensors, out, lse, dout, dlse, scale, dropout, need_dbias, backend)
-    return [*gradients, *[None] * (_TENSORS - len(gradients))]
+        y = Result(*ops.PASSES[namespace].forward(*x, *ctx.options))
+    return _gradients(namespace, x, y, dy, ctx.options, needs)
 
 
-def _native(tensors, dropout: float) -> str | None:
-    """The first kernel backend that can serve these tensors to second order."""
-    from . import backends, dispatch
-
-    q, _, v, bias, q_ptr = tensors[:5]
-    problem = dispatch.Problem(
-        device=q.device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[2],
-        value_dim=v.shape[2],
-        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
-        seeds=q.shape[0] if q_ptr is None else None,
-        bias=bias is not None,
-        dropout=dropout > 0,
-        grad_order=2,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        return_lse=True,
-    )
+def _native(x: Operands, options: Options) -> str | None:
+    """The operators of the first kernel backend that can serve these tensors to second order."""
+    problem = Problem.of(x, options, grad_order=2, return_lse=True)
     for name in backends.PRIORITY:
-        module = backends.load(name)
-        if module.KIND == "kernel" and not module.why_not(problem):
-            return name
+        backend = backends.load(name)
+        if backend.KIND == "kernel" and not backend.why_not(problem):
+            return backend.OPERATORS
     return None
 
 
-def recording() -> bool:
-    """Whether ``make_fx`` (or what is built on it) records the operators that run."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
-def first_order(
-    call: Callable[..., tuple[Tensor, Tensor | None]], name: str, *arguments: object
-) -> tuple[Tensor, Tensor | None]:
-    """``call(*arguments)`` of a composite backend that is exact to first order only.
-
-    arguments: those of a composite's ``attention``. Without an input that requires grad the call
-    goes straight through. Compilers stay outside of it, see ``adapters``.
-    """
-    tracked = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
-    if not (tracked and torch.is_grad_enabled()):
-        return call(*arguments)
-    if recording():
-        raise NotImplementedError(
-            f"backend {name!r} cannot be recorded by make_fx with inputs that require grad: the "
-            "graph would have no derivative; leave backend=None or name a kernel backend"
-        )
-    return _Composite.apply(call, name, *arguments)
+# Imports the compiler when it is called, which only happens inside of one.
+_outside_of_graphs = torch._disable_dynamo(_first_order)

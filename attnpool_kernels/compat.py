@@ -15,6 +15,7 @@ from torch import Tensor
 from . import ragged
 from .dropout import draw_seed, keep_mask
 from .functional import set_attention
+from .tracing import unreadable
 
 
 def flash_attn_varlen_func(
@@ -112,7 +113,7 @@ def _refuse(causal, window_size, softcap, alibi_slopes, block_table) -> None:
 def _check_boundaries(name: str, ptr: Tensor, rows_of: object) -> None:
     """As ``set_attention`` checks them, under the names of this function."""
     ragged.check_kind(ptr, name)
-    readable = ptr.device.type == "cpu" and not ragged._traced(ptr)
+    readable = ptr.device.type == "cpu" and not unreadable(ptr)
     if readable and isinstance(rows_of, Tensor) and rows_of.dim() == 3:
         ragged.check(ptr, rows_of.shape[0], name)
 

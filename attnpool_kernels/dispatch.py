@@ -8,39 +8,23 @@ replaced.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from types import ModuleType
+from dataclasses import fields
 
 import torch
 
 from . import backends
+from .backends import Backend
+from .problem import Problem
 
 
 class BackendError(RuntimeError):
     """The named backend cannot serve this call, or no backend can. Lists every reason."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The facts of one call that decide which backends can serve it."""
-
-    device: str  # "cpu", "cuda", ...
-    dtype: torch.dtype
-    head_dim: int
-    value_dim: int
-    capability: tuple[int, int] | None = None  # of a CUDA device
-    seeds: int | None = None  # number of shared queries; None for set_attention
-    bias: bool = False
-    dropout: bool = False
-    grad_order: int = 0  # highest derivative that the call may need
-    deterministic: bool = False
-    return_lse: bool = False
+_chosen: dict[tuple[Problem, str | None], Backend] = {}
 
 
-_chosen: dict[tuple[Problem, str | None], ModuleType] = {}
-
-
-def select(problem: Problem, name: str | None = None) -> ModuleType:
+def select(problem: Problem, name: str | None = None) -> Backend:
     """The backend for a problem: the named one, or the first without a reason against it.
 
     Raises ValueError for an unknown name, TypeError for a name that is no string and BackendError
@@ -49,16 +33,20 @@ def select(problem: Problem, name: str | None = None) -> ModuleType:
     if torch.compiler.is_compiling():
         # Sizes may be symbols here. What counts is whether the native kernels cover them: literals
         # in a comparison, which becomes a guard of the graph.
-        head_dim = 256 if problem.head_dim <= 256 else 257
-        value_dim = 256 if problem.value_dim <= 256 else 257
-        seeds = None if problem.seeds is None else 1
-        facts = problem.device, problem.dtype, head_dim, value_dim, problem.capability, seeds
-        return backends.load(
-            _select_once(
-                *facts, problem.bias, problem.dropout, problem.grad_order, problem.deterministic,
-                problem.return_lse, name,
-            )
-        )  # fmt: skip
+        facts = dict(
+            device=problem.device,
+            dtype=problem.dtype,
+            head_dim=256 if problem.head_dim <= 256 else 257,
+            value_dim=256 if problem.value_dim <= 256 else 257,
+            capability=problem.capability,
+            seeds=None if problem.seeds is None else 1,
+            bias=problem.bias,
+            dropout=problem.dropout,
+            grad_order=problem.grad_order,
+            deterministic=problem.deterministic,
+            return_lse=problem.return_lse,
+        )
+        return backends.load(_select_once(name, **facts))
     if not isinstance(problem.head_dim + problem.value_dim + (problem.seeds or 0), int):
         return _select(problem, name)  # symbols of a tracer have no hash
     key = (problem, name)
@@ -68,19 +56,19 @@ def select(problem: Problem, name: str | None = None) -> ModuleType:
     return found
 
 
-def _select_once(*facts) -> str:
+def _select_once(name: str | None, **facts) -> str:
     """``_select`` for a compiler, which calls it while tracing and keeps the name as a constant.
 
     Backends look at installed packages and built libraries, which is nothing to trace.
     """
-    return _select(Problem(*facts[:-1]), facts[-1]).__name__.rpartition(".")[2]
+    return backends.name_of(_select(Problem(**facts), name))
 
 
 # What torch.compiler.assume_constant_result sets; that call would import the whole compiler.
 _select_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _select(problem: Problem, name: str | None) -> ModuleType:
+def _select(problem: Problem, name: str | None) -> Backend:
     if name is None:
         for candidate in backends.PRIORITY:
             module = backends.load(candidate)

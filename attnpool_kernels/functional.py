@@ -7,21 +7,22 @@ wrong with a call is found here, before anything is computed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import autograd, dispatch
-from .dispatch import BackendError, Problem
+from .dispatch import BackendError
 from .dropout import draw_seed
-from .ragged import Ragged, _traced, check_kind, last_of
-from .ragged import _check_contents as check_contents
+from .operands import Operands, Options
+from .problem import Problem
+from .ragged import Ragged, Sets, check_contents, check_kind, last_of
+from .tracing import PLAIN, unreadable
 
 __all__ = ["BackendError", "Problem", "explain", "seed_pool", "set_attention"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _LARGEST = 3.4e38  # the kernels take the scale as a float32 where they compute in float32
 
 
@@ -80,7 +81,8 @@ def set_attention(
     Source of the algorithm: Milakov & Gimelshein 2018 (online softmax), Rabe & Staats 2021 and Dao
     et al. 2022 (attention in linear memory); equations and second derivative in ``autograd``.
     """
-    return _attend("q", q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
+    given = _Given(q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
+    return _attend("q", given)
 
 
 def seed_pool(
@@ -117,7 +119,8 @@ def seed_pool(
 
     Source: Lee et al. 2019 (Set Transformer, pooling by multi-head attention); Buterez et al. 2023.
     """
-    return _attend("seeds", seeds, k, v, ptr, None, bias, scale, dropout, backend, return_lse)
+    given = _Given(seeds, k, v, ptr, None, bias, scale, dropout, backend, return_lse)
+    return _attend("seeds", given)
 
 
 def explain(
@@ -143,61 +146,58 @@ def explain(
     if isinstance(q, Problem):
         print(dispatch.table(q))
         return
-    name = "seeds" if shared else "q"
-    call = _checked(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
-    q, k, v, bias = call[:4]
-    print(dispatch.table(_problem(q, k, v, bias, dropout, backend, return_lse, shared)))
+    given = _Given(q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
+    x, options, _ = _checked("seeds" if shared else "q", given)
+    print(dispatch.table(_problem(x, options, given)))
 
 
-def _attend(name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse):
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, scale = _checked(
-        name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse
-    )
-    problem = _problem(q, k, v, bias, dropout, backend, return_lse, q_ptr is None)
-    seed = draw_seed(q.device) if dropout > 0 else None
-    tensors = (q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed)
-    if q.is_meta:  # shapes only: the registered operators give them without any backend
-        out, lse = autograd.attention(*tensors, scale, dropout, "cpu")
-        return (out, lse) if return_lse else out
-    chosen = dispatch.select(problem, backend)
-    if chosen.KIND == "kernel":
-        name = chosen.__name__.rpartition(".")[2]
-        out, lse = autograd.attention(*tensors, scale, dropout, name)
+class _Given(NamedTuple):
+    """The arguments of a call, as they came."""
+
+    q: Any
+    k: Any
+    v: Any
+    ptr: Any
+    k_ptr: Any
+    bias: Any
+    scale: Any
+    dropout: Any
+    backend: Any
+    return_lse: Any
+
+
+def _attend(name: str, given: _Given) -> Any:
+    x, options, sets = _checked(name, given)
+    problem = _problem(x, options, given)
+    if options.dropout > 0:
+        x = x._replace(seed=draw_seed(x.q.device))
+    if x.q.is_meta:  # shapes only: registered operators give them without any backend
+        result = autograd.attention("attnpool_triton", x, options)
     else:
-        out, lse = chosen.attention(*tensors, scale, dropout)
-    return (out, lse) if return_lse else out
+        chosen = dispatch.select(problem, given.backend)
+        if chosen.KIND == "kernel":
+            result = autograd.attention(chosen.OPERATORS, x, options)
+        else:
+            result = autograd.composite(chosen, x, options, sets)
+    return tuple(result) if given.return_lse else result[0]
 
 
-def _problem(q, k, v, bias, dropout, backend, return_lse, shared) -> Problem:
-    device = q.device
+def _problem(x: Operands, options: Options, given: _Given) -> Problem:
     tracked = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
+        x.q.requires_grad
+        or x.k.requires_grad
+        or x.v.requires_grad
+        or (x.bias is not None and x.bias.requires_grad)
     )
     # Molecules have forces, so the automatic choice must be right to second order. Who names a
     # backend gets its first derivative, and an error where a second one is asked for.
-    grad_order = (2 if backend is None else 1) if tracked else 0
-    return Problem(
-        device=device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[2],
-        value_dim=v.shape[2],
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-        seeds=q.shape[0] if shared else None,
-        bias=bias is not None,
-        dropout=True if dropout > 0 else False,  # noqa: SIM210 - a symbol under a compiler
-        grad_order=grad_order,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        return_lse=return_lse,
-    )
+    grad_order = (2 if given.backend is None else 1) if tracked else 0
+    return Problem.of(x, options, grad_order, given.return_lse)
 
 
-def _checked(
-    name, q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse
-) -> tuple[Any, ...]:
-    """Validates everything, in the order of the arguments; returns what the operators take."""
+def _checked(name: str, given: _Given) -> tuple[Operands, Options, Sets]:
+    """Validates everything, in the order of the arguments; returns what the backends take."""
+    q, k, v = given.q, given.k, given.v
     for label, tensor in ((name, q), ("k", k), ("v", v)):
         _check_packed(label, tensor)
     device = q.device
@@ -213,18 +213,19 @@ def _checked(
         )
     _check_shapes(name, q, k, v)
     shared = name == "seeds"
-    ptr = _boundaries("ptr", ptr, k if shared else q)
+    ptr, sets = _boundaries("ptr", given.ptr, k if shared else q)
     if shared:
-        q_ptr, k_ptr = None, ptr
-    elif k_ptr is None:
+        q_ptr, k_ptr, held = None, ptr, Sets(None, sets)
+    elif given.k_ptr is None:
         if q.shape[0] != k.shape[0]:
             raise ValueError(
                 "q and k must have the same number of rows where k_ptr is None, "
                 f"got {q.shape[0]} and {k.shape[0]}"
             )
-        q_ptr = k_ptr = ptr
+        q_ptr, k_ptr, held = ptr, ptr, Sets(sets, sets)
     else:
-        q_ptr, k_ptr = ptr, _boundaries("k_ptr", k_ptr, k)
+        q_ptr, (k_ptr, key_sets) = ptr, _boundaries("k_ptr", given.k_ptr, k)
+        held = Sets(sets, key_sets)
         if q_ptr.shape[0] != k_ptr.shape[0]:
             raise ValueError(
                 f"k_ptr must have as many elements as ptr, {q_ptr.shape[0]}, got {k_ptr.shape[0]}"
@@ -232,10 +233,16 @@ def _checked(
         if q_ptr.dtype != k_ptr.dtype:
             q_ptr, k_ptr = q_ptr.long(), k_ptr.long()
     pair_ptr = None
-    if bias is not None:
-        pair_ptr = _check_bias(bias, q, k, q_ptr, k_ptr)
+    if given.bias is not None:
+        pair_ptr = _check_bias(given.bias, q, k, q_ptr, k_ptr)
+    options = _checked_options(given, q.shape[2])
+    return Operands(q, k, v, given.bias, q_ptr, k_ptr, pair_ptr, None), options, held
+
+
+def _checked_options(given: _Given, head_dim: int) -> Options:
+    scale, dropout = given.scale, given.dropout
     if scale is None:
-        scale = q.shape[2] ** -0.5
+        scale = head_dim**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
     elif not abs(scale) <= _LARGEST:  # false for nan, and for an int that no float can hold
@@ -244,15 +251,15 @@ def _checked(
         raise TypeError(f"dropout must be a float, got {type(dropout).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if backend is not None:
-        dispatch.check_name(backend)
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
-    return q, k, v, bias, q_ptr, k_ptr, pair_ptr, float(scale)
+    if given.backend is not None:
+        dispatch.check_name(given.backend)
+    if not isinstance(given.return_lse, bool):
+        raise TypeError(f"return_lse must be a bool, got {type(given.return_lse).__name__}")
+    return Options(float(scale), dropout)
 
 
 def _check_packed(name: str, x: object) -> None:
-    if type(x) not in _PLAIN or x.is_nested:  # type: ignore[attr-defined]
+    if type(x) not in PLAIN or x.is_nested:  # type: ignore[attr-defined]
         _check_subclass(name, x)
     assert isinstance(x, Tensor)
     if x.dtype not in _DTYPES:
@@ -327,8 +334,10 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _boundaries(name: str, ptr: object, rows_of: Tensor) -> Tensor:
-    """Boundaries as the kernels take them: checked, contiguous, on the device of the rows."""
+def _boundaries(name: str, ptr: object, rows_of: Tensor) -> tuple[Tensor, Ragged | None]:
+    """Boundaries as the kernels take them: checked, contiguous, on the device of the rows; and the
+    ``Ragged`` that holds them there.
+    """
     ragged = None
     if type(ptr) is Ragged:
         ragged, ptr = ptr, ptr.ptr
@@ -339,8 +348,8 @@ def _boundaries(name: str, ptr: object, rows_of: Tensor) -> Tensor:
     rows, device = rows_of.shape[0], rows_of.device
     if ptr.dtype == torch.int32 and rows >= 2**31:
         raise ValueError(f"{name} must be int64 for {rows} rows, got int32")
-    if ptr.device.type == "cpu" and device.type != "meta" and not _traced(ptr):
-        last = None if ragged is None else ragged._last  # known: the rest was checked as well
+    if ptr.device.type == "cpu" and device.type != "meta" and not unreadable(ptr):
+        last = None if ragged is None else ragged.last  # known: the rest was checked as well
         if last is None or last > rows:
             check_contents(ptr, rows, name)
     if ptr.device != device:
@@ -348,15 +357,15 @@ def _boundaries(name: str, ptr: object, rows_of: Tensor) -> Tensor:
             raise ValueError(f"{name} must be on the CPU or on {device}, got {ptr.device}")
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{name} is on the CPU: it cannot be copied into a captured graph")
-        ptr = ptr.to(device, non_blocking=True)
-    return ptr
+        return ptr.to(device, non_blocking=True), None
+    return ptr, ragged
 
 
 def _check_bias(bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr: Tensor) -> Tensor:
     """Returns the offsets [B + 1] of each molecule's pairs, from lengths clamped to the rows."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias must be a torch.Tensor or None, got {type(bias).__name__}")
-    if type(bias) not in _PLAIN or bias.is_nested:
+    if type(bias) not in PLAIN or bias.is_nested:
         _check_subclass("bias", bias)
     _check_strided("bias", bias)
     if bias.dtype not in (q.dtype, torch.float32):
@@ -369,7 +378,7 @@ def _check_bias(bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr:
     n_k = _lengths(k_ptr, k.shape[0])
     n_q = q.shape[0] if q_ptr is None else n_k if q_ptr is k_ptr else _lengths(q_ptr, q.shape[0])
     pair_ptr = torch.cat([n_k.new_zeros(1), (n_q * n_k).cumsum(0)])
-    if bias.device.type == "cpu" and not _traced(bias) and last_of(pair_ptr) != bias.shape[0]:
+    if bias.device.type == "cpu" and not unreadable(bias) and last_of(pair_ptr) != bias.shape[0]:
         raise ValueError(
             f"bias must have P = {last_of(pair_ptr)} rows, one for each query-key pair of each "
             f"molecule, got {bias.shape[0]}"

@@ -7,8 +7,10 @@ operators and into ``save_for_backward``. Absent tensors are None.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -90,3 +92,16 @@ class SecondGradients(NamedTuple):
     gbias: Tensor  # [0, H] without a bias
     gdout: Tensor
     gdlse: Tensor
+
+
+def split(flat: Iterable[Any], *kinds: type) -> Iterator[Any]:
+    """Cuts flat arguments into tuples of these kinds, in this order, and yields what is left."""
+    rest = iter(flat)
+    for kind in kinds:
+        yield kind(*(next(rest) for _ in kind._fields))  # type: ignore[attr-defined]
+    yield from rest
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums, softmax and LSE: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,111 +1,149 @@
-"""The registered operators: schemas, shapes without data, and the call into the chosen backend.
+"""The registered operators: schemas, shapes without data, and who runs them.
 
 ``torch.ops.attnpool.{attention, attention_backward, attention_double_backward}`` are the three
-passes. ``autograd`` registers the derivative of each with the dispatcher. Their last argument names
-a kernel backend, which is looked up here and nowhere else, so that a compiled graph or an exported
-program holds the choice as a constant.
-
-The names have changed once: caches of compilers on disk keep graphs of operators that had no
-derivative of their own under the old names.
+passes in C++: the compiled library defines them and registers its CPU and CUDA kernels, so that a
+program without Python finds them, too. ``torch.ops.attnpool_triton`` holds the same three for
+Triton, defined here. ``autograd`` registers the derivative of each with the dispatcher. A saved
+graph names its operators, so the choice of a backend is a constant in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast, get_type_hints
+
 import torch
+from torch import Tensor
 
-from . import backends
-
-_PROBLEM = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? q_ptr, Tensor k_ptr, Tensor? pair_ptr, "
-    "Tensor? seed"
-)
-_RESULT = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
-_OPTIONS = "float scale, float dropout"
-
-library = torch.library.Library("attnpool", "DEF")
-library.define(f"attention({_PROBLEM}, {_OPTIONS}, str backend) -> (Tensor, Tensor)")
-library.define(
-    f"attention_backward({_PROBLEM}, {_RESULT}, {_OPTIONS}, bool need_dbias, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-library.define(
-    f"attention_double_backward({_PROBLEM}, {_RESULT}, Tensor? ddq, Tensor? ddk, Tensor? ddv, "
-    f"Tensor? ddbias, {_OPTIONS}, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+from .backends import KernelBackend, library, load
+from .operands import (
+    Cotangents,
+    Gradients,
+    Operands,
+    Options,
+    Result,
+    SecondGradients,
+    Tangents,
+    accumulator,
+    split,
 )
 
 
-def _forward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend):
-    return backends.load(backend).forward(
-        q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout
-    )
+class Passes(NamedTuple):
+    """The three passes as functions of flat arguments."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    double_backward: Callable[..., tuple[Tensor, ...]]
 
 
-def _backward(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, scale, dropout, need_dbias,
-    backend,
-):  # fmt: skip
-    return backends.load(backend).backward(
-        q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, scale, dropout,
-        need_dbias,
-    )  # fmt: skip
+class Signature(NamedTuple):
+    """What a pass takes and gives: the fields of these tuples one by one, then the flags."""
+
+    operator: str
+    takes: tuple[type, ...]
+    gives: type
+    flags: tuple[str, ...] = ()
+
+    def schema(self) -> str:
+        """The schema of the registered operator, as csrc/library.cpp spells it."""
+        types = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float"}
+        fields = [item for kind in self.takes for item in get_type_hints(kind).items()]
+        arguments = [f"{types[hint]} {name}" for name, hint in fields]
+        arguments += [f"bool {name}" for name in self.flags]
+        results = ", ".join(["Tensor"] * len(get_type_hints(self.gives)))
+        return f"{self.operator}({', '.join(arguments)}) -> ({results})"
 
 
-def _double_backward(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, ddq, ddk, ddv, ddbias,
-    scale, dropout, backend,
-):  # fmt: skip
-    return backends.load(backend).double_backward(
-        q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, ddq, ddk, ddv, ddbias,
-        scale, dropout,
-    )  # fmt: skip
+SIGNATURES = {
+    "forward": Signature("attention", (Operands, Options), Result),
+    "backward": Signature(
+        "attention_backward",
+        (Operands, Result, Cotangents, Options),
+        Gradients,
+        flags=("need_dbias",),
+    ),
+    "double_backward": Signature(
+        "attention_double_backward",
+        (Operands, Result, Cotangents, Tangents, Options),
+        SecondGradients,
+    ),
+}
 
 
-def _fake_forward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout, backend):
-    rows = q.shape[:1] if q_ptr is not None else (k_ptr.shape[0] - 1, q.shape[0])
-    heads = q.shape[1]
-    out = q.new_empty((*rows, heads, v.shape[2]))
-    lse = q.new_empty((*rows, heads), dtype=accumulator(q.dtype))
-    return out, lse
+def _fake_forward(x: Operands, options: Options) -> Result:
+    rows = (*x.rows, x.q.shape[1])
+    out = x.q.new_empty((*rows, x.v.shape[2]))
+    return Result(out, x.q.new_empty(rows, dtype=accumulator(x.q.dtype)))
 
 
-def _fake_bias(q, bias, wanted):
-    if bias is None:
-        return q.new_empty((0, q.shape[1]))
-    return bias.new_empty(bias.shape if wanted else (0, bias.shape[1]))
+def _fake_bias(x: Operands, wanted: bool) -> Tensor:
+    if x.bias is None:
+        return x.q.new_empty((0, x.q.shape[1]))
+    return x.bias.new_empty(x.bias.shape if wanted else (0, x.bias.shape[1]))
 
 
 def _fake_backward(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, scale, dropout, need_dbias,
-    backend,
-):  # fmt: skip
-    dbias = _fake_bias(q, bias, need_dbias)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
+) -> Gradients:
+    dq, dk, dv = (rows.new_empty(rows.shape) for rows in x[:3])
+    return Gradients(dq, dk, dv, _fake_bias(x, need_dbias))
 
 
 def _fake_double_backward(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, ddq, ddk, ddv, ddbias,
-    scale, dropout, backend,
-):  # fmt: skip
-    gbias = _fake_bias(q, bias, True)
-    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-    return *gradients, gbias, out.new_empty(out.shape), lse.new_empty(lse.shape)
+    x: Operands, y: Result, dy: Cotangents, tangents: Tangents, options: Options
+) -> SecondGradients:
+    gq, gk, gv = (rows.new_empty(rows.shape) for rows in x[:3])
+    gout, glse = (rows.new_empty(rows.shape) for rows in y)
+    return SecondGradients(gq, gk, gv, _fake_bias(x, True), gout, glse)
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of sums, softmax and LSE: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+_FAKES = Passes(_fake_forward, _fake_backward, _fake_double_backward)
+PASSES: dict[str, Passes] = {}  # by namespace, as the dispatcher has them
+_libraries: list[torch.library.Library] = []
 
 
-for _name, _run, _fake in (
-    ("attention", _forward, _fake_forward),
-    ("attention_backward", _backward, _fake_backward),
-    ("attention_double_backward", _double_backward, _fake_double_backward),
-):
-    for _key in ("CPU", "CUDA"):
-        library.impl(_name, _run, _key)
-    torch.library.register_fake(f"attnpool::{_name}", _fake, lib=library)
+def library_of(namespace: str, kind: str = "FRAGMENT") -> torch.library.Library:
+    """A handle on a namespace, kept: what it registers lasts no longer than itself."""
+    _libraries.append(torch.library.Library(namespace, kind))
+    return _libraries[-1]
 
-forward = torch.ops.attnpool.attention.default
-backward = torch.ops.attnpool.attention_backward.default
-double_backward = torch.ops.attnpool.attention_double_backward.default
+
+def define(namespace: str, kernels: Callable[[], KernelBackend]) -> None:
+    """Defines the three operators in Python, for CPU and CUDA tensors, on these kernels."""
+    own = library_of(namespace, "DEF")
+
+    def runs(name: str, signature: Signature) -> Callable[..., tuple[Tensor, ...]]:
+        def run(*flat: Any) -> tuple[Tensor, ...]:
+            return tuple(getattr(kernels(), name)(*split(flat, *signature.takes)))
+
+        return run
+
+    for name, signature in SIGNATURES.items():
+        own.define(signature.schema())
+        for key in ("CPU", "CUDA"):
+            own.impl(signature.operator, runs(name, signature), key)
+    adopt(namespace)
+
+
+def adopt(namespace: str) -> None:
+    """Gives the operators of a namespace their shapes without data, and enters them here."""
+    own = library_of(namespace)
+
+    def shapes(fake: Callable, takes: tuple[type, ...]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *flat: tuple(fake(*split(flat, *takes)))
+
+    for (_, signature), fake in zip(SIGNATURES.items(), _FAKES):
+        torch.library.register_fake(
+            f"{namespace}::{signature.operator}", shapes(fake, signature.takes), lib=own
+        )
+    operators = getattr(torch.ops, namespace)
+    PASSES[namespace] = Passes(
+        *(getattr(operators, signature.operator).default for signature in SIGNATURES.values())
+    )
+
+
+if not library.load_cpu():
+    library.load_cuda()
+    adopt(library.OPERATORS)
+define("attnpool_triton", lambda: cast(KernelBackend, load("triton")))

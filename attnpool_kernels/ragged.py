@@ -7,12 +7,13 @@ one object and check its contents once.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .tracing import unreadable, unrecorded
 
 PTR_DTYPES = (torch.int32, torch.int64)
 
@@ -29,7 +30,7 @@ def check(ptr: Tensor | Ragged, rows: int, name: str = "ptr") -> None:
     check_kind(ptr, name)
     if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{name}: contents cannot be checked while a CUDA graph is captured")
-    _check_contents(ptr.contiguous(), rows, name)
+    check_contents(ptr.contiguous(), rows, name)
 
 
 def check_kind(ptr: object, name: str = "ptr") -> None:
@@ -48,10 +49,10 @@ def check_kind(ptr: object, name: str = "ptr") -> None:
         raise ValueError(f"{name} must have at least 1 element ([0] is an empty batch), got 0")
 
 
-def _check_contents(ptr: Tensor, rows: int, name: str) -> None:
+def check_contents(ptr: Tensor, rows: int, name: str) -> None:
     """One pass in C++ where the library is loaded and nothing is wrong, else torch operators."""
     with unrecorded():
-        native = getattr(torch.ops.attnpool_c, "check_ptr", None)
+        native = getattr(torch.ops.attnpool, "check_ptr", None)
         if native is None or ptr.device.type != "cpu" or native(ptr, rows) != 0:
             _check_elements(ptr, rows, name)
 
@@ -71,23 +72,6 @@ def _check_elements(ptr: Tensor, rows: int, name: str) -> None:
         raise ValueError(f"{name}[-1] must be at most the number of rows, {rows}, got {last}")
 
 
-def _traced(tensor: Tensor) -> bool:
-    """True where contents cannot be read: under compilers and torch.jit.trace, fake and meta."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or tensor.is_meta
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-    )
-
-
-def unrecorded() -> AbstractContextManager:
-    """Keeps a check of contents out of the graph that ``make_fx`` records over real tensors."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return nullcontext()
-    return torch.utils._python_dispatch._disable_current_modes()
-
-
 def last_of(ptr: Tensor) -> int:
     """The last element of boundaries whose contents can be read."""
     with unrecorded():
@@ -101,19 +85,22 @@ class Ragged:
 
     Make one with ``from_ptr``, ``from_batch`` or ``from_counts``. Contents on the CPU are checked
     at once (ValueError); contents on another device are not read, see ``ragged.check``. What
-    adapters to other libraries read from them (the longest molecule) is read once, see ``kept``.
+    adapters to other libraries read from them (the longest molecule) is read once.
+
+    last: ptr[-1] once the contents have been checked, else None. kept: what has been read from the
+    contents; whoever reads there compares ``ptr._version``, which a change in place raises.
     """
 
-    __slots__ = ("_kept", "_last", "ptr")
+    __slots__ = ("kept", "last", "ptr")
 
     def __init__(self, ptr: Tensor) -> None:
         check_kind(ptr)
         self.ptr = ptr.contiguous()
-        self._kept = _keep(self.ptr)
-        self._last: int | None = None  # ptr[-1] once the contents have been checked
-        if ptr.device.type == "cpu" and not _traced(ptr):
-            _check_contents(self.ptr, 2**63 - 1, "ptr")
-            self._last = last_of(self.ptr)
+        self.kept: dict[Any, Any] = {}
+        self.last: int | None = None
+        if ptr.device.type == "cpu" and not unreadable(ptr):
+            check_contents(self.ptr, 2**63 - 1, "ptr")
+            self.last = last_of(self.ptr)
 
     @classmethod
     def from_ptr(cls, ptr: Tensor) -> Ragged:
@@ -130,7 +117,7 @@ class Ragged:
         if counts.dim() != 1:
             raise ValueError(f"counts must have shape [B], got {tuple(counts.shape)}")
         ends = counts.cumsum(0, dtype=counts.dtype)
-        if counts.device.type == "cpu" and not _traced(counts):
+        if counts.device.type == "cpu" and not unreadable(counts):
             with unrecorded():
                 _check_counts(counts, ends)
         return cls(torch.cat([counts.new_zeros(1), ends]))
@@ -153,7 +140,7 @@ class Ragged:
             isinstance(num_molecules, bool) or not isinstance(num_molecules, int | torch.SymInt)
         ):
             raise TypeError(f"num_molecules must be an int, got {type(num_molecules).__name__}")
-        if num_molecules is None or (batch.device.type == "cpu" and not _traced(batch)):
+        if num_molecules is None or (batch.device.type == "cpu" and not unreadable(batch)):
             with unrecorded():
                 largest = int(batch[-1]) if batch.numel() else -1
                 _check_batch(batch, largest, num_molecules)
@@ -187,7 +174,7 @@ class Ragged:
         elif not torch.compiler.is_compiling():
             if isinstance(rows, bool) or not isinstance(rows, int | torch.SymInt):
                 raise TypeError(f"rows must be an int, got {type(rows).__name__}")
-            least = 0 if self._last is None else self._last
+            least = 0 if self.last is None else self.last
             if rows < least:
                 raise ValueError(f"rows must be at least ptr[-1] = {least}, got {rows}")
         row = torch.arange(rows, device=self.ptr.device, dtype=self.ptr.dtype)
@@ -201,8 +188,8 @@ class Ragged:
         """The same boundaries on another device, without a second check."""
         moved = object.__new__(Ragged)
         moved.ptr = self.ptr.to(device, non_blocking=True)
-        moved._last = self._last if moved.ptr.device.type == "cpu" else None
-        moved._kept = _keep(moved.ptr)
+        moved.last = self.last if moved.ptr.device.type == "cpu" else None
+        moved.kept = {}
         return moved
 
     def __reduce__(self) -> tuple:
@@ -212,54 +199,15 @@ class Ragged:
         return self.ptr.numel() - 1
 
     def __repr__(self) -> str:
-        rows = "?" if self._last is None else self._last
+        rows = "?" if self.last is None else self.last
         return f"Ragged({len(self)} molecules, {rows} rows, {self.ptr.dtype}, {self.ptr.device})"
 
 
-class _Kept(dict):
-    """What has been computed from the contents of boundaries, while a ``Ragged`` holds them."""
+class Sets(NamedTuple):
+    """The boundaries of one call as its caller gave them: None where it gave a plain tensor."""
 
-    __slots__ = ("__weakref__", "version")
-    version: int  # of the boundaries: changed in place, they have another
-
-
-_kept: weakref.WeakValueDictionary[tuple, _Kept] = weakref.WeakValueDictionary()
-
-
-def _place(ptr: Tensor) -> tuple:
-    """The same for every tensor on these boundaries, which live as long as their ``Ragged``."""
-    return ptr.data_ptr(), ptr.numel(), ptr.dtype, ptr.device
-
-
-def _plain(ptr: Tensor) -> bool:
-    """Whether changes in place leave a trace: a tensor of inference mode has no version."""
-    wrapped = not _traced(ptr) and torch._C._functorch.is_functorch_wrapped_tensor(ptr)
-    return not (_traced(ptr) or wrapped or ptr.is_inference())
-
-
-def _keep(ptr: Tensor) -> _Kept | None:
-    if not _plain(ptr):
-        return None
-    found = _kept.get(_place(ptr))
-    if found is None or found.version != ptr._version:
-        found = _kept[_place(ptr)] = _Kept()
-        found.version = ptr._version
-    return found
-
-
-def kept(ptr: Tensor) -> dict | None:
-    """A dictionary that lasts as long as the ``Ragged`` of these boundaries does, on any tensor
-    that shares their memory; None where no Ragged holds them or they were changed in place.
-
-    For what is read from the contents once for all layers. Nothing is kept while a CUDA graph is
-    captured: a replay could meet other contents.
-    """
-    if not _plain(ptr):
-        return None
-    if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    found = _kept.get(_place(ptr))
-    return found if found is not None and found.version == ptr._version else None
+    queries: Ragged | None  # None for shared seeds, too
+    keys: Ragged | None
 
 
 def _integers(name: str, values: Sequence[int]) -> Tensor:

@@ -5,59 +5,16 @@ Repeatable and batch invariant bit for bit; a NaN stays in its molecule. Sources
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from ..problem import Problem
+from .library import OPERATORS, backward, double_backward, forward
+from .library import load_cpu as load
+from .needs import Needs
 
-import torch
-
-if TYPE_CHECKING:
-    from ..dispatch import Problem
+__all__ = ["OPERATORS", "backward", "double_backward", "forward", "load", "why_not"]
 
 KIND = "kernel"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@cache
-def load() -> str:
-    """Loads the library once. Returns "" or the reason why there is none."""
-    found = sorted(Path(__file__).parent.parent.glob("_C_cpu*.so"))
-    if not found:
-        return "the C++ library is not built (reinstall where a C++ compiler and torch are present)"
-    try:
-        torch.ops.load_library(found[0])
-    except OSError as error:
-        return f"the C++ library cannot be loaded: {error}"
-    return ""
+NEEDS = Needs(devices=("cpu",), widest=256)
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons = [load()] if load() else []
-    if problem.device != "cpu":
-        reasons.append(f"tensors on {problem.device}: needs cpu")
-    if problem.dtype not in DTYPES:
-        reasons.append(f"{problem.dtype}: needs one of {', '.join(map(str, DTYPES))}")
-    for name, dim in (("head", problem.head_dim), ("value", problem.value_dim)):
-        if not 1 <= dim <= 256:
-            reasons.append(f"{name} dimension {dim}: needs 1 to 256")
-    return reasons
-
-
-@cache
-def _operators() -> torch._ops._OpNamespace:
-    """The library's operators. A saved graph comes here without a call of ``why_not``."""
-    if reason := load():
-        raise RuntimeError(f"backend 'cpu' cannot run: {reason}")
-    return torch.ops.attnpool_c
-
-
-def forward(*arguments):
-    return _operators().forward.default(*arguments)
-
-
-def backward(*arguments):
-    return _operators().backward.default(*arguments)
-
-
-def double_backward(*arguments):
-    return _operators().double_backward.default(*arguments)
+    return [reason for reason in (load(),) if reason] + NEEDS.reasons(problem)

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import adapters
-
-if TYPE_CHECKING:
-    from ..dispatch import Problem
+from ..operands import Operands, Options
+from ..problem import Problem
+from ..ragged import Sets
+from .needs import find, missing
+from .packing import PACKED, Packed, attend
 
 KIND = "composite"
-GRAD_ORDER = 1
+NEEDS = PACKED
 
 # Version -> module that holds flash_attn_varlen_func.
 MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
@@ -39,7 +40,7 @@ def load(capability: tuple[int, int] | None, widest: int) -> tuple[int, Any, str
     """Version, function and "", or the reasons why there is none for the device and the width."""
     reasons = []
     for version in versions(capability):
-        call, reason = adapters.find(MODULES[version], "flash_attn_varlen_func")
+        call, reason = find(MODULES[version], "flash_attn_varlen_func")
         if call is not None and version == 4 and widest > 128:
             reason = f"flash_attn 4: dimension {widest}, needs at most 128"
         if not reason:
@@ -49,14 +50,14 @@ def load(capability: tuple[int, int] | None, widest: int) -> tuple[int, Any, str
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons = adapters.reasons(problem)
+    reasons = NEEDS.reasons(problem)
     widest = max(problem.head_dim, problem.value_dim)
     if reasons:  # something else decides: do not import a large library for the table
-        absent = [adapters.missing(MODULES[i].partition(".")[0]) for i in versions(None)]
+        absent = [missing(MODULES[i].partition(".")[0]) for i in versions(None)]
         return reasons + [x for x in absent if x]
-    version, call, missing = load(problem.capability, widest)
-    if missing:
-        return [missing]
+    version, call, absence = load(problem.capability, widest)
+    if absence:
+        return [absence]
     if problem.deterministic and problem.grad_order:
         if "deterministic" not in _parameters(call):
             reasons.append(f"deterministic mode: flash_attn {version} here has no such option")
@@ -67,35 +68,32 @@ def why_not(problem: Problem) -> list[str]:
     return reasons
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
-    pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return adapters.attention(
-        _attention, "flash_attn", q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout
-    )
-
-
-def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    version, call, _ = load(capability, max(q.shape[2], v.shape[2]))
+def attention(x: Operands, options: Options, sets: Sets | None) -> tuple[Tensor, Tensor | None]:
+    capability = torch.cuda.get_device_capability(x.q.device) if x.q.is_cuda else None
+    version, call, _ = load(capability, max(x.q.shape[2], x.v.shape[2]))
     known = _parameters(call)
-    options: dict[str, Any] = {"softmax_scale": scale}
+    named: dict[str, Any] = {"softmax_scale": options.scale}
     if torch.are_deterministic_algorithms_enabled() and "deterministic" in known:
-        options["deterministic"] = True
+        named["deterministic"] = True
     # Some versions return the LSE always, some under one of these names.
-    options |= {x: True for x in ("return_attn_probs", "return_lse") if x in known}
+    named |= {name: True for name in ("return_attn_probs", "return_lse") if name in known}
 
-    def run(batch: adapters.Packed) -> tuple[Tensor, Tensor | None]:
+    def run(batch: Packed) -> tuple[Tensor, Tensor | None]:
         found = call(
-            batch.q, batch.k, batch.v, cu_seqlens_q=batch.q_ptr, cu_seqlens_k=batch.k_ptr,
-            max_seqlen_q=batch.longest_q, max_seqlen_k=batch.longest_k, **options,
-        )  # fmt: skip
+            batch.q,
+            batch.k,
+            batch.v,
+            cu_seqlens_q=batch.q_ptr,
+            cu_seqlens_k=batch.k_ptr,
+            max_seqlen_q=batch.longest_q,
+            max_seqlen_k=batch.longest_k,
+            **named,
+        )
         if not isinstance(found, tuple):
             return found, None
         return found[0], found[1].T if version != 2 or _packed_lse() else None
 
-    return adapters.attend(run, q, k, v, q_ptr, k_ptr)
+    return attend(run, x, sets)
 
 
 @cache
@@ -106,7 +104,7 @@ def _parameters(call: Any) -> frozenset[str]:
 @cache
 def _packed_lse() -> bool:
     """Whether version 2 returns the LSE as [H, N], as it does from 2.6 on."""
-    version, _ = adapters.find("flash_attn", "__version__")
+    version, _ = find("flash_attn", "__version__")
     try:
         return tuple(map(int, str(version).split(".")[:2])) >= (2, 6)
     except ValueError:

@@ -11,19 +11,19 @@ result detached: a recorded gradient would have a wrong derivative. So recording
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .. import autograd
 from ..dropout import keep_mask
-
-if TYPE_CHECKING:
-    from ..dispatch import Problem
+from ..operands import Operands, Options, accumulator
+from ..problem import Problem
+from ..ragged import Sets
+from ..tracing import recording
+from .needs import Needs
 
 KIND = "composite"
-GRAD_ORDER = 1_000_000  # plain differentiable torch
+EVERY_ORDER = 1_000_000  # plain differentiable torch
+NEEDS = Needs(order=EVERY_ORDER)
 LONG = 4096
 
 
@@ -31,16 +31,13 @@ def why_not(problem: Problem) -> list[str]:
     return []
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
-    pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Equations (F1)-(F3) of ``autograd``; arguments as of the registered forward."""
-    out, lse = _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
-    if autograd.recording():
-        for x in (out, lse):
-            if x.requires_grad:
-                x.register_hook(_refuse_recorded)
+def attention(x: Operands, options: Options, sets: Sets | None) -> tuple[Tensor, Tensor]:
+    """Equations (F1)-(F3) of ``autograd``."""
+    out, lse = _attention(x, options)
+    if recording():
+        for result in (out, lse):
+            if result.requires_grad:
+                result.register_hook(_refuse_recorded)
     return out, lse
 
 
@@ -51,28 +48,29 @@ def _refuse_recorded(gradient: Tensor) -> None:
     )
 
 
-def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
-    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v = (x.to(wide).transpose(0, 1) for x in (q, k, v))  # [H, N, D]
+def _attention(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    scale, dropout = options
+    dtype, wide = x.q.dtype, accumulator(x.q.dtype)
+    q, k, v = (rows.to(wide).transpose(0, 1) for rows in (x.q, x.k, x.v))  # [H, N, D]
     heads, rows = q.shape[:2]
-    k_edges = _edges(k_ptr, k.shape[1])
-    q_edges = [0, rows] if q_ptr is None else _edges(q_ptr, rows)
-    pairs = None if pair_ptr is None else pair_ptr.tolist()
+    k_edges = _edges(x.k_ptr, k.shape[1])
+    q_edges = [0, rows] if x.q_ptr is None else _edges(x.q_ptr, rows)
+    pairs = None if x.pair_ptr is None else x.pair_ptr.tolist()
     outs, lses = [], []
     for i in range(len(k_edges) - 1):
-        own = slice(q_edges[i], q_edges[i + 1]) if q_ptr is not None else slice(None)
+        own = slice(q_edges[i], q_edges[i + 1]) if not x.shared else slice(None)
         keys = slice(k_edges[i], k_edges[i + 1])
         sums = torch.float64 if k_edges[i + 1] - k_edges[i] > LONG else wide
         logits = scale * (q[:, own].to(sums) @ k[:, keys].to(sums).transpose(1, 2))
-        if bias is not None and pairs is not None:
-            mine = bias[pairs[i] : pairs[i + 1]].to(sums)
+        if x.bias is not None and pairs is not None:
+            mine = x.bias[pairs[i] : pairs[i + 1]].to(sums)
             logits = logits + mine.view(*logits.shape[1:], heads).permute(2, 0, 1)
         n, m = logits.shape[1:]
-        keep = None if seed is None else keep_mask(seed, i, heads, n, m, dropout)
+        keep = None if x.seed is None else keep_mask(x.seed, i, heads, n, m, dropout)
         out, lse = _softmax_times(logits, v[:, keys].to(sums), keep, dropout)
         outs.append(out.to(wide))
         lses.append(lse.to(wide))
-    if q_ptr is None:
+    if x.shared:
         shape = (0, heads, rows, v.shape[2])
         out = torch.stack(outs) if outs else _zeros(q, v).expand(shape)
         lse = torch.stack(lses) if lses else q.new_zeros(shape[:3])

@@ -9,65 +9,55 @@ torch's; a second one is ours where a native kernel can serve, else it raises (`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .. import adapters
-
-if TYPE_CHECKING:
-    from ..dispatch import Problem
+from ..operands import Operands, Options
+from ..problem import Problem
+from ..ragged import Sets
+from .needs import Needs
+from .packing import GRID, NO_DROPOUT, pack
 
 KIND = "composite"
-GRAD_ORDER = 1
+NEEDS = Needs(
+    order=1, refused={"return_lse": "torch does not return the LSE", "dropout": NO_DROPOUT}
+)
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons = adapters.first_derivative_reasons(problem)
-    if problem.return_lse:
-        reasons.append("return_lse: torch does not return the LSE")
+    reasons = NEEDS.reasons(problem)
     if problem.deterministic and problem.device != "cpu":
         reasons.append("deterministic mode: the fused backward adds in no fixed order")
     return reasons
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
-    pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return adapters.attention(
-        _padded, "sdpa", q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout
-    )
-
-
-def _padded(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
-    batch = adapters.pack(q, k, v, q_ptr, k_ptr, repeat=False)
+def attention(x: Operands, options: Options, sets: Sets | None) -> tuple[Tensor, None]:
+    batch = pack(x, sets, repeat=False)
     molecules, n, m = len(batch), batch.longest_q, batch.longest_k
     if molecules == 0:
-        return q.new_zeros(*batch.shape, q.shape[1], v.shape[2]), None
+        return x.q.new_zeros(*batch.shape, x.q.shape[1], x.v.shape[2]), None
     k_rows = _places(batch.k_ptr, batch.k.shape[0])
-    padded = [_pad(x, k_rows, molecules, m) for x in (batch.k, batch.v)]
-    if q_ptr is None:
-        padded.insert(0, q.transpose(0, 1).expand(molecules, -1, -1, -1))
+    k, v = (_pad(rows, k_rows, molecules, m) for rows in (batch.k, batch.v))
+    if x.shared:
+        q = x.q.transpose(0, 1).expand(molecules, -1, -1, -1)
     else:
         q_rows = _places(batch.q_ptr, batch.q.shape[0])
-        padded.insert(0, _pad(batch.q, q_rows, molecules, n))
+        q = _pad(batch.q, q_rows, molecules, n)
     mask = (torch.arange(m, device=k.device) < batch.k_ptr.diff()[:, None])[:, None, None, :]
     dead = None
-    if bias is not None:
-        first = pair_ptr[:-1] if batch.live is None else pair_ptr[:-1][batch.live]
-        logits = _padded_bias(bias, first, batch, n, m).to(q.dtype)
+    if x.bias is not None and x.pair_ptr is not None:
+        first = x.pair_ptr[:-1] if batch.live is None else x.pair_ptr[:-1][batch.live]
+        logits = _padded_bias(x.bias, first, batch, n, m).to(q.dtype)
         logits = logits.masked_fill(~mask, -torch.inf)
         dead = (logits == -torch.inf).all(3, keepdim=True)
         mask = logits.masked_fill(dead, 0.0)
     attend = torch.nn.functional.scaled_dot_product_attention
-    pieces = zip(*(x.split(adapters.GRID) for x in (*padded, mask)))
-    out = torch.cat([attend(a, b, c, attn_mask=d, scale=scale) for a, b, c, d in pieces])
+    pieces = zip(*(padded.split(GRID) for padded in (q, k, v, mask)))
+    out = torch.cat([attend(a, b, c, attn_mask=d, scale=options.scale) for a, b, c, d in pieces])
     if dead is not None:
         out = out.masked_fill(dead, 0.0)
     out = out.transpose(1, 2)  # [b, n, H, Dv]
-    out = out.flatten(0, 1) if q_ptr is None else out[q_rows]
+    out = out.flatten(0, 1) if x.shared else out[q_rows]
     return batch.restore(out, 0.0), None
 
 

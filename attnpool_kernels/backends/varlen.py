@@ -9,23 +9,23 @@ raises (``autograd``).
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .. import adapters
-
-if TYPE_CHECKING:
-    from ..dispatch import Problem
+from ..operands import Operands, Options
+from ..problem import Problem
+from ..ragged import Sets
+from .needs import find
+from .packing import PACKED, Packed, attend
 
 KIND = "composite"
-GRAD_ORDER = 1
+NEEDS = PACKED
 MODULE = "torch.nn.attention.varlen"
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons = adapters.reasons(problem)
-    call, missing = adapters.find(MODULE, "varlen_attn")
+    reasons = NEEDS.reasons(problem)
+    call, missing = find(MODULE, "varlen_attn")
     if missing:
         reasons.append(missing)
     elif "scale" not in inspect.signature(call).parameters:
@@ -35,25 +35,15 @@ def why_not(problem: Problem) -> list[str]:
     return reasons
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
-    pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return adapters.attention(
-        _attention, "varlen", q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout
-    )
+def attention(x: Operands, options: Options, sets: Sets | None) -> tuple[Tensor, Tensor | None]:
+    call, _ = find(MODULE, "varlen_attn")
+    request, _ = find(MODULE, "AuxRequest")
 
-
-def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
-    call, _ = adapters.find(MODULE, "varlen_attn")
-    request, _ = adapters.find(MODULE, "AuxRequest")
-
-    def run(batch: adapters.Packed) -> tuple[Tensor, Tensor]:
-        out, lse = call(
-            batch.q, batch.k, batch.v, batch.q_ptr, batch.k_ptr, batch.longest_q, batch.longest_k,
-            scale=scale, return_aux=request(lse=True),
-        )  # fmt: skip
+    def run(batch: Packed) -> tuple[Tensor, Tensor]:
+        rows = batch.q, batch.k, batch.v, batch.q_ptr, batch.k_ptr
+        longest = batch.longest_q, batch.longest_k
+        out, lse = call(*rows, *longest, scale=options.scale, return_aux=request(lse=True))
         # Documented as [N, H], returned as [H, N] by torch 2.13.
         return out, lse.T if lse.shape[0] == batch.q.shape[1] else lse
 
-    return adapters.attend(run, q, k, v, q_ptr, k_ptr)
+    return attend(run, x, sets)

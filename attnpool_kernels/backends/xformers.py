@@ -9,17 +9,19 @@ style, silently drops a second one, so ours takes its place or it raises (``auto
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from torch import Tensor
 
-from .. import adapters
-
-if TYPE_CHECKING:
-    from ..dispatch import Problem
+from ..operands import Operands, Options
+from ..problem import Problem
+from ..ragged import Sets
+from .needs import find, missing
+from .packing import PACKED, Packed, attend
 
 KIND = "composite"
-GRAD_ORDER = 1
+_NO_LSE = {"return_lse": "memory_efficient_attention does not return the LSE"}
+NEEDS = replace(PACKED, refused={**PACKED.refused, **_NO_LSE})
 NEEDED = (
     ("xformers.ops", "memory_efficient_attention"),
     ("xformers.ops.fmha.attn_bias", "BlockDiagonalMask"),
@@ -27,38 +29,26 @@ NEEDED = (
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons = adapters.reasons(problem)
-    if problem.return_lse:
-        reasons.append("return_lse: memory_efficient_attention does not return the LSE")
+    reasons = NEEDS.reasons(problem)
     if problem.deterministic and problem.grad_order:
         reasons.append("deterministic mode: not every operator it may choose adds in a fixed order")
     if reasons:  # something else decides: do not import a large library for the table
-        absent = adapters.missing("xformers")
+        absent = missing("xformers")
         return [*reasons, absent] if absent else reasons
-    return [reason for name in NEEDED if (reason := adapters.find(*name)[1])][:1]
+    return [reason for name in NEEDED if (reason := find(*name)[1])][:1]
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, q_ptr: Tensor | None, k_ptr: Tensor,
-    pair_ptr: Tensor | None, seed: Tensor | None, scale: float, dropout: float,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return adapters.attention(
-        _attention, "xformers", q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout
-    )
-
-
-def _attention(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
-    (call, _), (mask, _) = (adapters.find(*name) for name in NEEDED)
+def attention(x: Operands, options: Options, sets: Sets | None) -> tuple[Tensor, None]:
+    (call, _), (mask, _) = (find(*name) for name in NEEDED)
     takes_device = "device" in inspect.signature(mask.from_seqlens).parameters
-    place = {"device": q.device} if takes_device else {}
+    place = {"device": x.q.device} if takes_device else {}
 
-    def run(batch: adapters.Packed) -> tuple[Tensor, None]:
+    def run(batch: Packed) -> tuple[Tensor, None]:
         own = batch.kept.get("xformers")
         if own is None:
-            counts = (x.diff().tolist() for x in (batch.q_ptr, batch.k_ptr))
+            counts = (ptr.diff().tolist() for ptr in (batch.q_ptr, batch.k_ptr))
             own = batch.kept["xformers"] = mask.from_seqlens(*counts, **place)
-        out = call(batch.q[None], batch.k[None], batch.v[None], attn_bias=own, p=0.0, scale=scale)
-        return out[0], None
+        rows = batch.q[None], batch.k[None], batch.v[None]
+        return call(*rows, attn_bias=own, p=0.0, scale=options.scale)[0], None
 
-    out, _ = adapters.attend(run, q, k, v, q_ptr, k_ptr)
-    return out, None
+    return attend(run, x, sets)[0], None

@@ -101,7 +101,7 @@ def covered(x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Ragged]:
     gradients of their weights: 0 · NaN is NaN.
     """
     ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
-    last, rows = ragged._last, x.shape[0]  # last is None where it is not known
+    last, rows = ragged.last, x.shape[0]  # last is None where it is not known
     if last is None or last == rows:
         return x, ragged
     if last > rows:

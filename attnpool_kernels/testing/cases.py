@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import draw_seed
-from ..ops import accumulator
+from ..operands import Cotangents, Operands, Options, Tangents, accumulator
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,22 @@ class Batch:
     ddk: Tensor
     ddv: Tensor
     ddbias: Tensor | None
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(*(getattr(self, name) for name in Operands._fields))
+
+    @property
+    def options(self) -> Options:
+        return Options(self.scale, self.case.dropout)
+
+    @property
+    def cotangents(self) -> Cotangents:
+        return Cotangents(self.dout, self.dlse)
+
+    @property
+    def tangents(self) -> Tangents:
+        return Tangents(self.ddq, self.ddk, self.ddv, self.ddbias)
 
     def inputs(self) -> list[Tensor]:
         return [x for x in (self.q, self.k, self.v, self.bias) if x is not None]

@@ -7,12 +7,12 @@ code with ``backends.reference`` and none with the equations of ``rounding``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import KernelBackend
 from ..dropout import keep_mask
 from ..functional import seed_pool, set_attention
 from ..ragged import Ragged
@@ -132,20 +132,13 @@ def run_public(batch: Batch, backend: str | None) -> dict[str, Tensor]:
     return differentiate(run, batch, None)
 
 
-def run_kernels(batch: Batch, kernels: ModuleType) -> dict[str, Tensor]:
+def run_kernels(batch: Batch, kernels: KernelBackend) -> dict[str, Tensor]:
     """The three passes of a kernel backend, called directly."""
-    problem = (
-        batch.q, batch.k, batch.v, batch.bias, batch.q_ptr, batch.k_ptr, batch.pair_ptr, batch.seed,
-    )  # fmt: skip
-    options = batch.scale, batch.case.dropout
-    out, lse = kernels.forward(*problem, *options)
-    known = (*problem, out, lse, batch.dout, batch.dlse)
-    first = kernels.backward(*known, *options, batch.bias is not None)
-    seconds = batch.ddq, batch.ddk, batch.ddv, batch.ddbias
-    second = kernels.double_backward(*known, *seconds, *options)
-    result = {"out": out, "lse": lse}
-    result |= zip(("dq", "dk", "dv", "dbias"), first)
-    result |= zip(("gq", "gk", "gv", "gbias", "gdout", "gdlse"), second)
+    x, dy, options = batch.operands, batch.cotangents, batch.options
+    y = kernels.forward(x, options)
+    dx = kernels.backward(x, y, dy, options, batch.bias is not None)
+    gx = kernels.double_backward(x, y, dy, batch.tangents, options)
+    result = y._asdict() | dx._asdict() | gx._asdict()
     if batch.bias is None:
         del result["dbias"], result["gbias"]
     if batch.dlse is None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import keep_mask
-from ..ops import accumulator
+from ..operands import accumulator
 from .cases import Batch
 
 BLOCK = 128  # terms that are summed one after another

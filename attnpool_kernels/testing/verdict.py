@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..backends import KernelBackend
 from .cases import CASES, Batch, Case
 from .oracle import dense, differentiate, run_kernels, run_public
 from .rounding import model, stored
@@ -112,9 +112,9 @@ def check_backend(
 
 
 def check_kernels(
-    kernels: ModuleType, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    kernels: KernelBackend, dtype: torch.dtype = torch.float32, device: str = "cpu",
     cases: Iterable[Case] = CASES,
 ) -> None:  # fmt: skip
-    """Judges the three functions of a kernel module on all cases."""
+    """Judges the three passes of a kernel backend on all cases."""
     for case in cases:
         judge(case, dtype, lambda batch: run_kernels(batch, kernels), device)

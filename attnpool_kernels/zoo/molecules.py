@@ -60,7 +60,7 @@ class Molecules:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(given.shape)}")
         if self.y is not None and (self.y.dim() != 2 or self.y.shape[0] != count):
             raise ValueError(f"y must have shape [{count}, T], got {tuple(self.y.shape)}")
-        last = Ragged(self.ptr)._last
+        last = Ragged(self.ptr).last
         if last is not None and last != atoms:
             raise ValueError(f"ptr[-1] must be the number of atoms, {atoms}, got {last}")
 

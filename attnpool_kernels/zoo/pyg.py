@@ -191,7 +191,7 @@ def grouped(
     known = not torch.compiler.is_compiling()
     if ptr is not None:
         ragged = Ragged(ptr)
-        last = ragged._last
+        last = ragged.last
         if last is not None and last != x.shape[0]:
             raise ValueError(f"ptr[-1] must be the number of rows, {x.shape[0]}, got {last}")
     else:

@@ -15,6 +15,7 @@ import os
 import torch
 
 KIND = "kernel"
+OPERATORS = "attnpool_triton"
 
 _OLDEST = (3, 6)
 _FLOAT64 = (3, 9)  # 3.6 and 3.7 accumulate a float64 tl.dot in float32, 3.8 is untried

@@ -1,0 +1,76 @@
+"""The compiled libraries: loaded once, when the package is imported, and the passes they register.
+
+``_C_cpu`` holds the schemas of ``torch.ops.attnpool`` and the CPU kernels, ``_C_cuda`` the CUDA
+kernels for the same operators: a torch without CUDA cannot load it. Tensors decide by their device
+which of them runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..operands import (
+    Cotangents,
+    Gradients,
+    Operands,
+    Options,
+    Result,
+    SecondGradients,
+    Tangents,
+)
+
+OPERATORS = "attnpool"
+_FOLDER = Path(__file__).parent.parent
+
+
+@cache
+def load_cpu() -> str:
+    """Loads the CPU library once. Returns "" or the reason why there is none."""
+    found = sorted(_FOLDER.glob("_C_cpu*.so"))
+    if not found:
+        return "the C++ library is not built (reinstall where a C++ compiler and torch are present)"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"the C++ library cannot be loaded: {error}"
+    if not hasattr(torch.ops.attnpool, "attention"):
+        return "the C++ library is of an older version: reinstall"
+    return ""
+
+
+@cache
+def load_cuda() -> str:
+    """Loads the CUDA library once. Returns "" or the reason why there is none."""
+    found = sorted(_FOLDER.glob("_C_cuda*.so"))
+    if not found:
+        return "the CUDA library is not built (ATTNPOOL_BUILD=cuda, nvcc 12.8 or later)"
+    if torch.version.cuda is None:
+        return f"the CUDA library is not loaded: torch {torch.__version__} has no CUDA"
+    if reason := load_cpu():
+        return f"the CUDA library needs the schemas of the CPU one, but {reason}"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"the CUDA library cannot be loaded: {error}"
+    return ""
+
+
+def forward(x: Operands, options: Options) -> Result:
+    return Result(*torch.ops.attnpool.attention.default(*x, *options))
+
+
+def backward(
+    x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
+) -> Gradients:
+    operator = torch.ops.attnpool.attention_backward.default
+    return Gradients(*operator(*x, *y, *dy, *options, need_dbias))
+
+
+def double_backward(
+    x: Operands, y: Result, dy: Cotangents, tangents: Tangents, options: Options
+) -> SecondGradients:
+    operator = torch.ops.attnpool.attention_double_backward.default
+    return SecondGradients(*operator(*x, *y, *dy, *tangents, *options))
