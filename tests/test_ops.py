@@ -18,18 +18,25 @@ CASES = [case for case in testing.CASES if case.name in {
 def arguments(case, native, dtype=torch.float32):
     """Arguments of the three operators for a case."""
     batch = case.make(dtype)
-    problem = (
-        batch.q, batch.k, batch.v, batch.bias, batch.q_ptr, batch.k_ptr, batch.pair_ptr, batch.seed,
-    )  # fmt: skip
-    options = batch.scale, case.dropout
-    out, lse = ops.forward(*problem, *options, native)
-    known = (*problem, out, lse, batch.dout, batch.dlse)
-    seconds = batch.ddq, batch.ddk, None, batch.ddbias
+    x, dy, options = batch.operands, batch.cotangents, batch.options
+    y = passes(native).forward(*x, *options)
+    tangents = batch.tangents._replace(ddv=None)
     return {
-        "forward": (*problem, *options, native),
-        "backward": (*known, *options, batch.bias is not None, native),
-        "double_backward": (*known, *seconds, *options, native),
+        "forward": (*x, *options),
+        "backward": (*x, *y, *dy, *options, batch.bias is not None),
+        "double_backward": (*x, *y, *dy, *tangents, *options),
     }
+
+
+def passes(native):
+    return ops.PASSES[load(native).OPERATORS]
+
+
+def test_schemas_are_those_of_the_tuples():
+    """csrc/library.cpp spells the schemas out; a C++ program finds them without Python."""
+    for namespace, operators in ops.PASSES.items():
+        for signature, operator in zip(ops.SIGNATURES.values(), operators):
+            assert str(operator._schema) == f"{namespace}::{signature.schema()}"
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def kernel(native):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ["forward", "backward", "double_backward"])
 def test_opcheck(kernel, case, name):
-    op = getattr(ops, name)
+    op = getattr(passes(kernel), name)
     torch.library.opcheck(op, arguments(case, kernel)[name])
 
 
@@ -158,7 +165,7 @@ def test_make_fx_traces_both_derivatives(kernel):
     for mode in ("fake", "symbolic"):
         graph = make_fx(run, tracing_mode=mode)(x, ptr)
         names = {str(node.target) for node in graph.graph.nodes}
-        assert "attnpool.attention_double_backward.default" in names
+        assert f"{load(kernel).OPERATORS}.attention_double_backward.default" in names
         assert torch.allclose(graph(x, ptr), run(x, ptr))
 
 

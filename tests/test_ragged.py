@@ -81,5 +81,5 @@ def test_check_accepts_good_boundaries():
 def test_copies_and_text():
     own = Ragged.from_counts([3, 5])
     for other in (copy.deepcopy(own), pickle.loads(pickle.dumps(own)), own.to("cpu")):
-        assert torch.equal(other.ptr, own.ptr) and other._last == 8
+        assert torch.equal(other.ptr, own.ptr) and other.last == 8
     assert repr(own) == "Ragged(2 molecules, 8 rows, torch.int64, cpu)"

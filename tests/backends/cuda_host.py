@@ -22,7 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attnpool_kernels import testing
+from attnpool_kernels import autograd, ops, testing
+from attnpool_kernels.operands import (
+    Cotangents,
+    Gradients,
+    Operands,
+    Options,
+    Result,
+    SecondGradients,
+    Tangents,
+    accumulator,
+)
 
 ROOT = Path(__file__).parents[2]
 MODULE = "attnpool_cuda_host"
@@ -124,6 +134,7 @@ class Kernels:
     """
 
     KIND = "kernel"
+    OPERATORS = "attnpool_host"
     __name__ = "attnpool_kernels.backends.cuda"
 
     def __init__(self, module, schedule: int = 0, vector: bool = True, split: int = 512):
@@ -132,61 +143,55 @@ class Kernels:
     def why_not(self, problem) -> list[str]:
         return []
 
-    def forward(self, q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
-        call = self._call(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
-        rows = q.shape[:1] if q_ptr is not None else (k_ptr.numel() - 1, q.shape[0])
-        out = _nan(q, (*rows, q.shape[1], v.shape[2]))
-        lse = _nan(q, (*rows, q.shape[1]), _sums(q))
-        self._run("forward", q, call | {"out": out, "lse": lse})
-        return out, lse
+    def forward(self, x: Operands, options: Options) -> Result:
+        rows = (*x.rows, x.q.shape[1])
+        y = Result(_nan(x.q, (*rows, x.v.shape[2])), _nan(x.q, rows, accumulator(x.q.dtype)))
+        self._run("forward", x.q, self._call(x, options) | y._asdict())
+        return y
 
     def backward(
-        self, q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, scale, dropout,
-        need_dbias,
-    ):  # fmt: skip
-        call = self._call(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
-        dq, dk, dv = (_nan(x, x.shape) for x in (q, k, v))
-        dbias = (q if bias is None else bias).new_empty((0, q.shape[1]))
-        if bias is not None and need_dbias:
-            dbias = _nan(bias, bias.shape)
-        call |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse, "dq": dq, "dk": dk, "dv": dv}
-        call |= {"dbias": dbias if dbias.shape[0] else None}
-        self._run("backward", q, call)
-        return dq, dk, dv, dbias
+        self, x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
+    ) -> Gradients:
+        dx = Gradients(*(_nan(rows, rows.shape) for rows in x[:3]), _bias(x, need_dbias))
+        call = self._call(x, options) | y._asdict() | dy._asdict() | dx._asdict()
+        self._run("backward", x.q, call | {"dbias": dx.dbias if dx.dbias.shape[0] else None})
+        return dx
 
     def double_backward(
-        self, q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, ddq, ddk, ddv,
-        ddbias, scale, dropout,
-    ):  # fmt: skip
-        call = self._call(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
-        gq, gk, gv = (_nan(x, x.shape) for x in (q, k, v))
-        gbias = q.new_empty((0, q.shape[1])) if bias is None else _nan(bias, bias.shape)
-        gdout, gdlse = _nan(out, out.shape), _nan(lse, lse.shape)
-        call |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
-        call |= {"ddq": ddq, "ddk": ddk, "ddv": ddv, "ddbias": ddbias}
-        call |= {"gq": gq, "gk": gk, "gv": gv, "gdout": gdout, "gdlse": gdlse}
-        call |= {"gbias": gbias if gbias.shape[0] else None}
-        self._run("double_backward", q, call)
-        return gq, gk, gv, gbias, gdout, gdlse
+        self, x: Operands, y: Result, dy: Cotangents, tangents: Tangents, options: Options
+    ) -> SecondGradients:
+        rows = (_nan(part, part.shape) for part in x[:3])
+        gx = SecondGradients(*rows, _bias(x, True), *(_nan(part, part.shape) for part in y))
+        call = self._call(x, options) | y._asdict() | dy._asdict() | tangents._asdict()
+        call |= gx._asdict() | {"gbias": gx.gbias if gx.gbias.shape[0] else None}
+        self._run("double_backward", x.q, call)
+        return gx
 
-    def _call(self, q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout) -> dict:
-        return {
-            "q": q, "k": k, "v": v, "bias": bias, "q_ptr": q_ptr, "k_ptr": k_ptr,
-            "pair_ptr": pair_ptr, "seed": seed, "molecules": k_ptr.numel() - 1,
-            "heads": q.shape[1], "head_dim": q.shape[2], "value_dim": v.shape[2],
-            "query_rows": q.shape[0], "key_rows": k.shape[0],
-            "pairs": 0 if bias is None else bias.shape[0],
-            "scale": scale, "keep_scale": 1 / (1 - dropout),
-            "drop_threshold": math.floor(dropout * 2**32), "dtype": DTYPES[q.dtype],
-            "bias_dtype": DTYPES[q.dtype if bias is None else bias.dtype],
-            "ptr_is_64": int(k_ptr.dtype == torch.int64), "shared_seeds": int(q_ptr is None),
-            "vector": self.vector, "split": self.split,
-        }  # fmt: skip
+    def _call(self, x: Operands, options: Options) -> dict:
+        scale, dropout = options
+        return x._asdict() | {
+            "molecules": x.molecules,
+            "heads": x.q.shape[1],
+            "head_dim": x.q.shape[2],
+            "value_dim": x.v.shape[2],
+            "query_rows": x.q.shape[0],
+            "key_rows": x.k.shape[0],
+            "pairs": 0 if x.bias is None else x.bias.shape[0],
+            "scale": scale,
+            "keep_scale": 1 / (1 - dropout),
+            "drop_threshold": math.floor(dropout * 2**32),
+            "dtype": DTYPES[x.q.dtype],
+            "bias_dtype": DTYPES[x.q.dtype if x.bias is None else x.bias.dtype],
+            "ptr_is_64": int(x.k_ptr.dtype == torch.int64),
+            "shared_seeds": int(x.shared),
+            "vector": self.vector,
+            "split": self.split,
+        }
 
     def _run(self, name: str, q: Tensor, call: dict):
         """Allocates what csrc/library_cuda.cpp does."""
         sizes = self.module.scratch(name, self._plain(call))
-        scratch = {x: _nan(q, (size,), _sums(q)) if size else None for x, size in sizes.items()}
+        scratch = {x: _nan(q, (size,), accumulator(q.dtype)) if size else None for x, size in sizes.items()}
         values = [x for x in (call | scratch).values() if x is not None]
         status = self._launch(name, self._plain(call | scratch), values)
         if status:
@@ -208,8 +213,22 @@ class Kernels:
         return self.module.run(name, plain, self.schedule)
 
 
-def _sums(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+_registered: list[Kernels] = []
+
+
+def registered(kernels: Kernels) -> Kernels:
+    """The same, as a backend of the public functions; the last one that was registered runs."""
+    if kernels.OPERATORS not in ops.PASSES:
+        ops.define(kernels.OPERATORS, lambda: _registered[-1])
+        autograd.differentiable(kernels.OPERATORS)
+    _registered.append(kernels)
+    return kernels
+
+
+def _bias(x: Operands, wanted: bool) -> Tensor:
+    if x.bias is None or not wanted:
+        return (x.q if x.bias is None else x.bias).new_empty((0, x.q.shape[1]))
+    return _nan(x.bias, x.bias.shape)
 
 
 def _nan(like: Tensor, shape, dtype: torch.dtype | None = None) -> Tensor:

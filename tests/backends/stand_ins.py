@@ -5,12 +5,13 @@ aligned rows, widths), and their second derivative is silently missing, as in th
 """
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 
-from attnpool_kernels import adapters, dispatch
-from attnpool_kernels.backends import flash_attn
+from attnpool_kernels import dispatch
+from attnpool_kernels.backends import flash_attn, needs, packing, varlen, xformers
 
 calls = []  # (name, sequences) of every call
 
@@ -56,7 +57,7 @@ def packed(name, q, k, v, cu_q, cu_k, max_q, max_k, scale):
     assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
     assert q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0 and q.shape[2] <= 256
     assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.shape == cu_k.shape
-    assert 1 < len(cu_q) <= adapters.GRID + 1
+    assert 1 < len(cu_q) <= packing.GRID + 1
     for rows, cu, longest in ((q, cu_q, max_q), (k, cu_k, max_k)):
         counts = cu.diff()
         assert cu[0] == 0 and cu[-1] == rows.shape[0] and counts.min() > 0
@@ -156,9 +157,7 @@ MODULES = {
 
 def forget():
     """Empties every cache that depends on what is installed."""
-    for cached in (
-        adapters.find, flash_attn.load, flash_attn._packed_lse, flash_attn._parameters,
-    ):  # fmt: skip
+    for cached in (needs.find, flash_attn.load, flash_attn._packed_lse, flash_attn._parameters):
         cached.cache_clear()
     dispatch._chosen.clear()
 
@@ -170,7 +169,8 @@ def install(monkeypatch, name):
     backend, _, version = name.partition(" ")
     if version:
         monkeypatch.setattr(flash_attn, "versions", lambda capability: (int(version),))
-    monkeypatch.setattr(adapters, "DEVICES", ("cpu",))
+    for module in (flash_attn, varlen, xformers):
+        monkeypatch.setattr(module, "NEEDS", replace(module.NEEDS, devices=("cpu",)))
     forget()
     calls.clear()
     return backend

@@ -1,6 +1,7 @@
 """Adapters to other libraries: against the oracle where the library runs, else on stand-ins."""
 
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,17 +12,16 @@ from attnpool_kernels import (
     BackendError,
     Problem,
     Ragged,
-    adapters,
     autograd,
     backends,
     dispatch,
     explain,
-    ragged,
     seed_pool,
     set_attention,
     testing,
 )
-from attnpool_kernels.backends import flash_attn, flex, varlen, xformers
+from attnpool_kernels.backends import flash_attn, flex, packing, varlen, xformers
+from attnpool_kernels.operands import Operands
 
 PLAIN = [case for case in testing.CASES if not case.dropout]
 NO_BIAS = [case for case in PLAIN if not case.bias]
@@ -104,7 +104,7 @@ def test_flex_block_mask_is_that_of_the_pairs(counts):
     q_counts = counts[::-1]
     q_ptr, k_ptr = (torch.tensor([0, *n]).cumsum(0) for n in (q_counts, counts))
     q, k = torch.zeros(sum(q_counts), 1, 8), torch.zeros(sum(counts), 1, 8)
-    batch = adapters.pack(q, k, k, q_ptr, k_ptr)
+    batch = packing.pack(Operands(q, k, k, None, q_ptr, k_ptr, None, None), None)
     q_of, k_of = flex._molecules(batch.q_ptr, q), flex._molecules(batch.k_ptr, k)
     found = flex._mask(batch, q_of, k_of).to_dense()
     exact = create_block_mask(lambda b, h, i, j: q_of[i] == k_of[j], 1, 1, len(q), len(k), "cpu")
@@ -137,7 +137,7 @@ def test_layout_of_every_library(stand_in, case):
 
 
 def test_more_molecules_than_the_grid_of_the_library(stand_in, monkeypatch):
-    monkeypatch.setattr(adapters, "GRID", 3)
+    monkeypatch.setattr(packing, "GRID", 3)
     for seeds in (None, 2):
         case = testing.Case("many", (4, 1, 0, 7, 3, 5, 2, 6), dim=12, seeds=seeds, nobody=1)
         stand_ins.calls.clear()
@@ -146,7 +146,7 @@ def test_more_molecules_than_the_grid_of_the_library(stand_in, monkeypatch):
 
 
 def test_sdpa_with_more_molecules_than_the_grid(monkeypatch):
-    monkeypatch.setattr(adapters, "GRID", 3)
+    monkeypatch.setattr(packing, "GRID", 3)
     for bias in (None, "mask"):
         case = testing.Case("many", (4, 1, 0, 7, 3, 5, 2, 6), bias=bias, nobody=1)
         judge(case, torch.float64, "sdpa", lse=False)
@@ -198,7 +198,7 @@ def test_garbage_boundaries_stay_inside():
         q_ptr, k_ptr = torch.randint(-9, 20, (2, 4), generator=generator)
         if trial % 10 == 0:
             q_ptr[1], k_ptr[2] = 2**63 - 1, -(2**63)
-        batch = adapters.pack(q, k, k, q_ptr, k_ptr)
+        batch = packing.pack(Operands(q, k, k, None, q_ptr, k_ptr, None, None), None)
         for rows, ptr, longest in (
             (batch.q, batch.q_ptr, batch.longest_q), (batch.k, batch.k_ptr, batch.longest_k),
         ):  # fmt: skip
@@ -215,13 +215,13 @@ def test_garbage_boundaries_stay_inside():
 def readings(monkeypatch):
     """The number of rows of every reading of boundaries."""
     found = []
-    read = adapters._layout
+    read = packing._layout
 
-    def counted(q_ptr, k_ptr, rows_q, rows_k):
-        found.append((rows_q, rows_k))
-        return read(q_ptr, k_ptr, rows_q, rows_k)
+    def counted(x):
+        found.append((x.q.shape[0], x.k.shape[0]))
+        return read(x)
 
-    monkeypatch.setattr(adapters, "_layout", counted)
+    monkeypatch.setattr(packing, "_layout", counted)
     return found
 
 
@@ -234,8 +234,6 @@ def test_layers_that_share_a_ragged_read_it_once(stand_in, readings):
         assert torch.equal(out, one)
         torch.autograd.grad(out.sum(), q)
     assert readings == [(10, 10)] * 2
-    again = Ragged.from_ptr(sizes.ptr)  # the same memory: a layer that makes its own
-    set_attention(q, q, q, again, backend=stand_in)
     with torch.inference_mode():  # its tensors are of no use to a layer that trains
         set_attention(q, q, q, sizes, backend=stand_in)
     torch.autograd.grad(set_attention(q, q, q, sizes, backend=stand_in).sum(), q)
@@ -255,12 +253,14 @@ def test_changed_or_forgotten_boundaries_are_read_again(readings):
     second = set_attention(q, q, q, sizes, backend="sdpa")
     assert len(readings) == 2 and not torch.allclose(first, second)
     assert torch.equal(second, set_attention(q, q, q, torch.tensor([0, 2, 9]), backend="sdpa"))
-    kept = len(ragged._kept)
     for counts in ([1, 8], [8, 1], [3, 6]):  # often at the address of the one before
         own = set_attention(q, q, q, Ragged.from_counts(counts), backend="sdpa")
         ptr = torch.tensor([0, counts[0], 9])
         assert torch.equal(own, set_attention(q, q, q, ptr, backend="sdpa"))
-    assert len(ragged._kept) == kept  # nothing outlives its Ragged
+    (entry,) = sizes.kept.values()
+    layout = weakref.ref(entry[2])
+    del entry, sizes
+    assert layout() is None  # nothing outlives its Ragged
 
 
 # --- second derivatives -----------------------------------------------------------------------

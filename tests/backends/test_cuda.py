@@ -165,7 +165,7 @@ def test_garbage_boundaries_stay_inside(module):
 
 
 def test_public_functions_and_both_derivatives(module, monkeypatch):
-    monkeypatch.setitem(backends._loaded, "cuda", cuda_host.Kernels(module))
+    monkeypatch.setitem(backends._loaded, "cuda", cuda_host.registered(cuda_host.Kernels(module)))
     monkeypatch.setattr(dispatch, "_chosen", {})
     testing.check_backend("cuda", torch.float32, cases=[CASES[0], MIXED, SEEDS])
 
@@ -177,7 +177,7 @@ def test_why_not():
     assert len(only_library) <= 1  # nothing against the problem itself
     for bad, text in (
         (replace(good, device="cpu"), "needs cuda"),
-        (replace(good, capability=(7, 5)), "7.5: needs 8.0"),
+        (replace(good, capability=(7, 5)), "sm_75: needs sm_80"),
         (replace(good, head_dim=129), "head dimension 129"),
         (replace(good, value_dim=256), "value dimension 256"),
         (replace(good, dtype=torch.int8), "int8"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from attnpool_kernels.backends import KernelBackend
+from attnpool_kernels.operands import Cotangents, Operands, Options, Result, Tangents
 from benchmarks.cases import Batch
 
 Call = Callable[..., Tensor]
@@ -16,38 +17,33 @@ Call = Callable[..., Tensor]
 class Kernels:
     """The passes of a kernel backend, called directly: its kernels and nothing else."""
 
-    def __init__(self, batch: Batch, module: ModuleType) -> None:
+    def __init__(self, batch: Batch, module: KernelBackend) -> None:
         q, k, v = (x.detach() for x in batch.inputs)
         q_ptr = batch.ptr if batch.workload.seeds is None else None
-        self.module, self.batch = module, batch
-        self.problem = (q, k, v, None, q_ptr, batch.ptr, None, None)
-        self.options = (batch.workload.dim**-0.5, 0.0)
-        self.known: tuple | None = None
+        self.module = module
+        self.x = Operands(q, k, v, None, q_ptr, batch.ptr, None, None)
+        self.options = Options(batch.workload.dim**-0.5)
+        self.dy = Cotangents(batch.dout.detach(), None)
+        self.tangents = Tangents(*batch.cotangents, None)
+        self.y: Result | None = None
 
     def forward(self) -> dict[str, Tensor]:
-        out, lse = self.module.forward(*self.problem, *self.options)
-        return {"out": out, "lse": lse}
+        return self.module.forward(self.x, self.options)._asdict()
 
-    def prepare(self) -> None:
+    def prepare(self) -> Result:
         """Makes what the other two passes are given."""
-        out, lse = self.forward().values()
-        self.known = (*self.problem, out, lse, self.batch.dout.detach(), None)
+        if self.y is None:
+            self.y = self.module.forward(self.x, self.options)
+        return self.y
 
     def backward(self) -> dict[str, Tensor]:
-        found = self.module.backward(*self._given(), *self.options, False)
-        return dict(zip(("d0", "d1", "d2"), found))
+        dx = self.module.backward(self.x, self.prepare(), self.dy, self.options, False)
+        return {"d0": dx.dq, "d1": dx.dk, "d2": dx.dv}
 
     def double_backward(self) -> dict[str, Tensor]:
-        seconds = (*self.batch.cotangents, None)
-        found = self.module.double_backward(*self._given(), *seconds, *self.options)
-        gq, gk, gv, _, gdout, _ = found
-        return {"g0": gq, "g1": gk, "g2": gv, "g3": gdout}
-
-    def _given(self) -> tuple:
-        if self.known is None:
-            self.prepare()
-        assert self.known is not None
-        return self.known
+        given = self.x, self.prepare(), self.dy, self.tangents
+        gx = self.module.double_backward(*given, self.options)
+        return {"g0": gx.gq, "g1": gx.gk, "g2": gx.gv, "g3": gx.gdout}
 
 
 class Autograd:

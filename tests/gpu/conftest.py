@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from attnpool_kernels import backends, dispatch
+from attnpool_kernels import autograd, backends, dispatch, ops
 from attnpool_kernels.backends import cpu
 
 from . import clock, fake_cuda
@@ -23,10 +23,13 @@ def as_cuda(device, monkeypatch):
     """The CPU kernels under the name "cuda"."""
     if cpu.load():
         pytest.skip(cpu.load())
-    names = ("KIND", "forward", "backward", "double_backward")
+    names = ("KIND", "NEEDS", "forward", "backward", "double_backward")
     module = SimpleNamespace(**{name: getattr(cpu, name) for name in names})
     module.why_not, module.load = lambda problem: [], lambda: ""
-    module.__name__ = "cuda"
+    module.__name__, module.OPERATORS = "cuda", "attnpool_as_cuda"
+    if module.OPERATORS not in ops.PASSES:
+        ops.define(module.OPERATORS, lambda: backends.load("cuda"))
+        autograd.differentiable(module.OPERATORS)
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: module if name == "cuda" else load(name))
     monkeypatch.setattr(dispatch, "_chosen", {})

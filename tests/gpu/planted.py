@@ -88,8 +88,8 @@ def wrong(settings: Settings, emit: Emit) -> None:
     true = cpu.forward
 
     def forward(*arguments):
-        out, lse = true(*arguments)
-        return out * 1.01, lse
+        y = true(*arguments)
+        return y._replace(out=y.out * 1.01)
 
     cpu.forward = forward
     correctness.run(Case("correctness", "molecules", "cpu", "float32"), settings, emit)
