@@ -28,7 +28,6 @@ autograd. All residuals go through ``save_for_backward``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,6 @@ from .operands import (
     Operands,
     Options,
     Result,
-    Tangents,
     split,
 )
 from .problem import Problem
@@ -215,7 +213,7 @@ class _Composite(torch.autograd.Function):
     def forward(ctx, backend, options, sets, *flat):
         leaves = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in flat]
         with torch.enable_grad():
-            out, lse = backend.attention(Operands(*leaves), options, sets)
+            out, lse = backend.attention(Operands(*leaves), options, sets)  # type: ignore[arg-type]
         ctx.save_for_backward(*flat)
         ctx.backend, ctx.options = backend, options
         ctx.kept = out, [x for x in leaves if x is not None and x.requires_grad]

@@ -171,6 +171,7 @@ def _attend(name: str, given: _Given) -> Any:
     problem = _problem(x, options, given)
     if options.dropout > 0:
         x = x._replace(seed=draw_seed(x.q.device))
+    result: tuple[Tensor, Tensor | None]
     if x.q.is_meta:  # shapes only: registered operators give them without any backend
         result = autograd.attention("attnpool_triton", x, options)
     else:
@@ -179,7 +180,8 @@ def _attend(name: str, given: _Given) -> Any:
             result = autograd.attention(chosen.OPERATORS, x, options)
         else:
             result = autograd.composite(chosen, x, options, sets)
-    return tuple(result) if given.return_lse else result[0]
+    out, lse = result
+    return (out, lse) if given.return_lse else out
 
 
 def _problem(x: Operands, options: Options, given: _Given) -> Problem:

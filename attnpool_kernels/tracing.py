@@ -13,10 +13,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def unreadable(x: Tensor) -> bool:
     """True where contents cannot be read: under compilers and torch.jit.trace, fake and meta."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or x.is_meta
-        or type(x) not in PLAIN
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or type(x) not in PLAIN
     )
 
 

@@ -124,7 +124,14 @@ def layout(x: Operands, sets: Sets | None) -> Layout:
         return _layout(x)
     # Its tensors may still be under way on their stream; those of inference mode have no gradient.
     stream = torch.cuda.current_stream(x.k_ptr.device).cuda_stream if x.k_ptr.is_cuda else 0
-    place = "layout", x.q.shape[0], x.k.shape[0], x.shared, stream, torch.is_inference_mode_enabled()
+    place = (
+        "layout",
+        x.q.shape[0],
+        x.k.shape[0],
+        x.shared,
+        stream,
+        torch.is_inference_mode_enabled(),
+    )
     versions = [ptr._version for ptr in held]
     found = keys.kept.get(place)
     if found is None or found[0] is not held[-1] or found[1] != versions:

@@ -191,7 +191,9 @@ class Kernels:
     def _run(self, name: str, q: Tensor, call: dict):
         """Allocates what csrc/library_cuda.cpp does."""
         sizes = self.module.scratch(name, self._plain(call))
-        scratch = {x: _nan(q, (size,), accumulator(q.dtype)) if size else None for x, size in sizes.items()}
+        scratch = {
+            x: _nan(q, (size,), accumulator(q.dtype)) if size else None for x, size in sizes.items()
+        }
         values = [x for x in (call | scratch).values() if x is not None]
         status = self._launch(name, self._plain(call | scratch), values)
         if status:

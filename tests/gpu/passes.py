@@ -39,7 +39,9 @@ def load(name: str, batch: Batch, dtype: torch.dtype) -> KernelBackend:
     return module
 
 
-def one(name: str, batch: Batch, module: KernelBackend, known: dict[str, Tensor]) -> dict[str, Tensor]:
+def one(
+    name: str, batch: Batch, module: KernelBackend, known: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The results of one pass; those behind the first get out and lse of the oracle."""
     x, dy, options = batch.operands, batch.cotangents, batch.options
     if name == "forward":
@@ -55,4 +57,3 @@ def one(name: str, batch: Batch, module: KernelBackend, known: dict[str, Tensor]
     if batch.dlse is None:
         result.pop("gdlse", None)
     return result
-
