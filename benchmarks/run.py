@@ -14,10 +14,14 @@ from pathlib import Path
 
 import torch
 
-from . import cases, goals, memory, molecules, plot, providers, rates, sheet, tables
-from .base import Base
-from .sheet import BenchmarkError
-from .sweep import Limits, Sweep
+from benchmarks.contenders import registry as providers
+from benchmarks.measuring import memory, rates, sheet
+from benchmarks.measuring.base import Base
+from benchmarks.measuring.sheet import BenchmarkError
+from benchmarks.measuring.sweep import Limits, Sweep
+from benchmarks.reporting import goals, plot, tables
+from benchmarks.studies import molecules
+from benchmarks.workloads import suites as cases
 
 HERE = Path(__file__).resolve().parent
 # Of the sweep; suites put the most telling points first, and the rest becomes "skipped".

@@ -11,9 +11,11 @@ import pytest
 
 import attnpool_kernels
 from attnpool_kernels.backends import cpu
-from benchmarks import cases, memory, providers
-from benchmarks.cases import Workload
-from benchmarks.measure import interleave, once, sampler
+from benchmarks.contenders import registry as providers
+from benchmarks.measuring import memory
+from benchmarks.measuring.clock import interleave, once, sampler
+from benchmarks.workloads import suites as cases
+from benchmarks.workloads.suites import Workload
 
 pytestmark = [
     pytest.mark.timing,

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import baselines, gate, providers
-from benchmarks.cases import PASSES, Workload
+from benchmarks.contenders import attention as baselines
+from benchmarks.contenders import registry as providers
+from benchmarks.measuring import gate
+from benchmarks.workloads.suites import PASSES, Workload
 
 RAGGED = Workload("ragged", "molecules", (5, 1, 9, 3), heads=2, dim=8)
 KINDS = {

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from attnpool_kernels.backends import cpu
-from benchmarks import cases, memory, rates, sheet, tables
-from benchmarks.cases import Workload
-from benchmarks.rates import ARITHMETIC, LIBRARY, MEMORY, Rates
-from benchmarks.sweep import Limits, Sweep
+from benchmarks.measuring import memory, rates, sheet
+from benchmarks.measuring.rates import ARITHMETIC, LIBRARY, MEMORY, Rates
+from benchmarks.measuring.sweep import Limits, Sweep
+from benchmarks.reporting import tables
+from benchmarks.workloads import suites as cases
+from benchmarks.workloads.suites import Workload
 
 F32, F64, B16 = torch.float32, torch.float64, torch.bfloat16
 with_library = pytest.mark.skipif(bool(cpu.load()), reason=f"no C++ library: {cpu.load()}")

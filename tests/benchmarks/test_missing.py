@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import goals, plot, report, sheet, summary, tables
-from benchmarks.sheet import BenchmarkError
+from benchmarks.measuring import sheet
+from benchmarks.measuring.sheet import BenchmarkError
+from benchmarks.reporting import goals, plot, summary, tables
+from benchmarks.reporting import page as report
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 FAMILIES = ("scaling", "molecules", "long", "seeds", "modules", "training", "overhead")
@@ -159,7 +161,7 @@ def test_no_provenance_at_all(tmp_path):
 
 @pytest.mark.parametrize("column", ["unit", "test_mae", "constant_mae", "target", "split"])
 def test_accuracies_with_gaps(column, tmp_path):
-    qm7b = pytest.importorskip("benchmarks.qm7b")
+    qm7b = pytest.importorskip("benchmarks.studies.qm7b")
     head = list(qm7b.RESULTS)
     rows = [
         {**dict.fromkeys(head, "1"), "backbone": "schnet", "pooling": pooling, "target": target}
@@ -176,7 +178,7 @@ def test_accuracies_with_gaps(column, tmp_path):
 
 @pytest.mark.parametrize("column", ["epoch", "val_mae", "train_loss"])
 def test_curves_with_gaps(column, tmp_path):
-    qm7b = pytest.importorskip("benchmarks.qm7b")
+    qm7b = pytest.importorskip("benchmarks.studies.qm7b")
     results = qm7b.Table(tmp_path / "qm7b.csv", qm7b.RESULTS)
     curves = qm7b.Table(tmp_path / "qm7b-curves.csv", qm7b.CURVES)
     for file in (results, curves):

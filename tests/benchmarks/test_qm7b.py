@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import qm7b
+from benchmarks.studies import qm7b
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")

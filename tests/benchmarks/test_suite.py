@@ -10,20 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    cases,
-    goals,
-    memory,
-    plot,
-    providers,
-    report,
-    run,
-    sheet,
-    tables,
-)
-from benchmarks.cases import PASSES, Workload
-from benchmarks.rates import Rates
-from benchmarks.sweep import Limits, Sweep
+from benchmarks import run
+from benchmarks.contenders import registry as providers
+from benchmarks.measuring import memory, sheet
+from benchmarks.measuring.rates import Rates
+from benchmarks.measuring.sweep import Limits, Sweep
+from benchmarks.reporting import goals, plot, tables
+from benchmarks.reporting import page as report
+from benchmarks.workloads import suites as cases
+from benchmarks.workloads.suites import PASSES, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 RAGGED = Workload("ragged", "molecules", (5, 1, 9, 3), heads=2, dim=8)
@@ -291,7 +286,7 @@ def test_damaged_csv(tmp_path, capsys, old, new, message):
 
 def test_full_disk_keeps_earlier_rows(tmp_path):
     code = (
-        "import resource, sys; from pathlib import Path; from benchmarks import sheet\n"
+        "import resource, sys; from pathlib import Path; from benchmarks.measuring import sheet\n"
         "from tests.benchmarks.test_suite import _rows, _written\n"
         "path = Path(sys.argv[1]); table = _written(path); size = path.stat().st_size\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, size + 40))\n"

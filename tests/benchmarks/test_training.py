@@ -13,7 +13,8 @@ from ase.calculators.emt import EMT
 
 from attnpool_kernels import Ragged
 from attnpool_kernels.zoo.datasets import load
-from benchmarks import forces, memory, sheet, training
+from benchmarks.measuring import memory, sheet
+from benchmarks.studies import forces, training
 
 TINY = training.SIZES["tiny"]
 
@@ -80,7 +81,7 @@ def test_a_run_and_its_file(tmp_path, capsys):
         assert row.ok and row.samples >= 1 and 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
         assert row.peak_bytes is None or row.peak_bytes > 100_000, row.contender
         assert row.peak_bytes or not memory.Mark().exact, row.reason
-    assert runs[0]["options"]["command"] == "python -m benchmarks.training"
+    assert runs[0]["options"]["command"] == "python -m benchmarks.studies.training"
     assert str(tmp_path) not in path.read_text()
     assert "molecules/s" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Batch
+from benchmarks.workloads.suites import Batch
 
 Call = Callable[..., Tensor]
 

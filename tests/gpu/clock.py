@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import replay
-from benchmarks.cases import Batch
-from benchmarks.gate import Gate
+from benchmarks.measuring import replay
+from benchmarks.measuring.gate import Gate
+from benchmarks.workloads.suites import Batch
 
 from . import card
 from .shapes import Shape

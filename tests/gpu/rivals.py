@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import baselines
-from benchmarks.cases import Batch
+from benchmarks.contenders import attention as baselines
+from benchmarks.workloads.suites import Batch
 
 from .alone import Call
 from .case import Outcome

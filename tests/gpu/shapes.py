@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.cases import Batch, Workload, draw
+from benchmarks.workloads.suites import Batch, Workload, draw
 
 from .passes import PASSES
 

@@ -10,9 +10,10 @@ import torch
 
 from attnpool_kernels import backends
 from attnpool_kernels.backends import cpu
-from benchmarks import cases as suites
-from benchmarks import providers, replay, sheet, sweep
-from benchmarks.cases import PASSES, Workload
+from benchmarks.contenders import registry as providers
+from benchmarks.measuring import replay, sheet, sweep
+from benchmarks.workloads import suites
+from benchmarks.workloads.suites import PASSES, Workload
 
 from . import alone, fake_cuda, rivals, shapes
 from .blocks import prewarm, speed
@@ -283,7 +284,7 @@ def test_every_rival_can_be_called_on_ragged_sets(monkeypatch):
     import torch.nn.attention as attention
 
     monkeypatch.setattr(attention, "sdpa_kernel", lambda *_: __import__("contextlib").nullcontext())
-    monkeypatch.setattr("benchmarks.baselines.sdpa_kernel", attention.sdpa_kernel)
+    monkeypatch.setattr("benchmarks.contenders.attention.sdpa_kernel", attention.sdpa_kernel)
     stand_in_varlen(monkeypatch, [])
     packed = sys.modules["torch.nn.attention.varlen"].varlen_attn
     flash = ModuleType("flash_attn")

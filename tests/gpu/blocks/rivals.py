@@ -130,8 +130,8 @@ def _refusal(error: Exception) -> bool:
 
 def module(who: str, dtype, device: str, emit: Emit) -> None:
     """A whole pooling module, forward and the gradients of its input and weights."""
-    from benchmarks import providers
-    from benchmarks.cases import Workload, draw
+    from benchmarks.contenders import registry as providers
+    from benchmarks.workloads.suites import Workload, draw
     from gpu import alone, clock
 
     sizes = draw("QM7b", 1024) if device == "cuda" else (4, 7, 2)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import tables
-from .sheet import BenchmarkError, Row
+from benchmarks.measuring.sheet import BenchmarkError, Row
+from benchmarks.reporting import tables
 
 # One colour and marker a contender in every figure; ours are dark and thick.
 STYLE = {

@@ -1,4 +1,4 @@
-"""One training step of a whole model, padded and not: ``python -m benchmarks.training``.
+"""One training step of a whole model, padded and not: ``python -m benchmarks.studies.training``.
 
 PyG's SchNet with a pooling, 128 molecules of QM7b (of its sizes, where its file is not there).
 A step is forward, loss, backward and Adam; in a force step forces are the gradient with respect to
@@ -32,11 +32,14 @@ import attnpool_kernels
 from attnpool_kernels import Ragged
 from attnpool_kernels.nn import AttentionPooling, SumPooling
 from attnpool_kernels.zoo.pyg import MoleculeGraph, SetTransformerAggregation, pooled_schnet
+from benchmarks.measuring import clock as measure
+from benchmarks.measuring import memory, rates, sheet
+from benchmarks.measuring.sheet import BenchmarkError, Row
+from benchmarks.reporting import tables
+from benchmarks.studies import molecules
+from benchmarks.workloads import suites as cases
 
-from . import cases, measure, memory, molecules, rates, sheet, tables
-from .sheet import BenchmarkError, Row
-
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 LONGEST = 23  # atoms of the largest molecule of QM7b, to which the original programs pad
 SAME = 1e-9  # relative difference in float64 of outputs and gradients, for the same weights
 CLOSE = 1e-4  # of float32 outputs from float64
@@ -290,7 +293,7 @@ def peak(contender: str, size: Size, what: str, data: Data, limit_s: float) -> m
     """Peak bytes of one step in a child process."""
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # freed blocks go back at once
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.preload", "attnpool_kernels.zoo.pyg"])
+    context.set_forkserver_preload(["benchmarks.measuring.preload", "attnpool_kernels.zoo.pyg"])
     here, there = context.Pipe(duplex=False)
     arguments = (there, contender, size, what, data, torch.get_num_threads())
     child = context.Process(target=_child, args=arguments, daemon=True)
@@ -400,7 +403,7 @@ def table(rows: list[Row]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m benchmarks.training", description=__doc__,
+        "python -m benchmarks.studies.training", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="contenders:\n" + "\n".join(f"  {c.name:14} {c.title}" for c in CONTENDERS.values()),
     )  # fmt: skip
@@ -452,7 +455,7 @@ def _main(options: argparse.Namespace) -> int:
     data = load(options.qm7b, options.molecules)
     out = sheet.Sheet(options.output)
     chosen = {k: v for k, v in vars(options).items() if isinstance(v, str | int | float)}
-    about = sheet.provenance("cpu", {"command": "python -m benchmarks.training", **chosen})
+    about = sheet.provenance("cpu", {"command": "python -m benchmarks.studies.training", **chosen})
     about["rates"] = rates.measure({torch.float32}, "cpu", 0.3).record()
     out.start(about)
     print(

@@ -237,8 +237,7 @@ def _parse(name: str, text: str):
 def provenance(device: str, options: dict) -> dict:
     """Machine, versions, commit and date of a run."""
     import attnpool_kernels
-
-    from .providers import version
+    from benchmarks.contenders.registry import version
 
     packages = ("torch", "triton", "numpy", "flash_attn", "xformers", "torch_geometric")
     versions = {name: version(name) for name in packages}

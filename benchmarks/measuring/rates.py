@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .measure import once
+from benchmarks.measuring.clock import once
 
 ARITHMETIC, MEMORY, LIBRARY = "arithmetic", "memory", "library"
 # Bytes of a working set: 64 KiB, 256 KiB, ... Without the C++ library, and on CUDA, the overhead of

@@ -5,7 +5,7 @@ order of molecules; only the pooling differs. The weights of the epoch with the 
 error (mean over the targets, in standard deviations) are tested. Writes one row a target into
 ``qm7b.csv``, the curves into ``qm7b-curves.csv``, and draws both: ``--draw`` alone draws again.
 
-    python -m benchmarks.qm7b --data qm7b.npz --epochs 25
+    python -m benchmarks.studies.qm7b --data qm7b.npz --epochs 25
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .sheet import COMMENT, provenance
+from benchmarks.measuring.sheet import COMMENT, provenance
 
 TARGETS = ("homo_gw", "lumo_gw", "atomization_energy_pbe0", "polarizability_pbe0")
 BACKBONES = {
@@ -260,7 +260,7 @@ def draw(folder: Path) -> Path:
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.qm7b", description=__doc__,
+        prog="python -m benchmarks.studies.qm7b", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--data", help="qm7b.npz, or its folder")

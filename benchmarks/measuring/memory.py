@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from . import providers
-from .cases import Workload
-from .gate import Gate
+from benchmarks.contenders import registry as providers
+from benchmarks.measuring.gate import Gate
+from benchmarks.workloads.suites import Workload
 
 _TINY = (5, 3)
 START_S = 300.0  # seconds that a child may take to start and prepare, on a busy machine
@@ -54,7 +54,7 @@ def probe(
     # Freed blocks go back to the system at once, so that the mark counts what was in use.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.preload"])
+    context.set_forkserver_preload(["benchmarks.measuring.preload"])
     here, there = context.Pipe(duplex=False)
     child = context.Process(
         target=_child, args=(there, work, what, name, threads, cap, long_s), daemon=True

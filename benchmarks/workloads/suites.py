@@ -138,7 +138,7 @@ class Batch:
         self.ptr = counts.cumsum(0).to(self.device)
         atoms, shape = work.atoms, (work.heads, work.dim)
         if work.module:
-            from .modules import draw_weights
+            from benchmarks.contenders.modules import draw_weights
 
             self.inputs = [normal(atoms, work.heads * work.dim), *draw_weights(work, normal)]
             self.dout = normal(len(work.sizes), (work.seeds or 1) * work.heads * work.dim)

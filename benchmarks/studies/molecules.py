@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from attnpool_kernels import Ragged, seed_pool, set_attention
-
-from .baselines import Padding
-from .sheet import BenchmarkError
-from .tables import render
+from benchmarks.contenders.attention import Padding
+from benchmarks.measuring.sheet import BenchmarkError
+from benchmarks.reporting.tables import render
 
 BOHR = 0.529177  # ångström
 HEADS, DIM = 4, 16
-QM7B = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "qm7b.npz"
+QM7B = Path(__file__).resolve().parents[3] / "shared" / "data" / "qm7b.npz"
 AGREE = 2e-4  # relative error against float64 of the last of five chained derivatives
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from .rates import ARITHMETIC, MEMORY
-from .sheet import Row
+from benchmarks.measuring.rates import ARITHMETIC, MEMORY
+from benchmarks.measuring.sheet import Row
 
 WORDS = {
     "forward": "forward",

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from .cases import Workload
-from .measure import Sampler
-from .sheet import BenchmarkError
+from benchmarks.measuring.clock import Sampler
+from benchmarks.measuring.sheet import BenchmarkError
+from benchmarks.workloads.suites import Workload
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Base:
@@ -61,7 +61,13 @@ class Base:
         (links / "attnpool_kernels").symlink_to(self._tree / "attnpool_kernels")
         (links / "benchmarks").symlink_to(ROOT / "benchmarks")
         environment = {**os.environ, "PYTHONPATH": str(links)}
-        command = [sys.executable, "-m", "benchmarks.base", device, str(torch.get_num_threads())]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.measuring.base",
+            device,
+            str(torch.get_num_threads()),
+        ]
         self._process = subprocess.Popen(
             command, cwd=links, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -121,10 +127,10 @@ def _serve(device: str, threads: int) -> None:
     os.dup2(2, 1)
     torch.set_num_threads(threads)
     import attnpool_kernels
-
-    from . import providers, replay
-    from .gate import Gate
-    from .measure import once
+    from benchmarks.contenders import registry as providers
+    from benchmarks.measuring import replay
+    from benchmarks.measuring.clock import once
+    from benchmarks.measuring.gate import Gate
 
     def reply(x: object) -> None:
         pickle.dump(x, answers)

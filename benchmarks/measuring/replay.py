@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import Batch
-from .measure import Sampler, repeated, sampler
+from benchmarks.measuring.clock import Sampler, repeated, sampler
+from benchmarks.workloads.suites import Batch
 
 Call = Callable[[], object]
 

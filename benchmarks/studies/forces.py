@@ -1,4 +1,4 @@
-"""Energies and forces of a molecule, learned through ABP: ``python -m benchmarks.forces``.
+"""Energies and forces of a molecule, learned through ABP: ``python -m benchmarks.studies.forces``.
 
 1. Molecular dynamics of ethanol at 500 K (Langevin, 0.5 fs, a frame every 10 fs) with GFN2-xTB
    (tblite; without it the EMT of ASE), written in the format of MD17: z, R, E, F in kcal/mol and Å.
@@ -30,13 +30,12 @@ import attnpool_kernels
 from attnpool_kernels.zoo.datasets import load
 from attnpool_kernels.zoo.model import PooledModel
 from attnpool_kernels.zoo.molecules import Molecules, Split
+from benchmarks.contenders.registry import version
+from benchmarks.measuring import sheet
+from benchmarks.measuring.clock import Timing
+from benchmarks.measuring.sheet import BenchmarkError, Row
 
-from . import sheet
-from .measure import Timing
-from .providers import version
-from .sheet import BenchmarkError, Row
-
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 CONFIG = {
     "backbone": "schnet",
     "backbone_options": {
@@ -210,7 +209,7 @@ def rows(
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m benchmarks.forces", description=__doc__,
+        "python -m benchmarks.studies.forces", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("--molecule", default="CH3CH2OH", help="a name of ase.build.molecule")
@@ -260,7 +259,7 @@ def _main(options: argparse.Namespace) -> int:
     chosen = {
         k: v for k, v in vars(options).items() if isinstance(v, str | int | float) and k != "data"
     }
-    about = sheet.provenance("cpu", {"command": "python -m benchmarks.forces", **chosen})
+    about = sheet.provenance("cpu", {"command": "python -m benchmarks.studies.forces", **chosen})
     chemistry = {package: version(package) for package in ("ase", "tblite")}
     about["versions"] |= {package: x for package, x in chemistry.items() if x}
     out.start(about)

@@ -14,11 +14,12 @@ import sys
 
 import torch
 
-from . import providers, tables
-from .cases import Workload
-from .measure import repeated
-from .sheet import Row
-from .sweep import Sweep
+from benchmarks.contenders import registry as providers
+from benchmarks.measuring.clock import repeated
+from benchmarks.measuring.sheet import Row
+from benchmarks.measuring.sweep import Sweep
+from benchmarks.reporting import tables
+from benchmarks.workloads.suites import Workload
 
 OPERATOR = ("QM7b", "QM8", "QMugs-like")
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from .cases import Batch
+from benchmarks.workloads.suites import Batch
 
 Call = Callable[..., Tensor]
 

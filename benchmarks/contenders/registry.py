@@ -19,9 +19,8 @@ from torch import Tensor
 
 import attnpool_kernels
 from attnpool_kernels import dispatch
-
-from . import baselines
-from .cases import PASSES, Batch, Workload
+from benchmarks.contenders import attention as baselines
+from benchmarks.workloads.suites import PASSES, Batch, Workload
 
 # Traces for seconds in every fresh process, which no suite has the time for on a CPU.
 SLOW_TO_START = ("attnpool:flex",)
@@ -192,7 +191,7 @@ def _table() -> dict[str, Contender]:
         Contender("einsum", "padded einsum (as DGL)", baselines.einsum, _fits(),
                   _plain("einsum, softmax, einsum")),
     ]  # fmt: skip
-    from .modules import CONTENDERS as modules
+    from benchmarks.contenders.modules import CONTENDERS as modules
 
     return {contender.name: contender for contender in (*found, *modules)}
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .cases import Batch, Workload
+from benchmarks.workloads.suites import Batch, Workload
 
 FULL = 12_000_000  # pairs x heads up to which everything is checked
 ROWS = 32  # sampled query rows above that
@@ -130,7 +130,7 @@ class Gate:
 
 def oracle(work: Workload) -> Callable[..., Tensor]:
     if work.module:
-        from .modules import module64
+        from benchmarks.contenders.modules import module64
 
         return lambda *inputs: module64(work, *inputs)
     return lambda q, k, v: attention64(work, q, k, v)

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.functional import linear, multi_head_attention_forward, relu
 
 import attnpool_kernels
-
-from .baselines import Padding
-from .cases import Batch, Workload
+from benchmarks.contenders.attention import Padding
+from benchmarks.workloads.suites import Batch, Workload
 
 _MAB = ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias",
         "lin.weight", "lin.bias")  # fmt: skip
@@ -86,7 +85,7 @@ def module64(work: Workload, x: Tensor, *weights: Tensor) -> Tensor:
     """The formula per molecule; the oracle when given float64."""
     from dataclasses import replace
 
-    from .gate import attention64
+    from benchmarks.measuring.gate import attention64
 
     atoms = replace(work, seeds=None)
 
@@ -166,7 +165,7 @@ def pyg(batch: Batch, source: str) -> Callable[..., Tensor]:
 
 
 def _contenders():
-    from .providers import Contender, _fits, installed, version
+    from benchmarks.contenders.registry import Contender, _fits, installed, version
 
     own, torch_version = attnpool_kernels.__version__, torch.__version__
     libraries = f"torch_geometric {version('torch_geometric')} on torch {torch_version}"

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import memory, providers, replay
-from .base import Base
-from .cases import Batch, Workload
-from .gate import Gate, shortened
-from .measure import Sampler, Timing, interleave, once, peak_cuda
-from .providers import Contender
-from .rates import Rates
-from .sheet import BenchmarkError, Row, Sheet
+from benchmarks.contenders import registry as providers
+from benchmarks.contenders.registry import Contender
+from benchmarks.measuring import memory, replay
+from benchmarks.measuring.base import Base
+from benchmarks.measuring.clock import Sampler, Timing, interleave, once, peak_cuda
+from benchmarks.measuring.gate import Gate, shortened
+from benchmarks.measuring.rates import Rates
+from benchmarks.measuring.sheet import BenchmarkError, Row, Sheet
+from benchmarks.workloads.suites import Batch, Workload
 
 BASE = "base:"
 
