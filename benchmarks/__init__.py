@@ -1,5 +1,6 @@
 """Scaling study: time and memory of set attention against the number of atoms.
 
 ``python -m benchmarks.run --help`` is the way in; ``python -m benchmarks.report`` makes the page.
-Packages: ``workloads``, ``contenders``, ``measuring``, ``reporting``, ``studies``.
+Packages, each of which may import those before it: ``workloads``, ``contenders``, ``measuring``,
+``reporting``, ``studies``. ``tests/test_architecture.py`` holds them to that.
 """

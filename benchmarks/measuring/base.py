@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring.clock import Sampler
-from benchmarks.measuring.sheet import BenchmarkError
-from benchmarks.workloads.suites import Workload
+from ..workloads.workload import Workload
+from .clock import Sampler
+from .sheet import BenchmarkError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,13 +61,8 @@ class Base:
         (links / "attnpool_kernels").symlink_to(self._tree / "attnpool_kernels")
         (links / "benchmarks").symlink_to(ROOT / "benchmarks")
         environment = {**os.environ, "PYTHONPATH": str(links)}
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.measuring.base",
-            device,
-            str(torch.get_num_threads()),
-        ]
+        threads = str(torch.get_num_threads())
+        command = [sys.executable, "-m", "benchmarks.measuring.base", device, threads]
         self._process = subprocess.Popen(
             command, cwd=links, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -127,10 +122,12 @@ def _serve(device: str, threads: int) -> None:
     os.dup2(2, 1)
     torch.set_num_threads(threads)
     import attnpool_kernels
-    from benchmarks.contenders import registry as providers
-    from benchmarks.measuring import replay
-    from benchmarks.measuring.clock import once
-    from benchmarks.measuring.gate import Gate
+
+    from ..contenders import registry
+    from ..workloads.batch import make_batch
+    from . import replay
+    from .clock import once
+    from .gate import Gate
 
     def reply(x: object) -> None:
         pickle.dump(x, answers)
@@ -148,8 +145,8 @@ def _serve(device: str, threads: int) -> None:
             continue
         _, work, what, name = message
         try:
-            contender = providers.CONTENDERS[name]
-            batch = work.make(device)
+            contender = registry.CONTENDERS[name]
+            batch = make_batch(work, device)
             batch.prepare(what)
             call = contender.prepare(batch)
             error = Gate(batch, what).error(batch.run(call, what))[1]

@@ -1,21 +1,20 @@
-"""The float64 oracle that every contender must match before it is timed.
+"""The gate: every contender must match the float64 oracle before it is timed.
 
-Written from the formula, molecule by molecule (molecules of one size together), and shares no code
-with any contender. Small workloads are checked in full, with all gradients; where that would cost
-more than the benchmark, sampled rows of the output and of the gradient of q are, and the second
-derivative is checked in full on the same workload with its molecules cut short.
+Small workloads are checked in full, with all gradients; where that would cost more than the
+benchmark, sampled rows of the output and of the gradient of q are, and the second derivative is
+checked in full on the same workload with its molecules cut short.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.workloads.suites import Batch, Workload
+from ..workloads.batch import WorkloadBatch
+from ..workloads.workload import Workload
+from . import oracle
 
 FULL = 12_000_000  # pairs x heads up to which everything is checked
 ROWS = 32  # sampled query rows above that
@@ -29,47 +28,25 @@ TOLERANCE = {
 FACTOR = {"o": 1.0, "d": 3.0, "g": 10.0}
 
 
-def attention64(work: Workload, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The operation on packed rows, differentiable in any order: softmax(c·QKᵀ)V per molecule."""
-    ends = torch.tensor(work.sizes).cumsum(0).tolist()
-    groups = defaultdict(list)
-    for i, (n, end) in enumerate(zip(work.sizes, ends)):
-        groups[n].append((i, end - n))
-    parts, places = [], []
-    for n, members in groups.items():
-        start = torch.tensor([s for _, s in members], device=k.device)
-        rows = start[:, None] + torch.arange(n, device=k.device)  # [m, n]
-        keys, values = k[rows], v[rows]
-        queries = q[rows] if work.seeds is None else q.expand(len(members), *q.shape)
-        logits = torch.einsum("mihd,mjhd->mhij", queries, keys) * work.dim**-0.5
-        out = torch.einsum("mhij,mjhd->mihd", torch.softmax(logits, 3), values)
-        if work.seeds is None:
-            parts.append(out.flatten(0, 1))
-            places.append(rows.flatten())
-        else:
-            parts.append(out)
-            places.append(torch.tensor([i for i, _ in members], device=k.device))
-    return torch.cat(parts)[torch.cat(places).argsort()]
-
-
 class Gate:
     """Compares what contenders give on one batch and pass with float64."""
 
-    def __init__(self, batch: Batch, what: str) -> None:
+    def __init__(self, batch: WorkloadBatch, what: str) -> None:
         self.batch, self.what, self.work = batch, what, batch.workload
         self.full = self.work.pairs * self.work.heads <= FULL
         self.check = "all" if self.full else f"{ROWS} rows"
+        self._rows = None if self.full else oracle.pick(self.work, ROWS)
         self._truth: dict[str, Tensor] | None = None
 
     def error(self, found: dict[str, Tensor]) -> tuple[float, str]:
         """The worst relative error over the tolerance's factor, and "" or what is wrong."""
         if self._truth is None:
-            self._truth = self._all() if self.full else self._rows()
+            self._truth = self._known()
         worst, wrong = 0.0, []
         for name, truth in self._truth.items():
             x = found[name].detach()
-            if not self.full:
-                x = x[self._picked] if name == "out" else x[self._picked[-1]]
+            if self._rows is not None:
+                x = x[self._rows.out] if name == "out" else x[self._rows.query]
             if x.shape != truth.shape:
                 wrong.append(f"{name}: shape {tuple(x.shape)}, expected {tuple(truth.shape)}")
                 continue
@@ -85,55 +62,13 @@ class Gate:
                 wrong.append(f"{name}: relative error {relative:.2g}, allowed {allowed:.2g}")
         return worst, "; ".join(wrong)
 
-    def _all(self) -> dict[str, Tensor]:
-        """Everything in float64 through autograd."""
-        wide = Batch.__new__(Batch)
-        wide.__dict__.update(self.batch.__dict__)
-        wide.inputs = [x.detach().double() for x in self.batch.inputs]
-        wide.dout = self.batch.dout.detach().double()
-        wide.cotangents = [x.double() for x in self.batch.cotangents]
-        for x in (*wide.inputs, wide.dout):
-            x.requires_grad_(self.what != "forward")
-        return wide.run(oracle(self.work), self.what)
-
-    def _rows(self) -> dict[str, Tensor]:
-        """Sampled rows of out and dq, each from all keys of its molecule."""
-        work, q, k, v = self.work, *(x.detach() for x in self.batch.inputs)
-        generator = torch.Generator().manual_seed(1)
-        ends = torch.tensor(work.sizes).cumsum(0)
-        seeds = work.seeds is not None
-        last = (len(work.sizes) if seeds else work.atoms) - 1
-        picked = torch.randint(0, last + 1, (ROWS,), generator=generator)
-        picked[-1] = last  # the end of the batch is where kernels go wrong
-        molecule = picked if seeds else torch.searchsorted(ends, picked, right=True)
-        place = torch.randint(0, work.seeds or 1, (ROWS,), generator=generator)
-        self._picked = (picked, place) if seeds else (picked,)
-        out, dq = [], []
-        held: dict[int, tuple[Tensor, Tensor]] = {}  # of one molecule: it may be a giant
-        for row, mol, seed in zip(picked.tolist(), molecule.tolist(), place.tolist()):
-            if mol not in held:
-                own = slice(int(ends[mol]) - work.sizes[mol], int(ends[mol]))
-                held = {mol: (k[own].double(), v[own].double())}
-            keys, values = held[mol]
-            query = q[seed if seeds else row].double()
-            weights = (torch.einsum("hd,jhd->hj", query, keys) * work.dim**-0.5).softmax(1)
-            out.append(torch.einsum("hj,jhd->hd", weights, values))
-            dout = self.batch.dout.detach()[(row, seed) if seeds else row].double()
-            dp = torch.einsum("hd,jhd->hj", dout, values)
-            ds = weights * (dp - (weights * dp).sum(1, keepdim=True))
-            dq.append(torch.einsum("hj,jhd->hd", ds, keys) * work.dim**-0.5)
-        truth = {"out": torch.stack(out)}
-        if self.what != "forward" and not seeds:  # the gradient of seeds sums over molecules
-            truth["d0"] = torch.stack(dq)
-        return truth
-
-
-def oracle(work: Workload) -> Callable[..., Tensor]:
-    if work.module:
-        from benchmarks.contenders.modules import module64
-
-        return lambda *inputs: module64(work, *inputs)
-    return lambda q, k, v: attention64(work, q, k, v)
+    def _known(self) -> dict[str, Tensor]:
+        if self._rows is None:
+            return oracle.everything(self.batch, self.what)
+        out, dq = oracle.rows_of(self.batch, self._rows)
+        if self.what == "forward" or self._rows.pooled:  # dq of seeds sums over molecules
+            return {"out": out}
+        return {"out": out, "d0": dq}
 
 
 def shortened(work: Workload) -> Workload:

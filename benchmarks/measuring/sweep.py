@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.contenders import registry as providers
-from benchmarks.contenders.registry import Contender
-from benchmarks.measuring import memory, replay
-from benchmarks.measuring.base import Base
-from benchmarks.measuring.clock import Sampler, Timing, interleave, once, peak_cuda
-from benchmarks.measuring.gate import Gate, shortened
-from benchmarks.measuring.rates import Rates
-from benchmarks.measuring.sheet import BenchmarkError, Row, Sheet
-from benchmarks.workloads.suites import Batch, Workload
+from ..contenders import registry
+from ..contenders.contender import Contender
+from ..workloads.batch import WorkloadBatch, make_batch
+from ..workloads.workload import Workload
+from . import memory, replay
+from .base import Base
+from .clock import Sampler, Timing, interleave, once
+from .gate import Gate, shortened
+from .rates import Rates
+from .sheet import BenchmarkError, Row, Sheet
 
 BASE = "base:"
 
@@ -43,6 +44,8 @@ class Limits:
 
 @dataclass
 class Sweep:
+    """One run over workloads into a sheet, with what it has learned on the way."""
+
     suite: str
     device: str
     rates: Rates
@@ -70,7 +73,7 @@ class Sweep:
 
     def _cost(self, work: Workload, what: str) -> float:
         """Seconds that a point takes, roughly: for the progress bar."""
-        limits, able = self.limits, providers.for_workload(work, self.contenders)
+        limits, able = self.limits, registry.for_workload(work, self.contenders)
         able = [c for c in able if not c.why_not(work, what, self.device)]
         call = min(
             limits.call_s * work.patience, 4 * self.rates.limit(*work.work(what), work.dtype)
@@ -81,8 +84,8 @@ class Sweep:
     def _point(self, work: Workload, what: str, done: set, late: bool) -> None:
         rows: dict[str, Row] = {}
         pending: list[Contender] = []
-        for contender in providers.for_workload(work, self.contenders):
-            row = self._row(work, what, contender)
+        for contender in registry.for_workload(work, self.contenders):
+            row = self.new_row(work, what, contender)
             if row.key in done:
                 continue
             reasons = contender.why_not(work, what, self.device)
@@ -105,7 +108,7 @@ class Sweep:
         timings: dict[str, Timing] = {}
         if self.device == "cpu":
             pending = [c for c in pending if self._probe(work, what, c, rows[c.name], timings)]
-        batch = work.make(self.device)
+        batch = make_batch(work, self.device)
         batch.prepare(what)
         gate = Gate(batch, what)
         for contender in pending:
@@ -115,7 +118,7 @@ class Sweep:
                 timings[contender.name] = Timing([first] if first > 1.0 else [])
         if self.base is not None:
             for contender in [c for c in pending if c.name in samplers and self._has_base(c)]:
-                row = self._row(work, what, contender)
+                row = self.new_row(work, what, contender)
                 row.contender, row.ours = BASE + contender.name, 0
                 row.kernel = f"{contender.name} at {self.base.ref}"
                 sample = self.base.sampler(work, what, contender.name)
@@ -167,7 +170,7 @@ class Sweep:
         timings[row.contender] = Timing([found.seconds])
         return False
 
-    def _admit(self, batch: Batch, what: str, contender: Contender, gate: Gate, row: Row):
+    def _admit(self, batch: WorkloadBatch, what: str, contender: Contender, gate: Gate, row: Row):
         """Checks the numbers of the first call; its seconds and a sampler, or None."""
         device = self.device
         try:
@@ -175,7 +178,7 @@ class Sweep:
             held: list[dict] = []
             if device == "cuda":
                 batch.run(call, what)  # compiles, picks algorithms
-                row.peak_bytes = peak_cuda(lambda: batch.run(call, what))
+                row.peak_bytes = memory.peak_cuda(lambda: batch.run(call, what))
             first = once(lambda: held.append(batch.run(call, what)), device)
             row.error, wrong = gate.error(held.pop())
             row.check = gate.check
@@ -210,7 +213,7 @@ class Sweep:
         key = (small.sizes, small.heads, small.dim, small.seeds, small.dtype, small.layout)
         key = (*key, what, contender.name)
         if key not in self.trusted:
-            batch = small.make(self.device)
+            batch = make_batch(small, self.device)
             batch.prepare(what)
             found = batch.run(contender.prepare(batch), what)
             self.trusted[key] = Gate(batch, what).error(found)[1]
@@ -223,7 +226,7 @@ class Sweep:
 
     def _starts_slowly(self, contender: Contender) -> bool:
         asked = self.contenders is not None or self.device != "cpu"
-        return not asked and contender.name in providers.SLOW_TO_START
+        return not asked and contender.name in registry.SLOW_TO_START
 
     def _axis(self, row: Row) -> tuple | None:
         if row.x is None or row.family not in ("scaling", "constant"):
@@ -240,16 +243,30 @@ class Sweep:
         x, reason = self.blocked.get(self._axis(row) or (), (math.inf, None))
         return reason if row.x is not None and row.x >= x else None
 
-    def _row(self, work: Workload, what: str, contender: Contender) -> Row:
+    def new_row(self, work: Workload, what: str, contender: Contender) -> Row:
+        """What is known of a measurement before it is made."""
         flops, size = work.work(what) if not work.module else (None, None)
         row = Row(
-            suite=self.suite, family=work.family, workload=work.key, x=work.x,
-            molecules=len(work.sizes), atoms=work.atoms, longest=max(work.sizes),
-            heads=work.heads, dim=work.dim, seeds=work.seeds,
-            dtype=str(work.dtype).removeprefix("torch."), layout=work.layout, what=what,
-            contender=contender.name, kernel=contender.kernel(work, self.device),
-            ours=int(contender.ours), status="ok", flops=flops, bytes=size,
-        )  # fmt: skip
+            suite=self.suite,
+            family=work.family,
+            workload=work.key,
+            x=work.x,
+            molecules=len(work.sizes),
+            atoms=work.atoms,
+            longest=max(work.sizes),
+            heads=work.heads,
+            dim=work.dim,
+            seeds=work.seeds,
+            dtype=work.dtype_name,
+            layout=work.layout,
+            what=what,
+            contender=contender.name,
+            kernel=contender.kernel(work, self.device),
+            ours=int(contender.ours),
+            status="ok",
+            flops=flops,
+            bytes=size,
+        )
         _limit(row, self.rates)
         return row
 
@@ -314,8 +331,8 @@ class Progress:
         clock = "--:--" if left is None else f"{int(left // 60)}:{int(left % 60):02d}"
         bar = "#" * round(24 * share)
         line = f"[{bar:<24}] {100 * share:3.0f}%  {clock} left  {text}"
-        print(f"\r\x1b[K{line[:118]}" if self.live else line, end="" if self.live else "\n",
-              file=sys.stderr, flush=True)  # fmt: skip
+        line, end = (f"\r\x1b[K{line[:118]}", "") if self.live else (line, "\n")
+        print(line, end=end, file=sys.stderr, flush=True)
 
     def advance(self) -> None:
         self.place += 1

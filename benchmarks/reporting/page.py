@@ -1,29 +1,25 @@
-"""One self-contained HTML page from result files: ``python -m benchmarks.report [CSV ...]``.
+"""One self-contained HTML page from result files.
 
-Figures are embedded, nothing is loaded from anywhere. Without arguments the page shows what is
-committed under ``benchmarks/results``. Files of the sweep have the columns of ``sheet.Row``; a
-file with other columns (accuracies) is shown as the table that it is.
+Figures are embedded, nothing is loaded from anywhere. Files of the sweep have the columns of
+``sheet.Row``; a file with other columns (accuracies) is shown as the table that it is.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
 import html
 import json
 import statistics
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measuring import sheet
-from benchmarks.measuring.rates import said
-from benchmarks.measuring.sheet import BenchmarkError, Row
-from benchmarks.reporting import goals, plot, summary, tables
+from ..measuring import sheet
+from ..measuring.rates import said
+from ..measuring.sheet import BenchmarkError, Row
+from . import goals, plot, summary, tables
 
-HERE = Path(__file__).resolve().parents[1]
 TITLES = {  # in this order
     "paper": "The scaling study: time and memory against atoms",
     "molecules": "Batches of molecules, and the performance goals",
@@ -137,7 +133,7 @@ def load(path: Path) -> Results:
     return Results(path, [], runs, head, cells)
 
 
-def page(paths: list[Path]) -> str:
+def render(paths: list[Path]) -> str:
     """The whole page. Raises BenchmarkError for a file that cannot be read."""
     order = list(TITLES)
     loaded = [load(path) for path in paths if not path.stem.endswith(CURVES)]
@@ -402,7 +398,7 @@ def _result(row: Row | None) -> str:
         return "<td></td>"
     off = "" if row.ok else " class=off"
     tip = f' title="{_text(row.reason)}"' if row.reason else ""
-    time, _, memory = tables._cell(row).partition("|")
+    time, _, memory = tables.cell(row).partition("|")
     below = f"<br><small>{_text(memory)}</small>" if memory else ""
     return f"<td{off}{tip}>{_text(time)}{below}</td>"
 
@@ -426,38 +422,3 @@ def _table(head: list[str], lines: list[str], kind: str = "") -> str:
 
 def _text(x: object) -> str:
     return html.escape(str(x), quote=True)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.split("\n")[0])
-    p.add_argument("csv", nargs="*", type=Path, help="results (default: all committed ones)")
-    p.add_argument("--output", type=Path, metavar="PATH",
-                   help="the page (default: benchmarks/results/report.html, which is committed; "
-                        "of CSVs that are named benchmarks/out/report.html)")  # fmt: skip
-    options = p.parse_args(arguments)
-    if options.output is None:
-        options.output = HERE / ("out" if options.csv else "results") / "report.html"
-    try:
-        paths = options.csv or sorted((HERE / "results").glob("*/*.csv"))
-        if not paths:
-            raise BenchmarkError("no CSV under benchmarks/results; name one")
-        text = page(paths)
-        try:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            part = options.output.with_suffix(".part")
-            try:
-                part.write_text(text, encoding="utf-8")
-                part.replace(options.output)
-            finally:
-                part.unlink(missing_ok=True)
-        except OSError as error:
-            raise BenchmarkError(f"cannot write {options.output}: {error.strerror}") from error
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: {len(paths)} result files, {len(text) / 1e6:.1f} MB")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.measuring.sheet import BenchmarkError, Row
-from benchmarks.reporting import tables
+from ..measuring.sheet import BenchmarkError, Row
+from . import tables
 
 # One colour and marker a contender in every figure; ours are dark and thick.
 STYLE = {
@@ -44,19 +44,20 @@ def draw(rows: list[Row], stem: Path, title: str) -> list[Path]:
     made = []
     for family in ("scaling", "constant"):
         figure = _scaling([r for r in rows if r.family == family], title, family)
-        made += _save(figure, stem, family)
+        made += save(figure, stem, family)
     batches = [r for r in rows if r.family in ("molecules", "mixed", "long")]
-    made += _save(_batches(batches, title, "batches of molecules"), stem, "molecules")
+    made += save(_batches(batches, title, "batches of molecules"), stem, "molecules")
     pooling = [r for r in rows if r.family == "seeds"]
     many = len({r.seeds for r in pooling}) > 3
     drawn = _pooling(pooling, title) if many else _batches(pooling, title, "seed pooling")
-    made += _save(drawn, stem, "seeds")
+    made += save(drawn, stem, "seeds")
     modules = [r for r in rows if r.family == "modules"]
-    made += _save(_batches(modules, title, "pooling module"), stem, "modules")
+    made += save(_batches(modules, title, "pooling module"), stem, "modules")
     return made
 
 
-def _save(figure, stem: Path, name: str) -> list[Path]:
+def save(figure, stem: Path, name: str) -> list[Path]:
+    """Writes <stem>-<name>.png and .svg, of no figure none; the files."""
     if figure is None:
         return []
     import matplotlib.pyplot as plt

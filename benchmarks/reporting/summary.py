@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.measuring.sheet import Row
-from benchmarks.reporting import plot, tables
+from ..measuring.sheet import Row
+from . import plot, tables
 
 
 def lines(results: list[tuple[str, list[Row]]]) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from benchmarks.measuring.rates import ARITHMETIC, MEMORY
-from benchmarks.measuring.sheet import Row
+from ..measuring.rates import ARITHMETIC, MEMORY
+from ..measuring.sheet import Row
 
 WORDS = {
     "forward": "forward",
@@ -114,7 +114,7 @@ def scaling(rows: list[Row], family: str = "scaling") -> str:
             at = {row.x: row for row in own}
             if not any(row.timed for row in own):
                 continue
-            cells = [_cell(at.get(x)) for x in shown]
+            cells = [cell(at.get(x)) for x in shown]
             power = [f"n^{p:.2f}" if p is not None else "-" for p in exponents(own)]
             lines.append([name, *cells, *power])
         if len(lines) > 1:
@@ -125,7 +125,8 @@ def scaling(rows: list[Row], family: str = "scaling") -> str:
     return "\n\n".join(parts)
 
 
-def _cell(row: Row | None) -> str:
+def cell(row: Row | None) -> str:
+    """Milliseconds and, behind a bar, the memory; or the word for what happened."""
     if row is None:
         return ""
     if not row.ok:
@@ -158,7 +159,7 @@ def batches(rows: list[Row], families: tuple[str, ...]) -> str:
             if row is not None and row.timed:
                 cells.append(f"{row.p50_ms / reference.p50_ms:.2f}x")
             else:
-                cells.append(_cell(row))
+                cells.append(cell(row))
         lines.append([
             key, what.replace("double_backward", "double"),
             milliseconds(mine.p50_ms) if mine else "-",
@@ -226,5 +227,5 @@ def modules(rows: list[Row]) -> str:
     lines = [["module, milliseconds", "pass", *names]]
     for (key, what), group in grouped(chosen, "workload", "what").items():
         at = {row.contender: row for row in group}
-        lines.append([key, what, *[_cell(at.get(name)) for name in names]])
+        lines.append([key, what, *[cell(at.get(name)) for name in names]])
     return render(lines)

@@ -30,12 +30,14 @@ import attnpool_kernels
 from attnpool_kernels.zoo.datasets import load
 from attnpool_kernels.zoo.model import PooledModel
 from attnpool_kernels.zoo.molecules import Molecules, Split
-from benchmarks.contenders.registry import version
-from benchmarks.measuring import sheet
-from benchmarks.measuring.clock import Timing
-from benchmarks.measuring.sheet import BenchmarkError, Row
 
-HERE = Path(__file__).resolve().parents[1]
+from ..contenders.packages import version
+from ..measuring import sheet
+from ..measuring.clock import Timing
+from ..measuring.provenance import provenance
+from ..measuring.sheet import BenchmarkError, Row
+from .options import positive
+
 CONFIG = {
     "backbone": "schnet",
     "backbone_options": {
@@ -222,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=6.0, help="at most, of training (default: 6)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    p.add_argument("--output", type=Path, default=HERE / "out" / "forces.csv", metavar="CSV",
+    p.add_argument("--output", type=Path, default=sheet.OUT / "forces.csv", metavar="CSV",
                    help="results (default: benchmarks/out/forces.csv)")  # fmt: skip
     return p
 
@@ -237,10 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    for name in ("frames", "steps", "batch", "minutes", "threads"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise BenchmarkError(f"--{name} must be positive, got {value:g}")
+    positive(options, "frames", "steps", "batch", "minutes", "threads")
     if options.frames < max(5, options.batch * 5 // 3 + 1):
         raise BenchmarkError(f"--frames must be over 5/3 of --batch, got {options.frames}")
     if options.threads:
@@ -259,7 +258,7 @@ def _main(options: argparse.Namespace) -> int:
     chosen = {
         k: v for k, v in vars(options).items() if isinstance(v, str | int | float) and k != "data"
     }
-    about = sheet.provenance("cpu", {"command": "python -m benchmarks.studies.forces", **chosen})
+    about = provenance("cpu", {"command": "python -m benchmarks.studies.forces", **chosen})
     chemistry = {package: version(package) for package in ("ase", "tblite")}
     about["versions"] |= {package: x for package, x in chemistry.items() if x}
     out.start(about)

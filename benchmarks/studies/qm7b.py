@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring.sheet import COMMENT, provenance
+from ..measuring.provenance import provenance
+from ..measuring.sheet import COMMENT
 
 TARGETS = ("homo_gw", "lumo_gw", "atomization_energy_pbe0", "polarizability_pbe0")
 BACKBONES = {

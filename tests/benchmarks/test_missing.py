@@ -13,8 +13,7 @@ import pytest
 
 from benchmarks.measuring import sheet
 from benchmarks.measuring.sheet import BenchmarkError
-from benchmarks.reporting import goals, plot, summary, tables
-from benchmarks.reporting import page as report
+from benchmarks.reporting import goals, page, plot, summary, tables
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 FAMILIES = ("scaling", "molecules", "long", "seeds", "modules", "training", "overhead")
@@ -48,7 +47,7 @@ def _fast_figures(monkeypatch):
             plt.close(figure)
         return []
 
-    monkeypatch.setattr(plot, "_save", save)
+    monkeypatch.setattr(plot, "save", save)
 
 
 def _rows() -> list[sheet.Row]:
@@ -104,7 +103,7 @@ def _show(path: Path) -> str:
     tables.everything(rows)
     goals.render(rows)
     summary.lines([("paper", rows), ("molecules", rows), ("seeds", rows), ("modules", rows)])
-    return report.page([path])  # draws what plot.draw does
+    return page.render([path])  # draws what plot.draw does
 
 
 @pytest.mark.parametrize("every", [1, 2], ids=lambda n: f"every {n}")
@@ -148,7 +147,7 @@ def test_provenance_with_gaps(name, gone, tmp_path):
     about = {k: v for k, v in ABOUT.items() if k != name} | ({} if gone else {name: None})
     table.runs, table.rows = [about], _rows()[:20]
     table.rewrite()
-    assert "<table" in report.page([path])
+    assert "<table" in page.render([path])
 
 
 def test_no_provenance_at_all(tmp_path):
@@ -172,7 +171,7 @@ def test_accuracies_with_gaps(column, tmp_path):
     (tmp_path / "qm7b.csv").write_text(
         "\n".join([",".join(head), *[",".join(row[x] for x in head) for row in rows]])
     )
-    assert "schnet" in report.page([tmp_path / "qm7b.csv"])
+    assert "schnet" in page.render([tmp_path / "qm7b.csv"])
     assert "schnet" in qm7b.table(rows)
 
 
@@ -193,9 +192,9 @@ def test_curves_with_gaps(column, tmp_path):
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.csv")), ids=lambda p: p.stem)
 def test_committed_results_can_be_read(path):
     """Those of before the limit was one say that the library's product stood in for it."""
-    if path.stem.endswith(report.CURVES):
+    if path.stem.endswith(page.CURVES):
         return
-    result, text = report.load(path), report.page([path])
+    result, text = page.load(path), page.render([path])
     old = [run for run in result.runs if run.get("rates") and "fma_gflops" not in run["rates"]]
     assert text.count("it stands in for the limit") == len(old)
     if old and any(row.limit_ms for row in result.rows):

@@ -14,9 +14,9 @@ from ase.calculators.emt import EMT
 from attnpool_kernels import Ragged
 from attnpool_kernels.zoo.datasets import load
 from benchmarks.measuring import memory, sheet
-from benchmarks.studies import forces, training
+from benchmarks.studies import forces, poolings, training
 
-TINY = training.SIZES["tiny"]
+TINY = poolings.SIZES["tiny"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,17 +36,17 @@ def test_molecules_have_the_sizes_of_qm7b(data, monkeypatch, tmp_path):
     assert without.source == "QM7b sizes" and abs(np.mean(without.sizes) - 15.4) < 0.5
     for made in (data, without.first(12)):
         assert len(made.z) == len(made.pos) == len(made.forces) == sum(made.sizes)
-        assert max(made.sizes) <= training.LONGEST
+        assert max(made.sizes) <= poolings.LONGEST
         for i, size in enumerate(made.sizes):
             pos = made.pos[made.batch == i]
             assert len(pos) == size
             assert torch.pdist(pos).min() > 0.7
 
 
-@pytest.mark.parametrize("what", training.STEPS)
-@pytest.mark.parametrize("name", [c.name for c in training.CONTENDERS.values() if c.like])
+@pytest.mark.parametrize("what", poolings.STEPS)
+@pytest.mark.parametrize("name", [c.name for c in poolings.CONTENDERS.values() if c.like])
 def test_equal_weights_give_equal_numbers(data, name, what):
-    contender = training.CONTENDERS[name]
+    contender = poolings.CONTENDERS[name]
     if what not in contender.steps:
         pytest.skip("not in this step")
     error, wrong = training.compare(contender, TINY, what, data)
@@ -55,14 +55,14 @@ def test_equal_weights_give_equal_numbers(data, name, what):
 
 def test_padding_without_masks_is_noticed(data):
     """The original's padding is not the masked model: the gate tells them apart."""
-    abp, original = (training.CONTENDERS[name] for name in ("abp", "abp_original"))
+    abp, original = (poolings.CONTENDERS[name] for name in ("abp", "abp_original"))
     _, wrong = training.compare(replace(abp, like=original.pool), TINY, "energy", data)
     assert "energy: relative difference" in wrong and "gradients" in wrong
 
 
 def test_padded_pooling_ignores_other_molecules():
     torch.manual_seed(0)
-    pool = training.PaddedABP(8, 16, heads=2, seeds=2).double()
+    pool = poolings.PaddedABP(8, 16, heads=2, seeds=2).double()
     x = torch.randn(9, 8, dtype=torch.float64)
     alone = pool(x[:3], Ragged.from_counts([3]))
     torch.testing.assert_close(pool(x, Ragged.from_counts([3, 6]))[:1], alone)
@@ -87,8 +87,8 @@ def test_a_run_and_its_file(tmp_path, capsys):
 
 
 def test_a_wrong_contender_is_not_timed(data, monkeypatch):
-    wrong = replace(training.CONTENDERS["abp"], like=training.CONTENDERS["abp_original"].pool)
-    monkeypatch.setitem(training.CONTENDERS, "abp", wrong)
+    wrong = replace(poolings.CONTENDERS["abp"], like=poolings.CONTENDERS["abp_original"].pool)
+    monkeypatch.setitem(poolings.CONTENDERS, "abp", wrong)
     (row,) = training.run(TINY, "energy", ["abp"], data, 0.01, 10.0, 2, float("inf"))
     assert row.status == "wrong" and row.p50_ms is None and "relative difference" in row.reason
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.workloads.suites import Batch
+from benchmarks.workloads.batch import WorkloadBatch
 
 Call = Callable[..., Tensor]
 
@@ -16,7 +16,7 @@ Call = Callable[..., Tensor]
 class Kernels:
     """The passes of a kernel backend, called directly: its kernels and nothing else."""
 
-    def __init__(self, batch: Batch, module: ModuleType) -> None:
+    def __init__(self, batch: WorkloadBatch, module: ModuleType) -> None:
         q, k, v = (x.detach() for x in batch.inputs)
         q_ptr = batch.ptr if batch.workload.seeds is None else None
         self.module, self.batch = module, batch
@@ -56,7 +56,7 @@ class Autograd:
     The inputs are leaves of their own: torch remembers on which stream a leaf was used first.
     """
 
-    def __init__(self, batch: Batch, call: Call) -> None:
+    def __init__(self, batch: WorkloadBatch, call: Call) -> None:
         self.call, self.batch = call, batch
         self.inputs = [x.detach().requires_grad_() for x in batch.inputs]
         self.dout = batch.dout.detach().requires_grad_()
