@@ -7,7 +7,7 @@ padding and unpadding the rows happens in every call and is inside it.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -54,23 +54,21 @@ def chunked(batch: WorkloadBatch, q_chunk: int = 1024, k_chunk: int = 1024) -> C
         weights = (logits - top).exp()
         return weights @ v, weights.sum(3, keepdim=True), top
 
-    recompute = {
-        "use_reentrant": False,
-        "preserve_rng_state": False,
-        "determinism_check": "none",
-    }
+    recomputed = partial(
+        checkpoint,
+        block,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        determinism_check="none",
+    )
 
     def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tracked = torch.is_grad_enabled() and q.requires_grad
+        one = recomputed if torch.is_grad_enabled() and q.requires_grad else block
         total = norm = top = None
         for start in range(0, k.shape[2], k_chunk):
             own = slice(start, start + k_chunk)
             b = None if bias is None else bias[..., own]
-            part = (q, k[:, :, own], v[:, :, own], b)
-            if tracked:
-                o, l, m = checkpoint(block, *part, **recompute)
-            else:
-                o, l, m = block(*part)
+            o, l, m = one(q, k[:, :, own], v[:, :, own], b)
             if total is None:
                 total, norm, top = o, l, m
                 continue

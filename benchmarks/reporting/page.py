@@ -232,8 +232,8 @@ def _others(rows: list[Row]) -> list[str]:
             lines.append(
                 f"<tr{_ours([row])}>{_cells(row.workload, row.what, row.contender, *cells)}</tr>"
             )
-        head = ["workload", "what", "contender", "ms, median", "p20", "p80", "molecules/s",
-                "peak bytes", "check"]  # fmt: skip
+        head = ["workload", "what", "contender", "ms, median", "p20", "p80"]
+        head += ["molecules/s", "peak bytes", "check"]
         parts.append(f"<h3>{_text(family)}</h3>" + _table(head, lines, "wrap"))
     return parts
 
@@ -388,7 +388,7 @@ def _provenance(result: Results) -> str:
             f"at {_text(run.get('commit') or 'no commit')}."
             + (f" Measured in the run: {_text(measured)}." if measured else "")
             + "</p>"
-        )  # fmt: skip
+        )
     return "".join(lines)
 
 

@@ -160,12 +160,10 @@ def batches(rows: list[Row], families: tuple[str, ...]) -> str:
                 cells.append(f"{row.p50_ms / reference.p50_ms:.2f}x")
             else:
                 cells.append(cell(row))
-        lines.append([
-            key, what.replace("double_backward", "double"),
-            milliseconds(mine.p50_ms) if mine else "-",
-            *over(mine),
-            f"{other.p50_ms / mine.p50_ms:.2f}" if mine and other else "-", *cells,
-        ])  # fmt: skip
+        time = milliseconds(mine.p50_ms) if mine else "-"
+        speed = f"{other.p50_ms / mine.p50_ms:.2f}" if mine and other else "-"
+        short = what.replace("double_backward", "double")
+        lines.append([key, short, time, *over(mine), speed, *cells])
     note = (
         "x limit: of the machine's multiply-adds and memory; x library: of its matrix product and "
         "copy; speed-up: over the fastest other; columns: time as a multiple of ours"
@@ -195,8 +193,8 @@ def against_base(rows: list[Row]) -> str:
                 continue
             now = at[name[5:]]
             ratios.append(row.p50_ms / now.p50_ms)
-            lines.append([f"{key} {name[5:]}", what, milliseconds(row.p50_ms),
-                          milliseconds(now.p50_ms), f"{ratios[-1]:.2f}"])  # fmt: skip
+            times = [milliseconds(x.p50_ms) for x in (row, now)]
+            lines.append([f"{key} {name[5:]}", what, *times, f"{ratios[-1]:.2f}"])
     if not ratios:
         return ""
     return f"{render(lines)}\ngeometric mean {geomean(ratios):.2f} (over 1: this tree is faster)"

@@ -1,10 +1,23 @@
-"""What all command lines check alike."""
+"""What the command lines have and check alike."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from ..measuring.sheet import BenchmarkError
+from ..measuring.sheet import OUT, BenchmarkError
+
+
+def add_shared(parser: argparse.ArgumentParser, name: str) -> None:
+    """--threads, and --output with ``name``.csv as its default."""
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUT / f"{name}.csv",
+        metavar="CSV",
+        help=f"results (default: benchmarks/out/{name}.csv)",
+    )
 
 
 def positive(options: argparse.Namespace, *names: str) -> None:

@@ -34,7 +34,7 @@ from ..measuring.sheet import BenchmarkError, Row
 from ..reporting import tables
 from ..workloads.sizes import draw
 from . import molecules
-from .options import positive
+from .options import add_shared, positive
 from .poolings import CONTENDERS, SIZES, STEPS, PoolingContender, Size
 
 SAME = 1e-9  # relative difference in float64 of outputs and gradients, for the same weights
@@ -227,15 +227,25 @@ def run(
 def _row(contender: PoolingContender, size: Size, what: str, data: Data) -> Row:
     versions = f"torch_geometric {torch_geometric.__version__}, torch {torch.__version__}"
     return Row(
-        suite="training", family="training",
-        workload=f"{data.source} x{len(data.sizes)} {size} float32", x=None,
-        molecules=len(data.sizes), atoms=sum(data.sizes), longest=max(data.sizes),
-        heads=size.heads, dim=size.hidden // size.heads, seeds=size.seeds, dtype="float32",
-        layout=contender.layout, what=f"{what} step", contender=contender.name,
+        suite="training",
+        family="training",
+        workload=f"{data.source} x{len(data.sizes)} {size} float32",
+        x=None,
+        molecules=len(data.sizes),
+        atoms=sum(data.sizes),
+        longest=max(data.sizes),
+        heads=size.heads,
+        dim=size.hidden // size.heads,
+        seeds=size.seeds,
+        dtype="float32",
+        layout=contender.layout,
+        what=f"{what} step",
+        contender=contender.name,
         kernel=f"{contender.title}; attnpool_kernels {attnpool_kernels.__version__}, {versions}",
-        ours=int(contender.ours), status="ok",
+        ours=int(contender.ours),
+        status="ok",
         check="" if contender.like is None else f"gradients and outputs, {CHECKED} molecules",
-    )  # fmt: skip
+    )
 
 
 def table(rows: list[Row]) -> str:
@@ -258,26 +268,40 @@ def table(rows: list[Row]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m benchmarks.studies.training", description=__doc__,
+        "python -m benchmarks.studies.training",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="contenders:\n" + "\n".join(f"  {c.name:14} {c.title}" for c in CONTENDERS.values()),
-    )  # fmt: skip
-    p.add_argument("--steps", default="small:energy,small:force,published:energy", metavar="LIST",
-                   help="size:step,...; sizes "
-                   + "; ".join(f"{name} = {size}" for name, size in SIZES.items())
-                   + "; steps energy and force (default: %(default)s)")  # fmt: skip
-    p.add_argument("--contenders", default=",".join(CONTENDERS), metavar="LIST",
-                   help="default: all of them")  # fmt: skip
+    )
+    p.add_argument(
+        "--steps",
+        default="small:energy,small:force,published:energy",
+        metavar="LIST",
+        help="size:step,...; sizes "
+        + "; ".join(f"{name} = {size}" for name, size in SIZES.items())
+        + "; steps energy and force (default: %(default)s)",
+    )
+    p.add_argument(
+        "--contenders", default=",".join(CONTENDERS), metavar="LIST", help="default: all of them"
+    )
     p.add_argument("--molecules", type=int, default=128, help="in the batch (default: 128)")
-    p.add_argument("--budget", type=float, default=3.0, metavar="S",
-                   help="timed seconds per contender and step (default: 3)")  # fmt: skip
-    p.add_argument("--minutes", type=float, default=3.5, metavar="M",
-                   help="begin with no contender later than this (default: 3.5)")  # fmt: skip
+    p.add_argument(
+        "--budget",
+        type=float,
+        default=3.0,
+        metavar="S",
+        help="timed seconds per contender and step (default: 3)",
+    )
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=3.5,
+        metavar="M",
+        help="begin with no contender later than this (default: 3.5)",
+    )
     p.add_argument("--samples", type=int, default=3, metavar="N", help="at least (default: 3)")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     p.add_argument("--qm7b", type=Path, metavar="PATH", help="qm7b.npz for the real molecules")
-    p.add_argument("--output", type=Path, default=sheet.OUT / "training.csv", metavar="CSV",
-                   help="results (default: benchmarks/out/training.csv)")  # fmt: skip
+    add_shared(p, "training")
     return p
 
 

@@ -93,7 +93,11 @@ def _goals(device: str) -> list[Workload]:
     few, many = (
         [
             _molecules(
-                kind, count, heads=heads, dim=dim, layout=layout,
+                kind,
+                count,
+                heads=heads,
+                dim=dim,
+                layout=layout,
                 passes=PASSES if layout == "separate" and count == 128 else PASSES[:2],
                 without=SLOW if count > 128 else (),
             )
@@ -102,7 +106,7 @@ def _goals(device: str) -> list[Workload]:
             for kind in kinds
         ]
         for count in (128, 1024)
-    )  # fmt: skip
+    )
     long = [replace(w, family="long") for w in _scaling((512, 2048), passes=PASSES[:2])]
     huge = replace(_scaling((16384,))[0], family="long", rivals=False, patience=6.0)
     pooling = [
@@ -129,13 +133,19 @@ def _modules(device: str) -> list[Workload]:
     once = PASSES[:2]
     return [
         _molecules(
-            kind, 128, family="modules", module=True, heads=heads, dim=dim, seeds=seeds,
+            kind,
+            128,
+            family="modules",
+            module=True,
+            heads=heads,
+            dim=dim,
+            seeds=seeds,
             passes=PASSES if seeds == 1 else once,
             without=("module_naive", "module_mha") if heads * dim > 256 else (),
         )
         for heads, dim, seeds in ((8, 16, 1), (8, 32, 32), (16, 64, 32))
         for kind in ("QM9-like", "n=55+-20")
-    ]  # fmt: skip
+    ]
 
 
 SUITES: dict[str, tuple[str, Callable[[str], list[Workload]]]] = {
@@ -162,8 +172,13 @@ def suite(name: str, device: str = "cpu", tiny: bool = False) -> list[Workload]:
         name = f"n={sizes[0]}" if work.family == "scaling" else f"{work.name} (tiny)"
         x = sizes[0] if work.family == "scaling" else work.x
         work = replace(
-            work, name=name, sizes=sizes, heads=2, dim=8, x=x,
+            work,
+            name=name,
+            sizes=sizes,
+            heads=2,
+            dim=8,
+            x=x,
             seeds=None if work.seeds is None else min(work.seeds, 4),
-        )  # fmt: skip
+        )
         small.setdefault(work.key, work)
     return list(small.values())

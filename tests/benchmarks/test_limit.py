@@ -184,11 +184,29 @@ def test_an_older_file_goes_on(tmp_path):
     path = tmp_path / "x.csv"
     old = [name for name in sheet.COLUMNS if name not in sheet.LATER]
     values = {
-        "suite": "quick", "family": "scaling", "workload": _work(16).key, "x": 16, "molecules": 1,
-        "atoms": 16, "longest": 16, "heads": 2, "dim": 8, "dtype": "float32", "layout": "separate",
-        "what": "forward", "contender": "naive", "kernel": "k", "ours": 0, "status": "ok",
-        "p50_ms": 1.0, "flops": 1e6, "bytes": 4096, "limit_ms": 1.25, "ratio": 0.8, "run": 0,
-    }  # fmt: skip
+        "suite": "quick",
+        "family": "scaling",
+        "workload": _work(16).key,
+        "x": 16,
+        "molecules": 1,
+        "atoms": 16,
+        "longest": 16,
+        "heads": 2,
+        "dim": 8,
+        "dtype": "float32",
+        "layout": "separate",
+        "what": "forward",
+        "contender": "naive",
+        "kernel": "k",
+        "ours": 0,
+        "status": "ok",
+        "p50_ms": 1.0,
+        "flops": 1e6,
+        "bytes": 4096,
+        "limit_ms": 1.25,
+        "ratio": 0.8,
+        "run": 0,
+    }
     about = {"run": 0, "device": "test", "threads": 2, "rates": {"matmul_gflops": {"float32": 1}}}
     lines = [",".join(old), "# run " + json.dumps(about)]
     path.write_text("\n".join([*lines, ",".join(str(values.get(x, "")) for x in old)]) + "\n")

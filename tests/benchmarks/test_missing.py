@@ -20,12 +20,22 @@ FAMILIES = ("scaling", "molecules", "long", "seeds", "modules", "training", "ove
 KINDS = {f.name: str(f.type) for f in fields(sheet.Row)}
 MAY_BE_EMPTY = [name for name, kind in KINDS.items() if "None" in kind or kind.startswith("str")]
 ABOUT = {
-    "date": "2030-01-01", "device": "test", "cores": 2, "threads": 2, "system": "Linux",
-    "versions": {"torch": "2.13"}, "attnpool_kernels": "0.1.0", "commit": "abc",
+    "date": "2030-01-01",
+    "device": "test",
+    "cores": 2,
+    "threads": 2,
+    "system": "Linux",
+    "versions": {"torch": "2.13"},
+    "attnpool_kernels": "0.1.0",
+    "commit": "abc",
     "options": {"device": "cpu"},
-    "rates": {"matmul_gflops": {"float32": 150.0}, "copy_gbs": 20.0,
-              "fma_gflops": {"float32": 200.0}, "memory_gbs": {"65536": 100.0}},
-}  # fmt: skip
+    "rates": {
+        "matmul_gflops": {"float32": 150.0},
+        "copy_gbs": 20.0,
+        "fma_gflops": {"float32": 200.0},
+        "memory_gbs": {"65536": 100.0},
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +70,39 @@ def _rows() -> list[sheet.Row]:
                     ours = contender == "attnpool:cpu"
                     ms = x * x / 2**16 * (1 if ours else 4)
                     row = sheet.Row(
-                        "molecules", family, f"QM7b x{x} 8x32", x, 1, 512, x, 8, 32, 2**i,
-                        "float32", "separate", what, contender, "kernel, 1.0", int(ours), "ok", "",
-                        0.9 * ms, ms, 1.1 * ms, 5, x * 8192, 1e-7, "all", 1e9, 1e6, ms / 2, 2.0, 0,
-                        "arithmetic", ms / 1.5,
-                    )  # fmt: skip
+                        suite="molecules",
+                        family=family,
+                        workload=f"QM7b x{x} 8x32",
+                        x=x,
+                        molecules=1,
+                        atoms=512,
+                        longest=x,
+                        heads=8,
+                        dim=32,
+                        seeds=2**i,
+                        dtype="float32",
+                        layout="separate",
+                        what=what,
+                        contender=contender,
+                        kernel="kernel, 1.0",
+                        ours=int(ours),
+                        status="ok",
+                        reason="",
+                        p20_ms=0.9 * ms,
+                        p50_ms=ms,
+                        p80_ms=1.1 * ms,
+                        samples=5,
+                        peak_bytes=x * 8192,
+                        error=1e-7,
+                        check="all",
+                        flops=1e9,
+                        bytes=1e6,
+                        limit_ms=ms / 2,
+                        ratio=2.0,
+                        run=0,
+                        limit_by="arithmetic",
+                        library_ms=ms / 1.5,
+                    )
                     if contender == "naive" and x == 16384:
                         row.status, row.reason = ("oom", "no memory")
                         row.p20_ms = row.p50_ms = row.p80_ms = row.peak_bytes = row.ratio = None
@@ -164,8 +202,9 @@ def test_accuracies_with_gaps(column, tmp_path):
     head = list(qm7b.RESULTS)
     rows = [
         {**dict.fromkeys(head, "1"), "backbone": "schnet", "pooling": pooling, "target": target}
-        for pooling in ("abp", "sum") for target in qm7b.TARGETS
-    ]  # fmt: skip
+        for pooling in ("abp", "sum")
+        for target in qm7b.TARGETS
+    ]
     for row in rows:
         row[column] = ""
     (tmp_path / "qm7b.csv").write_text(
@@ -184,8 +223,9 @@ def test_curves_with_gaps(column, tmp_path):
         file.comment(json.dumps(ABOUT))
     name = {"backbone": "schnet", "pooling": "abp", "split": 1, "target": "homo_gw"}
     results.add([{**name, "unit": "eV", "test_mae": 0.1}])
-    curves.add([{**name, "epoch": i, "val_mae": 0.5, "train_loss": 0.1} | {column: ""}
-                for i in range(3)])  # fmt: skip
+    curves.add(
+        [{**name, "epoch": i, "val_mae": 0.5, "train_loss": 0.1} | {column: ""} for i in range(3)]
+    )
     assert qm7b.draw(tmp_path).stat().st_size > 1000
 
 

@@ -207,10 +207,31 @@ def test_wrong_contender_is_not_timed(tmp_path, monkeypatch):
 def _rows():
     def row(name, n, ms, peak, ours=0):
         return sheet.Row(
-            "molecules", "scaling", f"n={n}", n, 1, n, n, 8, 32, None, "float32", "separate",
-            "forward", name, "kernel, 1.0", ours, "ok", p20_ms=ms, p50_ms=ms, p80_ms=ms, samples=5,
-            peak_bytes=peak, limit_ms=ms / 2, ratio=2.0,
-        )  # fmt: skip
+            suite="molecules",
+            family="scaling",
+            workload=f"n={n}",
+            x=n,
+            molecules=1,
+            atoms=n,
+            longest=n,
+            heads=8,
+            dim=32,
+            seeds=None,
+            dtype="float32",
+            layout="separate",
+            what="forward",
+            contender=name,
+            kernel="kernel, 1.0",
+            ours=ours,
+            status="ok",
+            p20_ms=ms,
+            p50_ms=ms,
+            p80_ms=ms,
+            samples=5,
+            peak_bytes=peak,
+            limit_ms=ms / 2,
+            ratio=2.0,
+        )
 
     steps = (512, 1024, 2048, 4096)
     naive = [row("naive", n, n * n / 2**13, 8 * n * n * 4) for n in steps]
@@ -371,8 +392,10 @@ def test_whole_run_resume_and_report(tmp_path, capsys):
 def test_report_of_accuracies_and_of_unknown_families(tmp_path, capsys):
     columns = "backbone,pooling,split,target,unit,test_mae,constant_mae"
     path = tmp_path / "qm7b.csv"
-    lines = [f"schnet,{p},{i},homo,eV,{x},0.5" for p, i, x in
-             (("sum", 0, 0.2), ("sum", 1, 0.4), ("abp", 0, 0.1))]  # fmt: skip
+    lines = [
+        f"schnet,{p},{i},homo,eV,{x},0.5"
+        for p, i, x in (("sum", 0, 0.2), ("sum", 1, 0.4), ("abp", 0, 0.1))
+    ]
     path.write_text("\n".join([columns, '# run {"device": "test"}', *lines]))
     curves = tmp_path / "qm7b-curves.csv"
     curves.write_text("backbone,epoch\nschnet,1\n")

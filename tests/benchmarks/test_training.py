@@ -70,13 +70,14 @@ def test_padded_pooling_ignores_other_molecules():
 
 def test_a_run_and_its_file(tmp_path, capsys):
     path = tmp_path / "training.csv"
-    arguments = ["--steps", "tiny:energy", "--molecules", "6", "--budget", "0.1",
-                 "--samples", "2", "--contenders", "abp,st_pyg"]  # fmt: skip
+    arguments = ["--steps", "tiny:energy", "--contenders", "abp,st_pyg", "--molecules", "6"]
+    arguments += ["--budget", "0.1", "--samples", "2"]
     assert training.main([*arguments, "--output", str(path)]) == 0
     rows, runs = sheet.read(path)
     assert [(r.contender, r.what) for r in rows] == [
-        ("abp", "energy step"), ("st_pyg", "energy step")
-    ]  # fmt: skip
+        ("abp", "energy step"),
+        ("st_pyg", "energy step"),
+    ]
     for row in rows:
         assert row.ok and row.samples >= 1 and 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
         assert row.peak_bytes is None or row.peak_bytes > 100_000, row.contender
