@@ -15,6 +15,8 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from .clock import Timing
+
 OUT = Path(__file__).resolve().parents[1] / "out"  # results that nobody has chosen to commit
 COMMENT = "# run "
 
@@ -72,6 +74,11 @@ class Row:
     def timed(self) -> bool:
         """It has a time: a file may hold a row without one, which tables and figures leave out."""
         return self.ok and 0 < (self.p50_ms or 0) < math.inf
+
+    def fill(self, timing: Timing) -> None:
+        """Takes the quantiles and the number of samples of a timing."""
+        self.p20_ms, self.p50_ms, self.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
+        self.samples = len(timing.samples)
 
 
 COLUMNS = tuple(f.name for f in fields(Row))

@@ -135,7 +135,8 @@ class Sweep:
             timings[name].samples += timing.samples
         for name, row in rows.items():
             if row.status == "ok":
-                _fill(row, timings[name])
+                row.fill(timings[name])
+                _compare(row)
             if row.key not in done:
                 self.sheet.add(row)
         del samplers, batch, gate
@@ -284,12 +285,6 @@ class Sweep:
                 _limit(row, self.rates)
         runs[self.sheet.run]["rates"] = self.rates.record()
         self.sheet.rewrite()
-
-
-def _fill(row: Row, timing: Timing) -> None:
-    row.samples = len(timing.samples)
-    row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
-    _compare(row)
 
 
 def _limit(row: Row, rates: Rates) -> None:

@@ -208,36 +208,32 @@ def rows(
     found = []
     for backend, learner in learners.items():
         energy, force = learner.errors(frames)
-        timing, options = learner.timing, CONFIG["pooling_options"]
-        found.append(
-            Row(
-                suite="forces",
-                family="forces",
-                workload=f"{name} {MODEL} {part} after {step} steps",
-                x=None,
-                molecules=len(frames),
-                atoms=len(frames.z),
-                longest=int(frames.ptr.diff().max()),
-                heads=options["heads"],
-                dim=options["hidden"] // options["heads"],
-                seeds=options["seeds"],
-                dtype="float32",
-                layout="ragged",
-                what="force step",
-                contender=f"abp_{backend}" if backend else "abp",
-                kernel=f"attnpool_kernels {attnpool_kernels.__version__}, "
-                f"backend {backend or 'chosen automatically'}",
-                ours=int(backend is None),
-                status="ok",
-                p20_ms=timing.quantile(0.2),
-                p50_ms=timing.quantile(0.5),
-                p80_ms=timing.quantile(0.8),
-                samples=len(timing.samples),
-                error=force / zero,
-                check=f"forces {force:.4g} eV/Å (zero {zero:.4g}); energies {energy:.4g} eV "
-                f"(mean {spread:.4g})",
-            )
+        options = CONFIG["pooling_options"]
+        row = Row(
+            suite="forces",
+            family="forces",
+            workload=f"{name} {MODEL} {part} after {step} steps",
+            x=None,
+            molecules=len(frames),
+            atoms=len(frames.z),
+            longest=int(frames.ptr.diff().max()),
+            heads=options["heads"],
+            dim=options["hidden"] // options["heads"],
+            seeds=options["seeds"],
+            dtype="float32",
+            layout="ragged",
+            what="force step",
+            contender=f"abp_{backend}" if backend else "abp",
+            kernel=f"attnpool_kernels {attnpool_kernels.__version__}, "
+            f"backend {backend or 'chosen automatically'}",
+            ours=int(backend is None),
+            status="ok",
+            error=force / zero,
+            check=f"forces {force:.4g} eV/Å (zero {zero:.4g}); energies {energy:.4g} eV "
+            f"(mean {spread:.4g})",
         )
+        row.fill(learner.timing)
+        found.append(row)
     return found
 
 

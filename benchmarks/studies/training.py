@@ -218,9 +218,7 @@ def run(
             row.reason = f"no peak memory: {found.status} {found.reason}"
         samplers[name] = lambda step=step: clock.once(lambda: step(data), "cpu")
     for name, timing in clock.interleave(samplers, budget_s, fewest).items():
-        row = rows[name]
-        row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
-        row.samples = len(timing.samples)
+        rows[name].fill(timing)
     return list(rows.values())
 
 
