@@ -1,6 +1,6 @@
 """Scaling study: time and memory of set attention against the number of atoms.
 
-``python -m benchmarks.run --help`` is the way in. Files: ``cases`` (workloads), ``providers`` and
-``baselines`` (contenders), ``gate`` (float64 oracle), ``measure`` and ``memory`` (clock, peak
-memory), ``sheet`` (CSV), ``tables`` and ``plot`` and ``report`` (what people read).
+``python -m benchmarks.run --help`` is the way in; ``python -m benchmarks.report`` makes the page.
+Packages, each of which may import those before it: ``workloads``, ``contenders``, ``measuring``,
+``reporting``, ``studies``. ``tests/test_architecture.py`` holds them to that.
 """

@@ -14,12 +14,18 @@ from pathlib import Path
 
 import torch
 
-from . import cases, goals, memory, molecules, plot, providers, rates, sheet, tables
-from .base import Base
-from .sheet import BenchmarkError
-from .sweep import Limits, Sweep
+from .contenders import registry
+from .measuring import memory, overheads, rates, sheet
+from .measuring.base import Base
+from .measuring.provenance import device_name, provenance
+from .measuring.sheet import BenchmarkError
+from .measuring.sweep import Limits, Sweep
+from .reporting import goals, plot, tables
+from .studies import molecules
+from .studies.options import positive
+from .workloads import suites
+from .workloads.workload import PASSES, Workload
 
-HERE = Path(__file__).resolve().parent
 # Of the sweep; suites put the most telling points first, and the rest becomes "skipped".
 MINUTES = {"quick": 4.5, "paper": 8.0, "molecules": 8.0, "seeds": 8.0, "modules": 8.0}
 # Timed seconds per contender, workload and pass; longest single call in seconds.
@@ -34,7 +40,7 @@ peak memory comes from a child process for each point (CPU) or from torch's allo
 On CUDA a call of less than 10 ms is timed by replays of a graph, on inputs larger than the cache.
 Refusals, wrong results, out of memory and timeouts are rows with their reasons.
 """
-SUITES = "".join(f"  {name:10} {text}\n" for name, (text, _) in cases.SUITES.items())
+SUITES = "".join(f"  {name:10} {text}\n" for name, (text, _) in suites.SUITES.items())
 EPILOG = f"""\
 suites, their most telling points first:
 {SUITES}
@@ -55,9 +61,11 @@ exit code: 0; 1 where one of our kernels was wrong or failed; 2 for what you can
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m benchmarks.run", description=DESCRIPTION, epilog=EPILOG,
+        "python -m benchmarks.run",
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("--suite", default="quick", metavar="NAME", help="see below (default: quick)")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     p.add_argument("--contenders", metavar="A,B", help="only these; --list shows the names")
@@ -108,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--qm7b", type=Path, metavar="PATH", help="qm7b.npz for the real molecules")
     p.add_argument("--no-figures", action="store_true", help="no PNG and SVG beside the CSV")
     p.add_argument("--no-molecules", action="store_true", help="skip the real molecules at the end")
-    return p  # fmt: skip
+    return p
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,11 +141,11 @@ def _run(options: argparse.Namespace) -> int:
     names = _check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    workloads = cases.suite(options.suite, options.device, options.tiny)
+    workloads = suites.suite(options.suite, options.device, options.tiny)
     if options.list:
         _list(workloads, options.device)
         return 0
-    if not any(providers.for_workload(work, names) for work in workloads):
+    if not any(registry.for_workload(work, names) for work in workloads):
         raise BenchmarkError(
             f"{', '.join(names or [])}: no part in suite {options.suite}; see --list"
         )
@@ -156,7 +164,7 @@ def _run(options: argparse.Namespace) -> int:
         seconds = 0.1 if options.tiny else 0.6
         dtypes = {w.dtype for w in workloads}
         found = rates.measure(dtypes, options.device, seconds)
-        about = sheet.provenance(options.device, chosen)
+        about = provenance(options.device, chosen)
         about["rates"] = found.record()
         table.start(about)
         print(_headline(about), flush=True)
@@ -165,7 +173,7 @@ def _run(options: argparse.Namespace) -> int:
         sweep = Sweep(options.suite, options.device, found, table, _limits(options), names, base)
         sweep.run(workloads)
         if options.suite == "molecules":
-            goals.overheads(sweep, options.tiny)
+            overheads.measure(sweep, options.tiny)
         # Again after it: what the machine reached at any time is its limit.
         sweep.settle(rates.measure(dtypes, options.device, seconds))
     finally:
@@ -193,18 +201,15 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> list[str] | None:
     """Everything about the options that can be wrong; the contenders' names."""
-    if options.suite not in cases.SUITES:
+    if options.suite not in suites.SUITES:
         raise BenchmarkError(
-            f"unknown suite {options.suite!r}; there are {', '.join(cases.SUITES)}"
+            f"unknown suite {options.suite!r}; there are {', '.join(suites.SUITES)}"
         )
     if options.device not in ("cpu", "cuda"):
         raise BenchmarkError(f"unknown device {options.device!r}; there are cpu and cuda")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError(f"device cuda: torch {torch.__version__} sees no CUDA device here")
-    for name in ("threads", "minutes", "budget", "call", "memory"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:  # nan too
-            raise BenchmarkError(f"--{name} must be positive, got {value:g}")
+    positive(options, "threads", "minutes", "budget", "call", "memory")
     if options.qm7b is not None and not options.qm7b.is_file():
         raise BenchmarkError(f"--qm7b {options.qm7b}: there is no such file")
     if options.qm7b is not None and not options.no_molecules:
@@ -213,8 +218,8 @@ def _check(options: argparse.Namespace) -> list[str] | None:
         return None
     names = [name for name in options.contenders.split(",") if name]
     for name in names:
-        if name not in providers.CONTENDERS:
-            known = ", ".join(providers.CONTENDERS)
+        if name not in registry.CONTENDERS:
+            known = ", ".join(registry.CONTENDERS)
             raise BenchmarkError(f"unknown contender {name!r}; there are {known}")
     if not names:
         raise BenchmarkError("--contenders names none")
@@ -224,8 +229,8 @@ def _check(options: argparse.Namespace) -> list[str] | None:
 def _path(options: argparse.Namespace) -> Path:
     name = options.suite + ("-tiny" if options.tiny else "")
     if options.output is None:
-        slug = re.sub("[^a-z0-9]+", "-", sheet.device_name(options.device).lower()).strip("-")
-        return HERE / "out" / f"{slug}-{torch.get_num_threads()}" / f"{name}.csv"
+        slug = re.sub("[^a-z0-9]+", "-", device_name(options.device).lower()).strip("-")
+        return sheet.OUT / f"{slug}-{torch.get_num_threads()}" / f"{name}.csv"
     is_file = options.output.suffix or (options.output.exists() and not options.output.is_dir())
     return options.output if is_file else options.output / f"{name}.csv"
 
@@ -257,19 +262,19 @@ def _title(about: dict) -> str:
     return f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}"
 
 
-def _list(workloads: list[cases.Workload], device: str) -> None:
+def _list(workloads: list[Workload], device: str) -> None:
     work = workloads[0]
     print(f"contenders for {work.key} on {device}; a reason where one cannot run")
-    own = [c for c in providers.CONTENDERS.values() if c.module == work.module]
+    own = [c for c in registry.CONTENDERS.values() if c.module == work.module]
     for contender in own:
         lines = []
-        for what in cases.PASSES:
+        for what in PASSES:
             reasons = contender.why_not(work, what, device)
             lines.append(f"{what}: {'; '.join(reasons) or 'ok'}")
         if len({line.split(": ", 1)[1] for line in lines}) == 1:
             lines = [lines[0].split(": ", 1)[1]]
         print(f"  {contender.name:20} {contender.title}\n" + "\n".join(f"      {x}" for x in lines))
-    others = [name for name, c in providers.CONTENDERS.items() if c.module != work.module]
+    others = [name for name, c in registry.CONTENDERS.items() if c.module != work.module]
     print(f"in {'the other suites' if work.module else '--suite modules'}: {', '.join(others)}")
 
 

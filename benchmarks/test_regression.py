@@ -11,27 +11,30 @@ import pytest
 
 import attnpool_kernels
 from attnpool_kernels.backends import cpu
-from benchmarks import cases, memory, providers
-from benchmarks.cases import Workload
-from benchmarks.measure import interleave, once, sampler
+from benchmarks.contenders import registry
+from benchmarks.measuring import memory
+from benchmarks.measuring.clock import interleave, once, sampler
+from benchmarks.workloads.batch import make_batch
+from benchmarks.workloads.sizes import draw
+from benchmarks.workloads.workload import PASSES, Workload
 
 pytestmark = [
     pytest.mark.timing,
     pytest.mark.skipif(bool(cpu.load()), reason=f"no C++ library: {cpu.load()}"),
 ]
 
-QM7B = Workload("QM7b x128", "molecules", cases.draw("QM7b", 128))
+QM7B = Workload("QM7b x128", "molecules", draw("QM7b", 128))
 LONG = Workload("n=1024", "scaling", (1024,))
-POOL = Workload("QMugs-like x64", "seeds", cases.draw("QMugs-like", 64), seeds=1)
+POOL = Workload("QMugs-like x64", "seeds", draw("QMugs-like", 64), seeds=1)
 
 
 def _ratio(work: Workload, what: str, rival: str, benchmark) -> float:
     """Time of the rival over ours; quick quantiles, which noise moves least."""
-    batch = work.make("cpu")
+    batch = make_batch(work, "cpu")
     batch.prepare(what)
     samplers = {}
     for name in ("attnpool:cpu", rival):
-        call = providers.CONTENDERS[name].prepare(batch)
+        call = registry.CONTENDERS[name].prepare(batch)
 
         def again(call=call):
             return batch.run(call, what)
@@ -61,7 +64,7 @@ def test_not_slower(work, what, rival, least, benchmark):
     assert ratio > least, f"only {ratio:.2f} times as fast as {rival}, at least {least} expected"
 
 
-@pytest.mark.parametrize("what", cases.PASSES)
+@pytest.mark.parametrize("what", PASSES)
 def test_memory_is_linear(what):
     peaks = []
     for n in (1024, 2048):
@@ -79,11 +82,11 @@ def test_memory_is_linear(what):
 def test_a_call_costs_microseconds():
     """One tiny molecule through the public function, against one torch SDPA call on it."""
     work = Workload("5 atoms", "overhead", (5,))
-    batch = work.make("cpu")
+    batch = make_batch(work, "cpu")
     batch.prepare("forward")
     samplers = {}
     for name in ("attnpool:cpu", "per_molecule"):
-        call = providers.CONTENDERS[name].prepare(batch)
+        call = registry.CONTENDERS[name].prepare(batch)
 
         def again(call=call):
             return batch.run(call, "forward")

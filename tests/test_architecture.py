@@ -1,6 +1,7 @@
 """The arrows of the house: who may import whom, and how large a file may be."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ ALLOWED = {
     "compat": {"functional", "ragged", "dropout", "tracing"},
 }  # fmt: skip
 SHARED = {"library", "needs", "packing"}  # what backends have in common
+# part of the benchmarks -> parts that it may import, at the top or inside functions
+BENCHMARKS = {
+    "workloads": set(),
+    "contenders": {"workloads"},
+    "measuring": {"workloads", "contenders"},
+    "reporting": {"measuring"},
+    "studies": {"workloads", "contenders", "measuring", "reporting"},
+    "run": {"workloads", "contenders", "measuring", "reporting", "studies"},
+    "report": {"measuring", "reporting"},
+    "test_regression": {"workloads", "contenders", "measuring"},
+}
 
 
 def imports(path, everywhere=False):
@@ -81,6 +93,57 @@ def test_optional_packages_are_imported_inside_functions():
             continue  # loaded on demand as a whole
         top = {name.split(".")[0] for name in imports(path)}
         assert not top & OPTIONAL, path
+
+
+def dotted(path):
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def arrows():
+    """Module of the benchmarks -> those that it imports, at the top or inside functions.
+
+    Python runs the packages around a module before it, so they count as imported, too.
+    """
+    paths = {dotted(path): path for path in (ROOT / "benchmarks").rglob("*.py")}
+    found = {}
+    for module, path in paths.items():
+        targets = set()
+        for name in imports(path, everywhere=True):
+            names = name.split(".")
+            targets |= {".".join(names[:end]) for end in range(1, len(names) + 1)}
+        found[module] = targets & paths.keys() - {module}
+    return found
+
+
+def circle(graph):
+    """Modules that import each other in a ring; [] where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_benchmarks_have_no_circle():
+    assert circle(arrows()) == []
+
+
+def test_a_planted_circle_is_found():
+    graph = arrows()
+    inside, outside = "benchmarks.measuring.base", "benchmarks.measuring.sweep"
+    assert "benchmarks.contenders.registry" in graph[inside]  # imported inside a function
+    graph["benchmarks.workloads.workload"] = {outside}
+    assert {"benchmarks.workloads.workload", outside} <= set(circle(graph))
+
+
+def test_arrows_of_the_benchmarks():
+    graph = arrows()
+    parts = {module: (module.split(".")[1:] or [""])[0] for module in graph}
+    assert set(parts.values()) == {*BENCHMARKS, ""}
+    for module, targets in graph.items():
+        used = {parts[target] for target in targets} - {parts[module], ""}
+        assert used <= BENCHMARKS.get(parts[module], set()), module
 
 
 def test_torch_stays_out_of_the_kernels():

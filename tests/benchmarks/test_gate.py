@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import baselines, gate, providers
-from benchmarks.cases import PASSES, Workload
+from benchmarks.contenders import attention, registry
+from benchmarks.measuring import gate, oracle
+from benchmarks.workloads.batch import make_batch
+from benchmarks.workloads.workload import PASSES, Workload
 
 RAGGED = Workload("ragged", "molecules", (5, 1, 9, 3), heads=2, dim=8)
 KINDS = {
@@ -26,12 +28,12 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_contender_passes_the_gate(kind, what):
     work = KINDS[kind]
-    batch = work.make("cpu")
+    batch = make_batch(work, "cpu")
     batch.prepare(what)
     judge = gate.Gate(batch, what)
     ran = 0
-    for contender in providers.for_workload(work):
-        if contender.name in providers.SLOW_TO_START or contender.why_not(work, what, "cpu"):
+    for contender in registry.for_workload(work):
+        if contender.name in registry.SLOW_TO_START or contender.why_not(work, what, "cpu"):
             continue
         error, wrong = judge.error(batch.run(contender.prepare(batch), what))
         assert not wrong, f"{contender.name}: {wrong}"
@@ -43,7 +45,7 @@ def test_every_contender_passes_the_gate(kind, what):
 
 def _spoiled(spoil):
     def call(q, k, v):
-        return spoil(gate.attention64(RAGGED, q, k, v))
+        return spoil(oracle.attention64(RAGGED, q, k, v))
 
     return call
 
@@ -63,7 +65,7 @@ def _spoiled(spoil):
     ],
 )
 def test_gate_refuses(what, spoil, named):
-    batch = RAGGED.make("cpu")
+    batch = make_batch(RAGGED, "cpu")
     batch.prepare(what)
     _, wrong = gate.Gate(batch, what).error(batch.run(_spoiled(spoil), what))
     assert wrong.startswith((named, "out: " + named))
@@ -72,9 +74,9 @@ def test_gate_refuses(what, spoil, named):
 def test_sampled_gate_sees_the_last_row(monkeypatch):
     monkeypatch.setattr(gate, "FULL", 0)
     for what in PASSES[:2]:
-        batch = RAGGED.make("cpu")
+        batch = make_batch(RAGGED, "cpu")
         batch.prepare(what)
-        call = baselines.naive(batch)
+        call = attention.naive(batch)
         judge = gate.Gate(batch, what)
         found = batch.run(call, what)
         assert judge.error(found)[1] == ""

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from attnpool_kernels.backends import cpu
-from benchmarks import cases, memory, rates, sheet, tables
-from benchmarks.cases import Workload
-from benchmarks.rates import ARITHMETIC, LIBRARY, MEMORY, Rates
-from benchmarks.sweep import Limits, Sweep
+from benchmarks.measuring import memory, rates, sheet
+from benchmarks.measuring.rates import ARITHMETIC, LIBRARY, MEMORY, Rates
+from benchmarks.measuring.sweep import Limits, Sweep
+from benchmarks.reporting import tables
+from benchmarks.workloads.sizes import draw
+from benchmarks.workloads.workload import Workload
 
 F32, F64, B16 = torch.float32, torch.float64, torch.bfloat16
 with_library = pytest.mark.skipif(bool(cpu.load()), reason=f"no C++ library: {cpu.load()}")
@@ -70,7 +72,7 @@ def test_loop_is_as_fast_as_any_library(dtype):
 
 @pytest.mark.timing
 @with_library
-@pytest.mark.parametrize("width", rates._widths() if not cpu.load() else [])
+@pytest.mark.parametrize("width", rates.widths() if not cpu.load() else [])
 def test_loop_takes_its_time(width):
     """Twice the pieces take twice the time, and more threads than cores are not counted."""
     call = torch.ops.attnpool_c._multiply_adds
@@ -79,7 +81,7 @@ def test_loop_takes_its_time(width):
         torch.set_num_threads(1)
         one = max(call(width, False, 50, 0.9, 0.1) for _ in range(20))
         torch.set_num_threads(8)
-        many = rates._cores() * max(call(width, False, 50, 0.9, 0.1) for _ in range(5))
+        many = rates.running() * max(call(width, False, 50, 0.9, 0.1) for _ in range(5))
     finally:
         torch.set_num_threads(before)
     assert one > 1e9 and many < one * 8 * 1.5
@@ -90,19 +92,17 @@ def test_operators_refuse_what_is_not_there():
     with pytest.raises(RuntimeError, match="no code for 'sse9' here"):
         torch.ops.attnpool_c._multiply_adds("sse9", False, 1, 0.9, 0.1)
     with pytest.raises(RuntimeError, match="must be contiguous"):
-        torch.ops.attnpool_c._read(torch.ones(4, 4).t(), rates._widths()[0], 1)
+        torch.ops.attnpool_c._read(torch.ones(4, 4).t(), rates.widths()[0], 1)
     for size in (0, 1, 100):  # nothing to read, or less than a cache line
-        torch.ops.attnpool_c._read(torch.ones(size), rates._widths()[0], 1)
+        torch.ops.attnpool_c._read(torch.ones(size), rates.widths()[0], 1)
 
 
 WORKLOADS = {
-    "15 atoms": Workload("QM7b x128", "molecules", cases.draw("QM7b", 128)),
-    "55 atoms": Workload("QMugs-like x32", "molecules", cases.draw("QMugs-like", 32)),
-    "55 atoms float64": Workload(
-        "QMugs-like x16", "molecules", cases.draw("QMugs-like", 16), dtype=F64
-    ),
+    "15 atoms": Workload("QM7b x128", "molecules", draw("QM7b", 128)),
+    "55 atoms": Workload("QMugs-like x32", "molecules", draw("QMugs-like", 32)),
+    "55 atoms float64": Workload("QMugs-like x16", "molecules", draw("QMugs-like", 16), dtype=F64),
     "512 atoms": Workload("n=512", "long", (512,), x=512),
-    "one seed": Workload("QMugs-like x64", "seeds", cases.draw("QMugs-like", 64), seeds=1),
+    "one seed": Workload("QMugs-like x64", "seeds", draw("QMugs-like", 64), seeds=1),
 }
 
 
@@ -184,11 +184,29 @@ def test_an_older_file_goes_on(tmp_path):
     path = tmp_path / "x.csv"
     old = [name for name in sheet.COLUMNS if name not in sheet.LATER]
     values = {
-        "suite": "quick", "family": "scaling", "workload": _work(16).key, "x": 16, "molecules": 1,
-        "atoms": 16, "longest": 16, "heads": 2, "dim": 8, "dtype": "float32", "layout": "separate",
-        "what": "forward", "contender": "naive", "kernel": "k", "ours": 0, "status": "ok",
-        "p50_ms": 1.0, "flops": 1e6, "bytes": 4096, "limit_ms": 1.25, "ratio": 0.8, "run": 0,
-    }  # fmt: skip
+        "suite": "quick",
+        "family": "scaling",
+        "workload": _work(16).key,
+        "x": 16,
+        "molecules": 1,
+        "atoms": 16,
+        "longest": 16,
+        "heads": 2,
+        "dim": 8,
+        "dtype": "float32",
+        "layout": "separate",
+        "what": "forward",
+        "contender": "naive",
+        "kernel": "k",
+        "ours": 0,
+        "status": "ok",
+        "p50_ms": 1.0,
+        "flops": 1e6,
+        "bytes": 4096,
+        "limit_ms": 1.25,
+        "ratio": 0.8,
+        "run": 0,
+    }
     about = {"run": 0, "device": "test", "threads": 2, "rates": {"matmul_gflops": {"float32": 1}}}
     lines = [",".join(old), "# run " + json.dumps(about)]
     path.write_text("\n".join([*lines, ",".join(str(values.get(x, "")) for x in old)]) + "\n")

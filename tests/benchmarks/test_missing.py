@@ -11,20 +11,31 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import goals, plot, report, sheet, summary, tables
-from benchmarks.sheet import BenchmarkError
+from benchmarks.measuring import sheet
+from benchmarks.measuring.sheet import BenchmarkError
+from benchmarks.reporting import goals, page, plot, summary, tables
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 FAMILIES = ("scaling", "molecules", "long", "seeds", "modules", "training", "overhead")
 KINDS = {f.name: str(f.type) for f in fields(sheet.Row)}
 MAY_BE_EMPTY = [name for name, kind in KINDS.items() if "None" in kind or kind.startswith("str")]
 ABOUT = {
-    "date": "2030-01-01", "device": "test", "cores": 2, "threads": 2, "system": "Linux",
-    "versions": {"torch": "2.13"}, "attnpool_kernels": "0.1.0", "commit": "abc",
+    "date": "2030-01-01",
+    "device": "test",
+    "cores": 2,
+    "threads": 2,
+    "system": "Linux",
+    "versions": {"torch": "2.13"},
+    "attnpool_kernels": "0.1.0",
+    "commit": "abc",
     "options": {"device": "cpu"},
-    "rates": {"matmul_gflops": {"float32": 150.0}, "copy_gbs": 20.0,
-              "fma_gflops": {"float32": 200.0}, "memory_gbs": {"65536": 100.0}},
-}  # fmt: skip
+    "rates": {
+        "matmul_gflops": {"float32": 150.0},
+        "copy_gbs": 20.0,
+        "fma_gflops": {"float32": 200.0},
+        "memory_gbs": {"65536": 100.0},
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +57,7 @@ def _fast_figures(monkeypatch):
             plt.close(figure)
         return []
 
-    monkeypatch.setattr(plot, "_save", save)
+    monkeypatch.setattr(plot, "save", save)
 
 
 def _rows() -> list[sheet.Row]:
@@ -59,11 +70,39 @@ def _rows() -> list[sheet.Row]:
                     ours = contender == "attnpool:cpu"
                     ms = x * x / 2**16 * (1 if ours else 4)
                     row = sheet.Row(
-                        "molecules", family, f"QM7b x{x} 8x32", x, 1, 512, x, 8, 32, 2**i,
-                        "float32", "separate", what, contender, "kernel, 1.0", int(ours), "ok", "",
-                        0.9 * ms, ms, 1.1 * ms, 5, x * 8192, 1e-7, "all", 1e9, 1e6, ms / 2, 2.0, 0,
-                        "arithmetic", ms / 1.5,
-                    )  # fmt: skip
+                        suite="molecules",
+                        family=family,
+                        workload=f"QM7b x{x} 8x32",
+                        x=x,
+                        molecules=1,
+                        atoms=512,
+                        longest=x,
+                        heads=8,
+                        dim=32,
+                        seeds=2**i,
+                        dtype="float32",
+                        layout="separate",
+                        what=what,
+                        contender=contender,
+                        kernel="kernel, 1.0",
+                        ours=int(ours),
+                        status="ok",
+                        reason="",
+                        p20_ms=0.9 * ms,
+                        p50_ms=ms,
+                        p80_ms=1.1 * ms,
+                        samples=5,
+                        peak_bytes=x * 8192,
+                        error=1e-7,
+                        check="all",
+                        flops=1e9,
+                        bytes=1e6,
+                        limit_ms=ms / 2,
+                        ratio=2.0,
+                        run=0,
+                        limit_by="arithmetic",
+                        library_ms=ms / 1.5,
+                    )
                     if contender == "naive" and x == 16384:
                         row.status, row.reason = ("oom", "no memory")
                         row.p20_ms = row.p50_ms = row.p80_ms = row.peak_bytes = row.ratio = None
@@ -102,7 +141,7 @@ def _show(path: Path) -> str:
     tables.everything(rows)
     goals.render(rows)
     summary.lines([("paper", rows), ("molecules", rows), ("seeds", rows), ("modules", rows)])
-    return report.page([path])  # draws what plot.draw does
+    return page.render([path])  # draws what plot.draw does
 
 
 @pytest.mark.parametrize("every", [1, 2], ids=lambda n: f"every {n}")
@@ -146,7 +185,7 @@ def test_provenance_with_gaps(name, gone, tmp_path):
     about = {k: v for k, v in ABOUT.items() if k != name} | ({} if gone else {name: None})
     table.runs, table.rows = [about], _rows()[:20]
     table.rewrite()
-    assert "<table" in report.page([path])
+    assert "<table" in page.render([path])
 
 
 def test_no_provenance_at_all(tmp_path):
@@ -159,41 +198,43 @@ def test_no_provenance_at_all(tmp_path):
 
 @pytest.mark.parametrize("column", ["unit", "test_mae", "constant_mae", "target", "split"])
 def test_accuracies_with_gaps(column, tmp_path):
-    qm7b = pytest.importorskip("benchmarks.qm7b")
+    qm7b = pytest.importorskip("benchmarks.studies.qm7b")
     head = list(qm7b.RESULTS)
     rows = [
         {**dict.fromkeys(head, "1"), "backbone": "schnet", "pooling": pooling, "target": target}
-        for pooling in ("abp", "sum") for target in qm7b.TARGETS
-    ]  # fmt: skip
+        for pooling in ("abp", "sum")
+        for target in qm7b.TARGETS
+    ]
     for row in rows:
         row[column] = ""
     (tmp_path / "qm7b.csv").write_text(
         "\n".join([",".join(head), *[",".join(row[x] for x in head) for row in rows]])
     )
-    assert "schnet" in report.page([tmp_path / "qm7b.csv"])
+    assert "schnet" in page.render([tmp_path / "qm7b.csv"])
     assert "schnet" in qm7b.table(rows)
 
 
 @pytest.mark.parametrize("column", ["epoch", "val_mae", "train_loss"])
 def test_curves_with_gaps(column, tmp_path):
-    qm7b = pytest.importorskip("benchmarks.qm7b")
+    qm7b = pytest.importorskip("benchmarks.studies.qm7b")
     results = qm7b.Table(tmp_path / "qm7b.csv", qm7b.RESULTS)
     curves = qm7b.Table(tmp_path / "qm7b-curves.csv", qm7b.CURVES)
     for file in (results, curves):
         file.comment(json.dumps(ABOUT))
     name = {"backbone": "schnet", "pooling": "abp", "split": 1, "target": "homo_gw"}
     results.add([{**name, "unit": "eV", "test_mae": 0.1}])
-    curves.add([{**name, "epoch": i, "val_mae": 0.5, "train_loss": 0.1} | {column: ""}
-                for i in range(3)])  # fmt: skip
+    curves.add(
+        [{**name, "epoch": i, "val_mae": 0.5, "train_loss": 0.1} | {column: ""} for i in range(3)]
+    )
     assert qm7b.draw(tmp_path).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.csv")), ids=lambda p: p.stem)
 def test_committed_results_can_be_read(path):
     """Those of before the limit was one say that the library's product stood in for it."""
-    if path.stem.endswith(report.CURVES):
+    if path.stem.endswith(page.CURVES):
         return
-    result, text = report.load(path), report.page([path])
+    result, text = page.load(path), page.render([path])
     old = [run for run in result.runs if run.get("rates") and "fma_gflops" not in run["rates"]]
     assert text.count("it stands in for the limit") == len(old)
     if old and any(row.limit_ms for row in result.rows):

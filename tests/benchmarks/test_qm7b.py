@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import qm7b
+from benchmarks.studies import qm7b
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
@@ -58,9 +58,16 @@ def test_the_best_weights_are_tested(data):
     network = qm7b.model("schnet", "sum", 4)
     curve = []
     best, _ = qm7b.train(
-        network, molecules, loaded.split(23887), columns, epochs=4, batch=8, lr=3e-2, seed=0,
+        network,
+        molecules,
+        loaded.split(23887),
+        columns,
+        epochs=4,
+        batch=8,
+        lr=3e-2,
+        seed=0,
         each=lambda epoch, mae, loss: curve.append(mae),
-    )  # fmt: skip
+    )
     again = qm7b.errors(network, molecules, loaded.split(23887).val, columns)
     torch.testing.assert_close(again, curve[best])
 

@@ -10,20 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    cases,
-    goals,
-    memory,
-    plot,
-    providers,
-    report,
-    run,
-    sheet,
-    tables,
-)
-from benchmarks.cases import PASSES, Workload
-from benchmarks.rates import Rates
-from benchmarks.sweep import Limits, Sweep
+from benchmarks import report, run
+from benchmarks.contenders import registry
+from benchmarks.measuring import memory, sheet
+from benchmarks.measuring.rates import Rates
+from benchmarks.measuring.sweep import Limits, Sweep
+from benchmarks.reporting import goals, plot, tables
+from benchmarks.workloads import sizes, suites
+from benchmarks.workloads.workload import PASSES, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 RAGGED = Workload("ragged", "molecules", (5, 1, 9, 3), heads=2, dim=8)
@@ -38,38 +32,38 @@ def _stop_server():
 
 def test_histograms_are_the_published_counts():
     for name, molecules, atoms in (("QM7b", 7211, 111_180), ("QM8", 21_786, 350_545)):
-        histogram = cases.HISTOGRAMS[name]
+        histogram = sizes.HISTOGRAMS[name]
         assert sum(histogram.values()) == molecules
         assert sum(n * count for n, count in histogram.items()) == atoms
 
 
-@pytest.mark.parametrize("kind", cases.DISTRIBUTIONS)
+@pytest.mark.parametrize("kind", sizes.DISTRIBUTIONS)
 def test_sizes_are_drawn_alike_everywhere(kind):
-    sizes = cases.draw(kind, 2000)
-    assert sizes == cases.draw(kind, 2000) != cases.draw(kind, 2000, seed=1)
-    mean = sum(sizes) / len(sizes)
+    drawn = sizes.draw(kind, 2000)
+    assert drawn == sizes.draw(kind, 2000) != sizes.draw(kind, 2000, seed=1)
+    mean = sum(drawn) / len(drawn)
     means = {"QM7b": 15.4, "QM8": 16.1, "QM9-like": 18.0, "QMugs-like": 60.0, "n=55+-20": 55.0}
     wanted = means[kind]
     assert abs(mean - wanted) < 0.07 * wanted  # the cut at 4 atoms moves 55 ± 35 up a little
 
 
 def test_every_suite_has_distinct_workloads():
-    for name in cases.SUITES:
+    for name in suites.SUITES:
         for tiny in (False, True):
-            keys = [work.key for work in cases.suite(name, tiny=tiny)]
+            keys = [work.key for work in suites.suite(name, tiny=tiny)]
             assert len(keys) == len(set(keys)) > 0
 
 
 def test_study_of_the_paper():
     """8 to 100,000 atoms, in rising order, before anything that a time limit may cut."""
-    study = [w for w in cases.suite("paper") if w.family == "scaling"]
-    sizes = [w.x for w in study]
-    assert cases.suite("paper")[: len(study)] == study
-    assert sizes == sorted(sizes) and sizes[0] == 8 and sizes[-1] == 100_000
-    names = {c.name for c in providers.for_workload(study[-1])}
+    study = [w for w in suites.suite("paper") if w.family == "scaling"]
+    atoms = [w.x for w in study]
+    assert suites.suite("paper")[: len(study)] == study
+    assert atoms == sorted(atoms) and atoms[0] == 8 and atoms[-1] == 100_000
+    names = {c.name for c in registry.for_workload(study[-1])}
     assert {"naive", "memory_efficient", "flash", "attnpool:cpu", "attnpool:triton"} <= names
-    assert all(w.passes == PASSES for w in cases.suite("paper", "cuda") if w.family == "scaling")
-    assert run.MINUTES.keys() == cases.SUITES.keys()
+    assert all(w.passes == PASSES for w in suites.suite("paper", "cuda") if w.family == "scaling")
+    assert run.MINUTES.keys() == suites.SUITES.keys()
 
 
 def test_work_of_a_known_batch():
@@ -168,10 +162,10 @@ def test_a_mark_that_cannot_be_reset_is_no_measurement(monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", refuse)
     mark = memory.Mark()
-    before = mark._before
+    before = mark.before
     assert not mark.exact and before
     for now, peak in ((before, None), (before + 4096, 4096), (None, None)):
-        monkeypatch.setattr(memory, "_mark", lambda now=now: now)
+        monkeypatch.setattr(memory, "high_water", lambda now=now: now)
         assert mark.peak() == peak
 
 
@@ -202,9 +196,9 @@ def test_long_call_runs_once(tmp_path):
 
 
 def test_wrong_contender_is_not_timed(tmp_path, monkeypatch):
-    good = providers.CONTENDERS["naive"]
+    good = registry.CONTENDERS["naive"]
     bad = replace(good, prepare=lambda batch: lambda q, k, v: v)
-    monkeypatch.setitem(providers.CONTENDERS, "naive", bad)
+    monkeypatch.setitem(registry.CONTENDERS, "naive", bad)
     work = replace(RAGGED, passes=("forward",))
     row = _sweep(tmp_path, Limits(budget_s=0.001), ["naive"], [work])[None, "naive"]
     assert row.status == "wrong" and row.p50_ms is None and "relative error" in row.reason
@@ -213,14 +207,35 @@ def test_wrong_contender_is_not_timed(tmp_path, monkeypatch):
 def _rows():
     def row(name, n, ms, peak, ours=0):
         return sheet.Row(
-            "molecules", "scaling", f"n={n}", n, 1, n, n, 8, 32, None, "float32", "separate",
-            "forward", name, "kernel, 1.0", ours, "ok", p20_ms=ms, p50_ms=ms, p80_ms=ms, samples=5,
-            peak_bytes=peak, limit_ms=ms / 2, ratio=2.0,
-        )  # fmt: skip
+            suite="molecules",
+            family="scaling",
+            workload=f"n={n}",
+            x=n,
+            molecules=1,
+            atoms=n,
+            longest=n,
+            heads=8,
+            dim=32,
+            seeds=None,
+            dtype="float32",
+            layout="separate",
+            what="forward",
+            contender=name,
+            kernel="kernel, 1.0",
+            ours=ours,
+            status="ok",
+            p20_ms=ms,
+            p50_ms=ms,
+            p80_ms=ms,
+            samples=5,
+            peak_bytes=peak,
+            limit_ms=ms / 2,
+            ratio=2.0,
+        )
 
-    sizes = (512, 1024, 2048, 4096)
-    naive = [row("naive", n, n * n / 2**13, 8 * n * n * 4) for n in sizes]
-    return naive + [row("attnpool:cpu", n, n * n / 2**16, n * 8192, ours=1) for n in sizes]
+    steps = (512, 1024, 2048, 4096)
+    naive = [row("naive", n, n * n / 2**13, 8 * n * n * 4) for n in steps]
+    return naive + [row("attnpool:cpu", n, n * n / 2**16, n * 8192, ours=1) for n in steps]
 
 
 def test_exponents():
@@ -291,7 +306,7 @@ def test_damaged_csv(tmp_path, capsys, old, new, message):
 
 def test_full_disk_keeps_earlier_rows(tmp_path):
     code = (
-        "import resource, sys; from pathlib import Path; from benchmarks import sheet\n"
+        "import resource, sys; from pathlib import Path; from benchmarks.measuring import sheet\n"
         "from tests.benchmarks.test_suite import _rows, _written\n"
         "path = Path(sys.argv[1]); table = _written(path); size = path.stat().st_size\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, size + 40))\n"
@@ -377,8 +392,10 @@ def test_whole_run_resume_and_report(tmp_path, capsys):
 def test_report_of_accuracies_and_of_unknown_families(tmp_path, capsys):
     columns = "backbone,pooling,split,target,unit,test_mae,constant_mae"
     path = tmp_path / "qm7b.csv"
-    lines = [f"schnet,{p},{i},homo,eV,{x},0.5" for p, i, x in
-             (("sum", 0, 0.2), ("sum", 1, 0.4), ("abp", 0, 0.1))]  # fmt: skip
+    lines = [
+        f"schnet,{p},{i},homo,eV,{x},0.5"
+        for p, i, x in (("sum", 0, 0.2), ("sum", 1, 0.4), ("abp", 0, 0.1))
+    ]
     path.write_text("\n".join([columns, '# run {"device": "test"}', *lines]))
     curves = tmp_path / "qm7b-curves.csv"
     curves.write_text("backbone,epoch\nschnet,1\n")

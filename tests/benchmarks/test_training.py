@@ -13,9 +13,10 @@ from ase.calculators.emt import EMT
 
 from attnpool_kernels import Ragged
 from attnpool_kernels.zoo.datasets import load
-from benchmarks import forces, memory, sheet, training
+from benchmarks.measuring import memory, sheet
+from benchmarks.studies import forces, poolings, training
 
-TINY = training.SIZES["tiny"]
+TINY = poolings.SIZES["tiny"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,17 +36,17 @@ def test_molecules_have_the_sizes_of_qm7b(data, monkeypatch, tmp_path):
     assert without.source == "QM7b sizes" and abs(np.mean(without.sizes) - 15.4) < 0.5
     for made in (data, without.first(12)):
         assert len(made.z) == len(made.pos) == len(made.forces) == sum(made.sizes)
-        assert max(made.sizes) <= training.LONGEST
+        assert max(made.sizes) <= poolings.LONGEST
         for i, size in enumerate(made.sizes):
             pos = made.pos[made.batch == i]
             assert len(pos) == size
             assert torch.pdist(pos).min() > 0.7
 
 
-@pytest.mark.parametrize("what", training.STEPS)
-@pytest.mark.parametrize("name", [c.name for c in training.CONTENDERS.values() if c.like])
+@pytest.mark.parametrize("what", poolings.STEPS)
+@pytest.mark.parametrize("name", [c.name for c in poolings.CONTENDERS.values() if c.like])
 def test_equal_weights_give_equal_numbers(data, name, what):
-    contender = training.CONTENDERS[name]
+    contender = poolings.CONTENDERS[name]
     if what not in contender.steps:
         pytest.skip("not in this step")
     error, wrong = training.compare(contender, TINY, what, data)
@@ -54,14 +55,14 @@ def test_equal_weights_give_equal_numbers(data, name, what):
 
 def test_padding_without_masks_is_noticed(data):
     """The original's padding is not the masked model: the gate tells them apart."""
-    abp, original = (training.CONTENDERS[name] for name in ("abp", "abp_original"))
+    abp, original = (poolings.CONTENDERS[name] for name in ("abp", "abp_original"))
     _, wrong = training.compare(replace(abp, like=original.pool), TINY, "energy", data)
     assert "energy: relative difference" in wrong and "gradients" in wrong
 
 
 def test_padded_pooling_ignores_other_molecules():
     torch.manual_seed(0)
-    pool = training.PaddedABP(8, 16, heads=2, seeds=2).double()
+    pool = poolings.PaddedABP(8, 16, heads=2, seeds=2).double()
     x = torch.randn(9, 8, dtype=torch.float64)
     alone = pool(x[:3], Ragged.from_counts([3]))
     torch.testing.assert_close(pool(x, Ragged.from_counts([3, 6]))[:1], alone)
@@ -69,25 +70,26 @@ def test_padded_pooling_ignores_other_molecules():
 
 def test_a_run_and_its_file(tmp_path, capsys):
     path = tmp_path / "training.csv"
-    arguments = ["--steps", "tiny:energy", "--molecules", "6", "--budget", "0.1",
-                 "--samples", "2", "--contenders", "abp,st_pyg"]  # fmt: skip
+    arguments = ["--steps", "tiny:energy", "--contenders", "abp,st_pyg", "--molecules", "6"]
+    arguments += ["--budget", "0.1", "--samples", "2"]
     assert training.main([*arguments, "--output", str(path)]) == 0
     rows, runs = sheet.read(path)
     assert [(r.contender, r.what) for r in rows] == [
-        ("abp", "energy step"), ("st_pyg", "energy step")
-    ]  # fmt: skip
+        ("abp", "energy step"),
+        ("st_pyg", "energy step"),
+    ]
     for row in rows:
         assert row.ok and row.samples >= 1 and 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
         assert row.peak_bytes is None or row.peak_bytes > 100_000, row.contender
         assert row.peak_bytes or not memory.Mark().exact, row.reason
-    assert runs[0]["options"]["command"] == "python -m benchmarks.training"
+    assert runs[0]["options"]["command"] == "python -m benchmarks.studies.training"
     assert str(tmp_path) not in path.read_text()
     assert "molecules/s" in capsys.readouterr().out
 
 
 def test_a_wrong_contender_is_not_timed(data, monkeypatch):
-    wrong = replace(training.CONTENDERS["abp"], like=training.CONTENDERS["abp_original"].pool)
-    monkeypatch.setitem(training.CONTENDERS, "abp", wrong)
+    wrong = replace(poolings.CONTENDERS["abp"], like=poolings.CONTENDERS["abp_original"].pool)
+    monkeypatch.setitem(poolings.CONTENDERS, "abp", wrong)
     (row,) = training.run(TINY, "energy", ["abp"], data, 0.01, 10.0, 2, float("inf"))
     assert row.status == "wrong" and row.p50_ms is None and "relative difference" in row.reason
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnpool_kernels.backends import KernelBackend
 from attnpool_kernels.operands import Cotangents, Operands, Options, Result, Tangents
-from benchmarks.cases import Batch
+from benchmarks.workloads.batch import WorkloadBatch
 
 Call = Callable[..., Tensor]
 
@@ -17,7 +17,7 @@ Call = Callable[..., Tensor]
 class Kernels:
     """The passes of a kernel backend, called directly: its kernels and nothing else."""
 
-    def __init__(self, batch: Batch, module: KernelBackend) -> None:
+    def __init__(self, batch: WorkloadBatch, module: KernelBackend) -> None:
         q, k, v = (x.detach() for x in batch.inputs)
         q_ptr = batch.ptr if batch.workload.seeds is None else None
         self.module = module
@@ -52,7 +52,7 @@ class Autograd:
     The inputs are leaves of their own: torch remembers on which stream a leaf was used first.
     """
 
-    def __init__(self, batch: Batch, call: Call) -> None:
+    def __init__(self, batch: WorkloadBatch, call: Call) -> None:
         self.call, self.batch = call, batch
         self.inputs = [x.detach().requires_grad_() for x in batch.inputs]
         self.dout = batch.dout.detach().requires_grad_()

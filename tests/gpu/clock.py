@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import replay
-from benchmarks.cases import Batch
-from benchmarks.gate import Gate
+from benchmarks.measuring import replay
+from benchmarks.measuring.gate import Gate
+from benchmarks.workloads.batch import WorkloadBatch, make_batch
 
 from . import card
 from .shapes import Shape
@@ -34,11 +34,11 @@ class Turns:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
         self.work, self.device = shape.workload(dtype), device
-        self.made: list[Batch] = []
+        self.made: list[WorkloadBatch] = []
 
-    def __call__(self, place: int) -> Batch:
+    def __call__(self, place: int) -> WorkloadBatch:
         while len(self.made) <= place:
-            batch = self.work.make(self.device, len(self.made))
+            batch = make_batch(self.work, self.device, len(self.made))
             batch.prepare("double_backward")
             self.made.append(batch)
         return self.made[place]
@@ -128,7 +128,9 @@ def copy_rate(device: str) -> float:
     return card.copy_rate(device, 0.2 if device == "cuda" else 0.02)
 
 
-def checked(batch: Batch, found: Callable[[str], dict], passes: tuple[str, ...]) -> dict | None:
+def checked(
+    batch: WorkloadBatch, found: Callable[[str], dict], passes: tuple[str, ...]
+) -> dict | None:
     """A row with the worst relative error of the passes' results; None for a large batch."""
     work = batch.workload
     if work.pairs * work.heads > CHECKED:

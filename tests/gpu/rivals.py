@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import baselines
-from benchmarks.cases import Batch
+from benchmarks.contenders import attention
+from benchmarks.contenders.padding import Padding, padded
+from benchmarks.workloads.batch import WorkloadBatch
 
 from .alone import Call
 from .case import Outcome
@@ -30,8 +31,8 @@ def module(name: str):
         raise Outcome("missing", f"{name}: {type(error).__name__}: {error}") from error
 
 
-def ours(name: str) -> Callable[[Batch], Call]:
-    def make(batch: Batch) -> Call:
+def ours(name: str) -> Callable[[WorkloadBatch], Call]:
+    def make(batch: WorkloadBatch) -> Call:
         from attnpool_kernels import Ragged, seed_pool, set_attention
 
         molecules = Ragged.from_ptr(batch.ptr)
@@ -44,7 +45,7 @@ def ours(name: str) -> Callable[[Batch], Call]:
 class Packed:
     """Boundaries as libraries of packed sequences want them; the seeds repeated for every set."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: WorkloadBatch) -> None:
         work = batch.workload
         self.half = work.dtype in (torch.float16, torch.bfloat16)
         self.sets, self.seeds = len(work.sizes), work.seeds
@@ -67,7 +68,7 @@ class Packed:
         return out if self.seeds is None else out.unflatten(0, (self.sets, self.seeds))
 
 
-def varlen(batch: Batch) -> Call:
+def varlen(batch: WorkloadBatch) -> Call:
     """torch's own FlashAttention-2 of packed rows."""
     attend = getattr(module("torch.nn.attention.varlen"), "varlen_attn", None)
     if attend is None:
@@ -78,7 +79,7 @@ def varlen(batch: Batch) -> Call:
     return lambda q, k, v: own.result(attend(own.queries(q), k, v, *bounds))
 
 
-def flash_attn(batch: Batch) -> Call:
+def flash_attn(batch: WorkloadBatch) -> Call:
     attend = module("flash_attn").flash_attn_varlen_func
     own = Packed(batch)
     own.needs_half()
@@ -86,7 +87,7 @@ def flash_attn(batch: Batch) -> Call:
     return lambda q, k, v: own.result(attend(own.queries(q), k, v, *bounds))
 
 
-def xformers(batch: Batch) -> Call:
+def xformers(batch: WorkloadBatch) -> Call:
     attend = module("xformers.ops").memory_efficient_attention
     mask = module("xformers.ops.fmha.attn_bias").BlockDiagonalMask.from_seqlens
     own = Packed(batch)
@@ -100,13 +101,13 @@ def xformers(batch: Batch) -> Call:
     return call
 
 
-def cudnn(batch: Batch) -> Call:
+def cudnn(batch: WorkloadBatch) -> Call:
     """torch's scaled_dot_product_attention of padded sets by cuDNN."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
     Packed(batch).needs_half()
-    pad = baselines.Padding(batch.workload.sizes, batch.device)
+    pad = Padding(batch.workload.sizes, batch.device)
     bias = pad.bias(batch.workload.dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,27 +115,27 @@ def cudnn(batch: Batch) -> Call:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return baselines._padded(batch, attend, pad)
+    return padded(batch, attend, pad)
 
 
-def flash(batch: Batch) -> Call:
+def flash(batch: WorkloadBatch) -> Call:
     """The same by FlashAttention-2, which knows no mask."""
     if batch.device == "cuda":
         Packed(batch).needs_half()
         if len(set(batch.workload.sizes)) > 1:
             raise Outcome("refused", "sets differ in size: the kernel takes no mask")
-    return baselines.flash(batch)
+    return attention.flash(batch)
 
 
-RIVALS: dict[str, Callable[[Batch], Call]] = {
+RIVALS: dict[str, Callable[[WorkloadBatch], Call]] = {
     "torch varlen": varlen,
     "cudnn, padded": cudnn,
     "flash, padded": flash,
-    "efficient, padded": baselines.efficient,
-    "naive, padded": baselines.naive,
+    "efficient, padded": attention.efficient,
+    "naive, padded": attention.naive,
     "xformers": xformers,
     "flash_attn": flash_attn,
 }
 SECOND = ("naive, padded",)  # what has a second derivative; the others refuse or, worse, do not
 ANYWHERE = ("naive, padded", "flash, padded")  # runs without CUDA
-MODULES = ("module", "module_mha", "pyg", "module_naive")  # names in benchmarks.modules
+MODULES = ("module", "module_mha", "pyg", "module_naive")  # names in benchmarks.contenders.modules

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.cases import Batch, Workload, draw
+from benchmarks.workloads.batch import WorkloadBatch
+from benchmarks.workloads.sizes import draw
+from benchmarks.workloads.workload import Workload
 
 from .passes import PASSES
 
@@ -123,19 +125,23 @@ def named(name: str, device: str) -> Shape:
     return next(shape for shape in of(device) if shape.name == name)
 
 
-def without_values(shape: Shape, dtype: torch.dtype) -> Batch:
+def without_values(shape: Shape, dtype: torch.dtype) -> WorkloadBatch:
     """A batch on the CPU whose tensors were never written: for host code that reads only shapes.
 
     Nothing of their memory is touched, so the largest costs nothing.
     """
-    work, made = shape.workload(dtype), Batch.__new__(Batch)
-    made.workload, made.device, made.seed = work, "cpu", 0
-    made.ptr = torch.tensor([0, *work.sizes]).cumsum(0)
+    work = shape.workload(dtype)
     row = (work.heads, work.dim)
     rows = (work.atoms,) if work.seeds is None else (work.seeds,)
     outs = rows if work.seeds is None else (len(work.sizes), work.seeds)
-    made.inputs = [torch.empty(*n, *row, dtype=dtype) for n in (rows, (work.atoms,))]
-    made.inputs.append(torch.empty_like(made.inputs[1]))
-    made.dout = torch.empty(*outs, *row, dtype=dtype)
-    made.cotangents = [torch.empty_like(x) for x in made.inputs]
-    return made
+    inputs = [torch.empty(*n, *row, dtype=dtype) for n in (rows, (work.atoms,))]
+    inputs.append(torch.empty_like(inputs[1]))
+    return WorkloadBatch(
+        work,
+        "cpu",
+        seed=0,
+        ptr=torch.tensor([0, *work.sizes]).cumsum(0),
+        inputs=inputs,
+        dout=torch.empty(*outs, *row, dtype=dtype),
+        cotangents=[torch.empty_like(x) for x in inputs],
+    )

@@ -10,9 +10,11 @@ import torch
 
 from attnpool_kernels import backends
 from attnpool_kernels.backends import cpu
-from benchmarks import cases as suites
-from benchmarks import providers, replay, sheet, sweep
-from benchmarks.cases import PASSES, Workload
+from benchmarks.contenders import packages, registry
+from benchmarks.contenders.contender import Contender
+from benchmarks.measuring import replay, sheet, sweep
+from benchmarks.workloads.batch import make_batch
+from benchmarks.workloads.workload import PASSES, Workload
 
 from . import alone, fake_cuda, rivals, shapes
 from .blocks import prewarm, speed
@@ -57,7 +59,7 @@ def test_a_call_that_waits_is_found_before_the_capture(device):
 def test_no_rival_but_those_of_ours_reads_sizes_from_the_device(device):
     """The fake notices what reads contents, as our own adapters do."""
     work = Workload("ragged", "ragged", (5, 1, 9, 3), heads=2, dim=16, dtype=torch.bfloat16)
-    batch = work.make("cuda")
+    batch = make_batch(work, "cuda")
     batch.prepare("backward")
     passes = alone.Autograd(batch, rivals.RIVALS["naive, padded"](batch))
     passes.backward()
@@ -88,7 +90,7 @@ def test_the_suite_times_cuda_contenders_by_replay(device, tmp_path, monkeypatch
     work = Workload("ragged", "molecules", (5, 1, 9, 3), heads=2, dim=8, passes=(what,))
     monkeypatch.setattr(replay, "MOST", 3)
     monkeypatch.setattr(replay, "repeated", lambda *_: 1e-4)
-    waiting = providers.CONTENDERS["naive"]
+    waiting = registry.CONTENDERS["naive"]
 
     def waits(batch):
         call = waiting.prepare(batch)
@@ -99,8 +101,8 @@ def test_the_suite_times_cuda_contenders_by_replay(device, tmp_path, monkeypatch
 
         return run
 
-    slow = providers.Contender("einsum", "", waits, waiting.why_not, waiting.kernel)
-    monkeypatch.setitem(providers.CONTENDERS, "einsum", slow)
+    slow = Contender("einsum", "", waits, waiting.why_not, waiting.kernel)
+    monkeypatch.setitem(registry.CONTENDERS, "einsum", slow)
     table = sheet.Sheet(tmp_path / "out.csv")
     table.start({})
     limit = SimpleNamespace(limit=lambda *_: 1e-3, limit_by=lambda *_: "", library=lambda *_: 1.0)
@@ -115,7 +117,7 @@ def test_the_suite_times_cuda_contenders_by_replay(device, tmp_path, monkeypatch
 
 
 def test_a_long_call_needs_no_graph(device, monkeypatch):
-    batch = Workload("n", "n", (4,), heads=1, dim=4).make("cuda")
+    batch = make_batch(Workload("n", "n", (4,), heads=1, dim=4), "cuda")
     batch.prepare("forward")
     monkeypatch.setattr(replay, "repeated", lambda *_: 1.0)
     _, reason = replay.of_batch(batch, lambda q, k, v: q, "forward", 1.0)
@@ -155,7 +157,7 @@ def test_all_shapes_that_were_asked_for_are_there():
 def test_passes_alone_give_what_they_give_together(shape):
     if cpu.load():
         pytest.skip(cpu.load())
-    batch = shape.workload(torch.float64).make("cpu")
+    batch = make_batch(shape.workload(torch.float64), "cpu")
     batch.prepare("double_backward")
     call = rivals.ours("cpu")(batch)
     expected = batch.run(call, "double_backward")
@@ -283,7 +285,7 @@ def test_every_rival_can_be_called_on_ragged_sets(monkeypatch):
     import torch.nn.attention as attention
 
     monkeypatch.setattr(attention, "sdpa_kernel", lambda *_: __import__("contextlib").nullcontext())
-    monkeypatch.setattr("benchmarks.baselines.sdpa_kernel", attention.sdpa_kernel)
+    monkeypatch.setattr("benchmarks.contenders.attention.sdpa_kernel", attention.sdpa_kernel)
     stand_in_varlen(monkeypatch, [])
     packed = sys.modules["torch.nn.attention.varlen"].varlen_attn
     flash = ModuleType("flash_attn")
@@ -306,7 +308,7 @@ def test_every_rival_can_be_called_on_ragged_sets(monkeypatch):
     for module in (flash, masks, ops):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for shape in (SMALL, POOLED, shapes.Shape("ragged", (4, 9, 1), 2, 8)):
-        batch = shape.workload(torch.bfloat16).make("cpu")
+        batch = make_batch(shape.workload(torch.bfloat16), "cpu")
         expected = rivals.RIVALS["naive, padded"](batch)(*batch.inputs)
         for name, prepare in rivals.RIVALS.items():
             found = prepare(batch)(*batch.inputs)
@@ -314,7 +316,7 @@ def test_every_rival_can_be_called_on_ragged_sets(monkeypatch):
 
 
 def test_a_library_that_is_not_there_is_missing(monkeypatch):
-    batch = SMALL.workload(torch.bfloat16).make("cpu")
+    batch = make_batch(SMALL.workload(torch.bfloat16), "cpu")
     for name, prepare in (("xformers", rivals.xformers), ("flash_attn", rivals.flash_attn)):
         for part in [key for key in sys.modules if key.split(".")[0] == name]:
             monkeypatch.delitem(sys.modules, part)
@@ -345,7 +347,7 @@ def test_rehearsal_on_a_cpu(tmp_path, block):
     assert {case.dtype for case in found} == {"bfloat16", "float32"}
     everything = []
     for case in found:
-        if case.name.endswith(": pyg") and not providers.installed("torch_geometric"):
+        if case.name.endswith(": pyg") and not packages.installed("torch_geometric"):
             with pytest.raises(Outcome, match="torch_geometric"):
                 rows_of(block, case, chosen)
             continue
@@ -360,5 +362,5 @@ def test_rehearsal_on_a_cpu(tmp_path, block):
 
 def test_suites_have_no_batch_without_work():
     """The workloads of the rivals' modules are those of the suite."""
-    names = {contender.name for contender in providers.CONTENDERS.values() if contender.module}
-    assert set(rivals.MODULES) <= names and suites.PASSES == PASSES
+    names = {contender.name for contender in registry.CONTENDERS.values() if contender.module}
+    assert set(rivals.MODULES) <= names and shapes.PASSES == PASSES

@@ -130,19 +130,21 @@ def _refusal(error: Exception) -> bool:
 
 def module(who: str, dtype, device: str, emit: Emit) -> None:
     """A whole pooling module, forward and the gradients of its input and weights."""
-    from benchmarks import providers
-    from benchmarks.cases import Workload, draw
+    from benchmarks.contenders import registry
+    from benchmarks.workloads.batch import make_batch
+    from benchmarks.workloads.sizes import draw
+    from benchmarks.workloads.workload import Workload
     from gpu import alone, clock
 
     sizes = draw("QM7b", 1024) if device == "cuda" else (4, 7, 2)
     heads, dim = (8, 16) if device == "cuda" else (2, 8)
     work = Workload("module", "modules", sizes, heads, dim, 4, dtype, module=True)
-    contender = providers.CONTENDERS[who]
+    contender = registry.CONTENDERS[who]
     if reasons := contender.why_not(work, "backward", device):
         raise Outcome("missing", "; ".join(reasons))
     facts = {"sets": len(sizes), "rows": sum(sizes), "heads": heads, "dim": dim, "seeds": 4}
     with clock.own_stream(device) as stream:
-        batch = work.make(device)
+        batch = make_batch(work, device)
         batch.prepare("backward")
         passes = alone.Autograd(batch, contender.prepare(batch))
         for what in PASSES[:2]:

@@ -77,7 +77,7 @@ def _entries(row: str, width: int, group: str, device: str) -> dict:
 
 def _shapes(width: int, group: str, device: str) -> list:
     """What a group is timed on: typical sizes, about equally important."""
-    from benchmarks.cases import draw
+    from benchmarks.workloads.sizes import draw
     from gpu.shapes import Shape, equal
 
     if device != "cuda":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..measuring.sheet import Row
 from . import plot, tables
-from .sheet import Row
 
 
 def lines(results: list[tuple[str, list[Row]]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One training step of a whole model, padded and not: ``python -m benchmarks.training``.
+"""One training step of a whole model, padded and not: ``python -m benchmarks.studies.training``.
 
 PyG's SchNet with a pooling, 128 molecules of QM7b (of its sizes, where its file is not there).
 A step is forward, loss, backward and Adam; in a force step forces are the gradient with respect to
@@ -14,156 +14,32 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch_geometric.nn
 from torch import Tensor
-from torch.nn.functional import l1_loss, linear, mse_loss
-from torch_geometric.utils import to_dense_batch
+from torch.nn.functional import l1_loss, mse_loss
 
 import attnpool_kernels
-from attnpool_kernels import Ragged
-from attnpool_kernels.nn import AttentionPooling, SumPooling
-from attnpool_kernels.zoo.pyg import MoleculeGraph, SetTransformerAggregation, pooled_schnet
+from attnpool_kernels.zoo.pyg import MoleculeGraph, pooled_schnet
 
-from . import cases, measure, memory, molecules, rates, sheet, tables
-from .sheet import BenchmarkError, Row
+from ..measuring import clock, memory, rates, sheet
+from ..measuring.provenance import provenance
+from ..measuring.sheet import BenchmarkError, Row
+from ..reporting import tables
+from ..workloads.sizes import draw
+from . import molecules
+from .options import add_shared, positive
+from .poolings import CONTENDERS, SIZES, STEPS, PoolingContender, Size
 
-HERE = Path(__file__).resolve().parent
-LONGEST = 23  # atoms of the largest molecule of QM7b, to which the original programs pad
 SAME = 1e-9  # relative difference in float64 of outputs and gradients, for the same weights
 CLOSE = 1e-4  # of float32 outputs from float64
 CHECKED = 8  # molecules of the comparison
-
-
-@dataclass(frozen=True)
-class Size:
-    """SchNet of ``width`` and ``interactions``; pooling of ``hidden``: 2 SABs, PMA, a SAB."""
-
-    width: int
-    interactions: int
-    hidden: int
-    heads: int
-    seeds: int
-
-    def __str__(self) -> str:
-        return (
-            f"SchNet {self.width}x{self.interactions} ABP {self.hidden}/{self.heads}/{self.seeds}"
-        )
-
-
-SIZES = {
-    "small": Size(128, 3, 256, 8, 32),
-    "published": Size(256, 8, 1024, 16, 32),  # Buterez et al. 2023, QM7b
-    "tiny": Size(16, 2, 32, 4, 4),
-}
-
-
-class PaddedABP(AttentionPooling):
-    """ABP as programs without ragged kernels compute it: bmm and softmax on a padded batch.
-
-    pad_to: as in the programs of Buterez et al., all molecules padded to that many atoms and
-    nothing masked (the numbers are those of ``phantom=pad_to``); None: to the longest of the batch,
-    padded keys masked (the numbers of ``phantom=None``). As there, three separate projections,
-    seeds repeated for each molecule, and the last linear layer on every seed.
-    """
-
-    def __init__(self, *arguments, pad_to: int | None = None, **options) -> None:
-        super().__init__(*arguments, **options)
-        self.pad_to = pad_to
-
-    def forward(self, x: Tensor, ptr: Ragged) -> Tensor:
-        count = len(ptr)
-        batch = ptr.batch(x.shape[0])
-        x, real = to_dense_batch(x, batch, max_num_nodes=self.pad_to, batch_size=count)
-        keys = None if self.pad_to else real[:, None, None]
-        for block in self.encoders:
-            x = dense_mab(block.mab, x, x, keys)
-        x = dense_mab(self.pma.mab, self.pma.seed.repeat(count, 1, 1), x, keys)
-        for block in self.decoders:
-            x = dense_mab(block.mab, x, x, None)
-        return self.head(x).mean(1)
-
-
-def dense_mab(block: torch.nn.Module, x: Tensor, y: Tensor, keys: Tensor | None) -> Tensor:
-    """MAB of the original form on x [B, n, C], y [B, m, C']; keys: [B, 1, 1, m], False: masked."""
-    a = block.attn
-    weights, biases = a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3)
-    parts = [linear(z, w, b) for z, w, b in zip((x, y, y), weights, biases)]
-    q, k, v = (z.unflatten(2, (a.heads, -1)).transpose(1, 2) for z in parts)
-    logits = q @ k.transpose(2, 3) * a.dim**-0.5
-    if keys is not None:
-        logits = logits.masked_fill(~keys, -torch.inf)
-    h = (q + logits.softmax(3) @ v).transpose(1, 2).flatten(2)
-    return h + linear(h, block.lin.weight, block.lin.bias).relu()
-
-
-class Aggregated(torch.nn.Module):
-    """Linear, a Set Transformer aggregation of ``source``, Linear: C → D → C, mean over the seeds.
-
-    PyG's aggregation has one width throughout, so the linear layers make room for D.
-    """
-
-    def __init__(self, size: Size, source: type) -> None:
-        super().__init__()
-        self.first = torch.nn.Linear(size.width, size.hidden)
-        self.aggregation = source(
-            size.hidden, size.seeds, num_encoder_blocks=2, heads=size.heads, concat=False
-        )
-        self.last = torch.nn.Linear(size.hidden, size.width)
-
-    def forward(self, x: Tensor, ptr: Ragged) -> Tensor:
-        return self.last(self.aggregation(self.first(x), ptr.batch(x.shape[0]), dim_size=len(ptr)))
-
-
-def _abp(cls: type = AttentionPooling, **options) -> Callable[[Size], torch.nn.Module]:
-    return lambda size: cls(size.width, size.hidden, heads=size.heads, seeds=size.seeds, **options)
-
-
-def _pyg(source: type) -> Callable[[Size], torch.nn.Module]:
-    return lambda size: Aggregated(size, source)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """like: another implementation with the same parameters and numbers."""
-
-    name: str
-    title: str
-    pool: Callable[[Size], torch.nn.Module]
-    like: Callable[[Size], torch.nn.Module] | None
-    layout: str
-    ours: bool
-    steps: tuple[str, ...]
-
-
-STEPS = ("energy", "force")
-_THEIRS = torch_geometric.nn.SetTransformerAggregation
-CONTENDERS = {
-    c.name: c
-    for c in (
-        Contender("sum", "sum", lambda size: SumPooling(), None, "ragged", False, STEPS),
-        Contender("abp", "ABP, attnpool", _abp(), _abp(PaddedABP), "ragged", True, STEPS),
-        Contender("abp_masked", "ABP, padded to the batch, masked", _abp(PaddedABP), _abp(),
-                  "padded", False, ("force",)),
-        Contender("abp_original", f"ABP, padded to {LONGEST} as the original",
-                  _abp(PaddedABP, pad_to=LONGEST), _abp(phantom=LONGEST), "padded", False,
-                  ("energy",)),
-        Contender("abp_reference", 'ABP, attnpool, backend="reference"', _abp(backend="reference"),
-                  _abp(PaddedABP), "ragged", False, ("force",)),
-        Contender("st", "Set Transformer, attnpool.zoo.pyg", _pyg(SetTransformerAggregation),
-                  _pyg(_THEIRS), "ragged", True, ("energy",)),
-        Contender("st_pyg", "Set Transformer, PyG (padded)", _pyg(_THEIRS),
-                  _pyg(SetTransformerAggregation), "padded", False, ("energy",)),
-    )
-}  # fmt: skip
 
 
 @dataclass
@@ -180,10 +56,12 @@ class Data:
 
     def to(self, dtype: torch.dtype) -> Data:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Data(**{
-            name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        converted = {
+            name: x.to(dtype)
             for name, x in values.items()
-        })  # fmt: skip
+            if isinstance(x, Tensor) and x.is_floating_point()
+        }
+        return replace(self, **converted)
 
     def first(self, count: int) -> Data:
         sizes = self.sizes[:count]
@@ -204,7 +82,7 @@ def load(path: Path | None, count: int) -> Data:
         source, z, pos = "QM7b", found.z[index], found.pos[index]
     else:
         lattice = 1.4 * torch.cartesian_prod(*[torch.arange(3.0)] * 3)
-        sizes = cases.draw("QM7b", count)
+        sizes = draw("QM7b", count)
         pos = torch.cat([lattice[:n] for n in sizes])
         pos = pos + 0.1 * torch.randn(pos.shape, generator=generator)
         z = torch.tensor([1, 1, 6, 6, 7, 8])[torch.randint(6, (len(pos),), generator=generator)]
@@ -238,7 +116,7 @@ def loss(model: torch.nn.Module, data: Data, what: str) -> Tensor:
     return 0.01 * mse_loss(found[0], data.energy) + 0.99 * mse_loss(found[1], data.forces)
 
 
-def stepper(contender: Contender, size: Size, what: str) -> Callable[[Data], None]:
+def stepper(contender: PoolingContender, size: Size, what: str) -> Callable[[Data], None]:
     model = build(size, contender.pool)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
@@ -250,7 +128,7 @@ def stepper(contender: Contender, size: Size, what: str) -> Callable[[Data], Non
     return step
 
 
-def compare(contender: Contender, size: Size, what: str, data: Data) -> tuple[float, str]:
+def compare(contender: PoolingContender, size: Size, what: str, data: Data) -> tuple[float, str]:
     """Error of float32 outputs, and "" or what is wrong.
 
     In float64 outputs and the gradient of all parameters must equal those of ``contender.like`` to
@@ -288,37 +166,17 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def peak(contender: str, size: Size, what: str, data: Data, limit_s: float) -> memory.Probe:
     """Peak bytes of one step in a child process."""
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")  # freed blocks go back at once
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.preload", "attnpool_kernels.zoo.pyg"])
-    here, there = context.Pipe(duplex=False)
-    arguments = (there, contender, size, what, data, torch.get_num_threads())
-    child = context.Process(target=_child, args=arguments, daemon=True)
-    child.start()
-    there.close()
-    try:
-        return memory.answer(here, child, limit_s)
-    except EOFError:
-        child.join(5)
-        return memory.Probe("error", f"its process ended with {child.exitcode}")
-    finally:
-        child.join(5)
-        here.close()
+    arguments = (contender, size, what, data)
+    preload = ("attnpool_kernels.zoo.pyg",)
+    return memory.in_child(_measured, arguments, torch.get_num_threads(), limit_s, preload)
 
 
-def _child(pipe, contender: str, size: Size, what: str, data: Data, threads: int) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' notices
-    torch.set_num_threads(threads)
-    try:
-        step = stepper(CONTENDERS[contender], size, what)
-        step(data.first(2))  # makes the state of Adam, loads code
-        mark = memory.ready(pipe)
-        step(data)
-        pipe.send(memory.Probe("ok", peak_bytes=mark.peak()))
-    except BaseException as error:
-        pipe.send(memory.Probe(*memory.classify(error)))
-    pipe.close()
-    os._exit(0)
+def _measured(pipe, contender: str, size: Size, what: str, data: Data) -> memory.Probe:
+    step = stepper(CONTENDERS[contender], size, what)
+    step(data.first(2))  # makes the state of Adam, loads code
+    mark = memory.ready(pipe)
+    step(data)
+    return memory.Probe("ok", peak_bytes=mark.peak())
 
 
 def run(
@@ -358,26 +216,34 @@ def run(
         row.peak_bytes = found.peak_bytes
         if found.status != "ok":
             row.reason = f"no peak memory: {found.status} {found.reason}"
-        samplers[name] = lambda step=step: measure.once(lambda: step(data), "cpu")
-    for name, timing in measure.interleave(samplers, budget_s, fewest).items():
-        row = rows[name]
-        row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
-        row.samples = len(timing.samples)
+        samplers[name] = lambda step=step: clock.once(lambda: step(data), "cpu")
+    for name, timing in clock.interleave(samplers, budget_s, fewest).items():
+        rows[name].fill(timing)
     return list(rows.values())
 
 
-def _row(contender: Contender, size: Size, what: str, data: Data) -> Row:
+def _row(contender: PoolingContender, size: Size, what: str, data: Data) -> Row:
     versions = f"torch_geometric {torch_geometric.__version__}, torch {torch.__version__}"
     return Row(
-        suite="training", family="training",
-        workload=f"{data.source} x{len(data.sizes)} {size} float32", x=None,
-        molecules=len(data.sizes), atoms=sum(data.sizes), longest=max(data.sizes),
-        heads=size.heads, dim=size.hidden // size.heads, seeds=size.seeds, dtype="float32",
-        layout=contender.layout, what=f"{what} step", contender=contender.name,
+        suite="training",
+        family="training",
+        workload=f"{data.source} x{len(data.sizes)} {size} float32",
+        x=None,
+        molecules=len(data.sizes),
+        atoms=sum(data.sizes),
+        longest=max(data.sizes),
+        heads=size.heads,
+        dim=size.hidden // size.heads,
+        seeds=size.seeds,
+        dtype="float32",
+        layout=contender.layout,
+        what=f"{what} step",
+        contender=contender.name,
         kernel=f"{contender.title}; attnpool_kernels {attnpool_kernels.__version__}, {versions}",
-        ours=int(contender.ours), status="ok",
+        ours=int(contender.ours),
+        status="ok",
         check="" if contender.like is None else f"gradients and outputs, {CHECKED} molecules",
-    )  # fmt: skip
+    )
 
 
 def table(rows: list[Row]) -> str:
@@ -400,26 +266,40 @@ def table(rows: list[Row]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m benchmarks.training", description=__doc__,
+        "python -m benchmarks.studies.training",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="contenders:\n" + "\n".join(f"  {c.name:14} {c.title}" for c in CONTENDERS.values()),
-    )  # fmt: skip
-    p.add_argument("--steps", default="small:energy,small:force,published:energy", metavar="LIST",
-                   help="size:step,...; sizes "
-                   + "; ".join(f"{name} = {size}" for name, size in SIZES.items())
-                   + "; steps energy and force (default: %(default)s)")  # fmt: skip
-    p.add_argument("--contenders", default=",".join(CONTENDERS), metavar="LIST",
-                   help="default: all of them")  # fmt: skip
+    )
+    p.add_argument(
+        "--steps",
+        default="small:energy,small:force,published:energy",
+        metavar="LIST",
+        help="size:step,...; sizes "
+        + "; ".join(f"{name} = {size}" for name, size in SIZES.items())
+        + "; steps energy and force (default: %(default)s)",
+    )
+    p.add_argument(
+        "--contenders", default=",".join(CONTENDERS), metavar="LIST", help="default: all of them"
+    )
     p.add_argument("--molecules", type=int, default=128, help="in the batch (default: 128)")
-    p.add_argument("--budget", type=float, default=3.0, metavar="S",
-                   help="timed seconds per contender and step (default: 3)")  # fmt: skip
-    p.add_argument("--minutes", type=float, default=3.5, metavar="M",
-                   help="begin with no contender later than this (default: 3.5)")  # fmt: skip
+    p.add_argument(
+        "--budget",
+        type=float,
+        default=3.0,
+        metavar="S",
+        help="timed seconds per contender and step (default: 3)",
+    )
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=3.5,
+        metavar="M",
+        help="begin with no contender later than this (default: 3.5)",
+    )
     p.add_argument("--samples", type=int, default=3, metavar="N", help="at least (default: 3)")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     p.add_argument("--qm7b", type=Path, metavar="PATH", help="qm7b.npz for the real molecules")
-    p.add_argument("--output", type=Path, default=HERE / "out" / "training.csv", metavar="CSV",
-                   help="results (default: benchmarks/out/training.csv)")  # fmt: skip
+    add_shared(p, "training")
     return p
 
 
@@ -441,10 +321,7 @@ def _main(options: argparse.Namespace) -> int:
         if name not in CONTENDERS:
             known = ", ".join(CONTENDERS)
             raise BenchmarkError(f"--contenders must be of {known}, got {name!r}")
-    for name in ("molecules", "samples", "budget", "minutes", "threads"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise BenchmarkError(f"--{name} must be positive, got {value:g}")
+    positive(options, "molecules", "samples", "budget", "minutes", "threads")
     if options.threads:
         torch.set_num_threads(options.threads)
     begin = time.monotonic()
@@ -452,7 +329,7 @@ def _main(options: argparse.Namespace) -> int:
     data = load(options.qm7b, options.molecules)
     out = sheet.Sheet(options.output)
     chosen = {k: v for k, v in vars(options).items() if isinstance(v, str | int | float)}
-    about = sheet.provenance("cpu", {"command": "python -m benchmarks.training", **chosen})
+    about = provenance("cpu", {"command": "python -m benchmarks.studies.training", **chosen})
     about["rates"] = rates.measure({torch.float32}, "cpu", 0.3).record()
     out.start(about)
     print(

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import Batch
-from .measure import Sampler, repeated, sampler
+from ..workloads.batch import WorkloadBatch, make_batch
+from .clock import Sampler, repeated, sampler
 
 Call = Callable[[], object]
 
@@ -93,7 +93,7 @@ def turns(size: int) -> int:
 
 
 def of_batch(
-    batch: Batch, call: Callable[..., torch.Tensor], what: str, first: float
+    batch: WorkloadBatch, call: Callable[..., torch.Tensor], what: str, first: float
 ) -> tuple[Sampler, str]:
     """A sampler of one pass of a contender, and on CUDA why it is not timed by replays, or "".
 
@@ -112,7 +112,7 @@ def of_batch(
         size = sum(x.nbytes for x in (*batch.inputs, batch.dout, *batch.cotangents))
         batches = [batch]
         for place in range(1, min(turns(size), max(1, math.floor(RECORDING / once)))):
-            batches.append(batch.workload.make("cuda", batch.seed + place))
+            batches.append(make_batch(batch.workload, "cuda", batch.seed + place))
         for other in batches:
             other.prepare(what)  # leaves that no stream but that of the graph has seen
         recording = record([lambda own=own: own.run(call, what) for own in batches])

@@ -22,30 +22,32 @@ from torch import Tensor
 
 from attnpool_kernels import Ragged, seed_pool, set_attention
 
-from .baselines import Padding
-from .sheet import BenchmarkError
-from .tables import render
+from ..contenders.padding import Padding
+from ..measuring.sheet import BenchmarkError
+from ..reporting.tables import render
 
 BOHR = 0.529177  # ångström
 HEADS, DIM = 4, 16
-QM7B = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "qm7b.npz"
+QM7B = Path(__file__).resolve().parents[3] / "shared" / "data" / "qm7b.npz"
 AGREE = 2e-4  # relative error against float64 of the last of five chained derivatives
 
 
 @dataclass
-class Molecules:
+class Structures:
+    """Molecules one after the other, and where they come from."""
+
     source: str
     z: Tensor  # [N] atomic numbers
     pos: Tensor  # [N, 3] ångström, float64
     sizes: tuple[int, ...]
 
-    def first(self, count: int) -> Molecules:
+    def first(self, count: int) -> Structures:
         sizes = self.sizes[:count]
         atoms = sum(sizes)
-        return Molecules(self.source, self.z[:atoms], self.pos[:atoms], sizes)
+        return Structures(self.source, self.z[:atoms], self.pos[:atoms], sizes)
 
 
-def load(path: Path | None) -> Molecules:
+def load(path: Path | None) -> Structures:
     """QM7b from ``path`` (None: where it is kept beside the checkout), else ASE, else built in."""
     if path is None and QM7B.exists():
         path = QM7B
@@ -57,7 +59,7 @@ def load(path: Path | None) -> Molecules:
         return _built_in()
 
 
-def _qm7b(path: Path) -> Molecules:
+def _qm7b(path: Path) -> Structures:
     import numpy as np
 
     try:
@@ -65,10 +67,10 @@ def _qm7b(path: Path) -> Molecules:
             z, pos, ptr = (torch.from_numpy(file[name]) for name in ("z", "pos", "ptr"))
     except (OSError, ValueError, KeyError) as error:
         raise BenchmarkError(f"--qm7b {path}: not a file with z, pos and ptr ({error})") from error
-    return Molecules("QM7b", z.long(), pos.double() * BOHR, tuple(ptr.diff().tolist()))
+    return Structures("QM7b", z.long(), pos.double() * BOHR, tuple(ptr.diff().tolist()))
 
 
-def _ase() -> Molecules:
+def _ase() -> Structures:
     from ase.build import molecule, nanotube
     from ase.collections import g2
 
@@ -78,10 +80,10 @@ def _ase() -> Molecules:
     z = torch.cat([torch.tensor(a.get_atomic_numbers()) for a in atoms])
     pos = torch.cat([torch.tensor(a.get_positions()) for a in atoms])
     source = "g2 set, C60 and carbon nanotubes from ASE"
-    return Molecules(source, z.long(), pos.double(), tuple(map(len, atoms)))
+    return Structures(source, z.long(), pos.double(), tuple(map(len, atoms)))
 
 
-def _built_in() -> Molecules:
+def _built_in() -> Structures:
     """Idealised geometries: bond lengths and angles from any textbook."""
 
     def ring(radius: float, count: int) -> list[list[float]]:
@@ -100,13 +102,13 @@ def _built_in() -> Molecules:
     ]
     z = torch.tensor([x for elements, _ in structures for x in elements])
     pos = torch.tensor([x for _, places in structures for x in places], dtype=torch.float64)
-    return Molecules("built in", z, pos, tuple(len(e) for e, _ in structures))
+    return Structures("built in", z, pos, tuple(len(e) for e, _ in structures))
 
 
 class _Model:
     """Weights of the little model, and the indices of a batch that it needs."""
 
-    def __init__(self, molecules: Molecules, dtype: torch.dtype) -> None:
+    def __init__(self, molecules: Structures, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -205,8 +207,8 @@ def compare(path: Path | None = None, count: int = 512, whole: bool = True) -> b
         errors = [float((x - truth).norm() / norm) for x in (naive, ours)]
         difference = float((ours - naive).norm() / norm)
         fine &= max(*errors, difference) < AGREE
-        lines.append([name, f"{truth.abs().max():.4g}", *[f"{x:.1e}" for x in errors],
-                      f"{difference:.1e}"])  # fmt: skip
+        parts = [f"{x:.1e}" for x in (*errors, difference)]
+        lines.append([name, f"{truth.abs().max():.4g}", *parts])
     print(render(lines))
     verdict = "naive and attnpool agree" if fine else "naive and attnpool DO NOT AGREE"
     print(
@@ -218,14 +220,14 @@ def compare(path: Path | None = None, count: int = 512, whole: bool = True) -> b
     return fine
 
 
-def _forward_all(molecules: Molecules) -> None:
+def _forward_all(molecules: Structures) -> None:
     """Energies of the whole data set, in batches of 512, both ways."""
     seconds, start, atoms = {True: 0.0, False: 0.0}, 0, 0
     worst = 0.0
     while start < len(molecules.sizes):
         sizes = molecules.sizes[start : start + 512]
         rows = slice(atoms, atoms + sum(sizes))
-        batch = Molecules(molecules.source, molecules.z[rows], molecules.pos[rows], sizes)
+        batch = Structures(molecules.source, molecules.z[rows], molecules.pos[rows], sizes)
         model = _Model(batch, torch.float32)
         results = []
         for ours in (True, False):

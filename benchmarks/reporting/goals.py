@@ -9,62 +9,9 @@ product and of a copy.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 
-import torch
-
-from . import providers, tables
-from .cases import Workload
-from .measure import repeated
-from .sheet import Row
-from .sweep import Sweep
-
-OPERATOR = ("QM7b", "QM8", "QMugs-like")
-
-
-def overheads(sweep: Sweep, tiny: bool) -> None:
-    """Adds rows of the time of ``import attnpool_kernels`` and of a call on one small molecule."""
-    repeats = 3 if tiny else 9
-    code = (
-        "import torch, time; t = time.perf_counter(); import attnpool_kernels; "
-        "print(time.perf_counter() - t)"
-    )
-    times = []
-    for _ in range(repeats):
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if found.returncode == 0:
-            times.append(float(found.stdout))
-    work = Workload("one molecule of 5 atoms", "overhead", (5,))
-    for contender in providers.for_workload(work, sweep.contenders):
-        if not contender.ours or contender.why_not(work, "forward", sweep.device):
-            continue
-        row = sweep._row(work, "forward", contender)
-        batch = work.make(sweep.device)
-        batch.prepare("forward")
-        call = contender.prepare(batch)
-
-        def run(call=call, inputs=batch.inputs):
-            return call(*inputs)
-
-        with torch.no_grad():
-            repeated(run, sweep.device, 200)
-            samples = [repeated(run, sweep.device, 200) for _ in range(repeats)]
-        _put(sweep, row, samples)
-        if times:
-            row = sweep._row(work, "forward", contender)
-            row.workload, row.limit_ms, row.library_ms = "import beyond torch", None, None
-            row.flops = row.bytes = None  # it computes nothing that a limit could follow from
-            row.limit_by = ""
-            _put(sweep, row, times)
-
-
-def _put(sweep: Sweep, row: Row, seconds: list[float]) -> None:
-    if row.key in sweep.sheet.done():
-        return
-    row.samples, row.check = len(seconds), "none"
-    row.p50_ms = row.p20_ms = row.p80_ms = 1e3 * statistics.median(seconds)
-    sweep.sheet.add(row)
+from ..measuring.sheet import Row
+from . import tables
 
 
 def render(rows: list[Row]) -> str:
@@ -77,6 +24,7 @@ def render(rows: list[Row]) -> str:
 
 
 def judge(rows: list[Row]) -> list[tuple[str, str, str, bool]]:
+    """(goal, what is wanted, what was measured, whether it is reached) of what the rows hold."""
     found = [*_speed(rows), *_limits(rows), *_long(rows), *_second(rows), *_pooling(rows)]
     for workload, name, wanted, unit, scale in (
         ("import beyond torch", "import beyond import torch", 50.0, "ms", 1.0),

@@ -5,7 +5,7 @@ order of molecules; only the pooling differs. The weights of the epoch with the 
 error (mean over the targets, in standard deviations) are tested. Writes one row a target into
 ``qm7b.csv``, the curves into ``qm7b-curves.csv``, and draws both: ``--draw`` alone draws again.
 
-    python -m benchmarks.qm7b --data qm7b.npz --epochs 25
+    python -m benchmarks.studies.qm7b --data qm7b.npz --epochs 25
 """
 
 from __future__ import annotations
@@ -16,20 +16,32 @@ import csv
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from .sheet import COMMENT, provenance
+from ..measuring.provenance import provenance
+from ..measuring.sheet import COMMENT
+
+if TYPE_CHECKING:  # drawing needs no model
+    from attnpool_kernels.zoo.molecules import Molecules, MoleculeSet, Split
 
 TARGETS = ("homo_gw", "lumo_gw", "atomization_energy_pbe0", "polarizability_pbe0")
 BACKBONES = {
     "schnet": {"hidden_channels": 128, "num_filters": 128, "num_interactions": 3, "cutoff": 5.0},
     "dimenet++": {
-        "hidden_channels": 64, "num_blocks": 2, "int_emb_size": 32, "basis_emb_size": 8,
-        "out_emb_channels": 64, "num_spherical": 5, "num_radial": 6, "cutoff": 3.0,
+        "hidden_channels": 64,
+        "num_blocks": 2,
+        "int_emb_size": 32,
+        "basis_emb_size": 8,
+        "out_emb_channels": 64,
+        "num_spherical": 5,
+        "num_radial": 6,
+        "cutoff": 3.0,
     },
-}  # fmt: skip
+}
 # name -> (pooling of the zoo, where the head acts, options)
 POOLINGS: dict[str, tuple[str, str, dict]] = {
     "sum": ("sum", "molecule", {}),
@@ -39,9 +51,18 @@ POOLINGS: dict[str, tuple[str, str, dict]] = {
     "sum of atom outputs": ("sum", "atom", {}),
 }
 RESULTS = (
-    "backbone", "pooling", "split", "target", "unit", "test_mae", "constant_mae", "best_epoch",
-    "epochs", "parameters", "cpu_s_per_epoch",
-)  # fmt: skip
+    "backbone",
+    "pooling",
+    "split",
+    "target",
+    "unit",
+    "test_mae",
+    "constant_mae",
+    "best_epoch",
+    "epochs",
+    "parameters",
+    "cpu_s_per_epoch",
+)
 CURVES = ("backbone", "pooling", "split", "epoch", "target", "val_mae", "train_loss")
 
 
@@ -74,20 +95,29 @@ class Table:
                 )
 
 
-def model(backbone: str, pooling: str, targets: int):
+def model(backbone: str, pooling: str, targets: int) -> torch.nn.Module:
     from attnpool_kernels.zoo.model import PooledModel
 
     kind, head, options = POOLINGS[pooling]
-    return PooledModel.from_config(
-        {
-            "backbone": backbone, "backbone_options": BACKBONES[backbone],
-            "pooling": kind, "pooling_options": options, "head": head, "targets": targets,
-        }
-    )  # fmt: skip
+    config = {
+        "backbone": backbone,
+        "backbone_options": BACKBONES[backbone],
+        "pooling": kind,
+        "pooling_options": options,
+        "head": head,
+        "targets": targets,
+    }
+    return PooledModel.from_config(config)
 
 
 @torch.no_grad()
-def errors(network, molecules, index, columns, batch: int = 256) -> torch.Tensor:
+def errors(
+    network: torch.nn.Module,
+    molecules: Molecules,
+    index: torch.Tensor,
+    columns: list[int],
+    batch: int = 256,
+) -> torch.Tensor:
     """[T] mean absolute errors, in the units of the targets."""
     network.eval()
     total = torch.zeros(len(columns), dtype=torch.float64)
@@ -97,8 +127,22 @@ def errors(network, molecules, index, columns, batch: int = 256) -> torch.Tensor
     return total / len(index)
 
 
-def train(network, molecules, split, columns, *, epochs, batch, lr, seed, each):
-    """Trains with Adam on the L1 of standardised targets; the best weights and their epoch."""
+def train(
+    network: torch.nn.Module,
+    molecules: Molecules,
+    split: Split,
+    columns: list[int],
+    *,
+    epochs: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    each: Callable[[int, torch.Tensor, float], None],
+) -> tuple[int, float]:
+    """Trains with Adam on the L1 of standardised targets, and takes the best weights.
+
+    Gives their epoch and the CPU seconds of an epoch; ``each`` is told (epoch, errors, loss).
+    """
     y = molecules.y[split.train][:, columns].double()
     mean, std = y.mean(0), y.std(0)
     atoms = float(molecules.ptr.diff()[split.train].double().mean())
@@ -133,7 +177,8 @@ def train(network, molecules, split, columns, *, epochs, batch, lr, seed, each):
     return best[1], cpu / epochs
 
 
-def study(arguments, data) -> None:
+def study(arguments: argparse.Namespace, data: MoleculeSet) -> None:
+    """Trains and tests every pooling on every split that the results do not hold yet."""
     results = Table(arguments.out / "qm7b.csv", RESULTS)
     curves = Table(arguments.out / "qm7b-curves.csv", CURVES)
     done = {(r["backbone"], r["pooling"], r["split"]) for r in results.read()}
@@ -169,13 +214,21 @@ def study(arguments, data) -> None:
             print(
                 f"{i + 1}/{len(runs)} {name['pooling']} {name['split']} epoch {epoch + 1}: "
                 f"validation MAE {told}, {left / 60:.0f} min left",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
 
         best, cpu = train(
-            network, molecules, split, columns, epochs=arguments.epochs, each=each,
-            batch=arguments.batch, lr=arguments.lr, seed=seed,
-        )  # fmt: skip
+            network,
+            molecules,
+            split,
+            columns,
+            epochs=arguments.epochs,
+            each=each,
+            batch=arguments.batch,
+            lr=arguments.lr,
+            seed=seed,
+        )
         tested = errors(network, molecules, split.test, columns)
         y = data.molecules.y
         constant = (y[split.test] - y[split.train].mean(0)).abs().mean(0)[columns]
@@ -183,13 +236,19 @@ def study(arguments, data) -> None:
         results.add(
             [
                 {
-                    **name, "target": t, "unit": u, "test_mae": float(e),
-                    "constant_mae": float(c), "best_epoch": best, "epochs": arguments.epochs,
-                    "parameters": parameters, "cpu_s_per_epoch": cpu,
+                    **name,
+                    "target": t,
+                    "unit": u,
+                    "test_mae": float(e),
+                    "constant_mae": float(c),
+                    "best_epoch": best,
+                    "epochs": arguments.epochs,
+                    "parameters": parameters,
+                    "cpu_s_per_epoch": cpu,
                 }
                 for t, u, e, c in zip(TARGETS, units, tested, constant, strict=True)
             ]
-        )  # fmt: skip
+        )
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -260,9 +319,10 @@ def draw(folder: Path) -> Path:
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.qm7b", description=__doc__,
+        prog="python -m benchmarks.studies.qm7b",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--data", help="qm7b.npz, or its folder")
     parser.add_argument("--backbone", choices=BACKBONES, default="schnet")
     parser.add_argument(

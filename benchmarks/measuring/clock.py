@@ -18,6 +18,8 @@ SHORTEST = {"cpu": 4e-4, "cuda": 3e-3}  # seconds that one sample should last
 
 @dataclass
 class Timing:
+    """Seconds of the samples of one contender."""
+
     samples: list[float] = field(default_factory=list)
 
     def quantile(self, q: float) -> float:
@@ -30,6 +32,7 @@ class Timing:
 
 
 def once(call: Callable[[], object], device: str) -> float:
+    """Seconds of a single call."""
     return repeated(call, device, 1)
 
 
@@ -77,14 +80,3 @@ def interleave(
             if enough or count >= most or spent[name] > 4 * budget_s:
                 going.remove(name)
     return timings
-
-
-def peak_cuda(call: Callable[[], object]) -> int:
-    """Peak bytes of torch's allocator during a call, over what was allocated before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    found = call()
-    torch.cuda.synchronize()
-    del found
-    return torch.cuda.max_memory_allocated() - before

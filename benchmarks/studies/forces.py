@@ -1,4 +1,4 @@
-"""Energies and forces of a molecule, learned through ABP: ``python -m benchmarks.forces``.
+"""Energies and forces of a molecule, learned through ABP: ``python -m benchmarks.studies.forces``.
 
 1. Molecular dynamics of ethanol at 500 K (Langevin, 0.5 fs, a frame every 10 fs) with GFN2-xTB
    (tblite; without it the EMT of ASE), written in the format of MD17: z, R, E, F in kcal/mol and Å.
@@ -18,12 +18,15 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from ase import units
 from ase.build import molecule
+from ase.calculators.calculator import Calculator
 from ase.md.langevin import Langevin
 
 import attnpool_kernels
@@ -31,27 +34,31 @@ from attnpool_kernels.zoo.datasets import load
 from attnpool_kernels.zoo.model import PooledModel
 from attnpool_kernels.zoo.molecules import Molecules, Split
 
-from . import sheet
-from .measure import Timing
-from .providers import version
-from .sheet import BenchmarkError, Row
+from ..contenders.packages import version
+from ..measuring import sheet
+from ..measuring.clock import Timing
+from ..measuring.provenance import provenance
+from ..measuring.sheet import BenchmarkError, Row
+from .options import add_shared, positive
 
-HERE = Path(__file__).resolve().parent
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "backbone": "schnet",
     "backbone_options": {
-        "hidden_channels": 64, "num_filters": 64, "num_interactions": 3, "num_gaussians": 25,
+        "hidden_channels": 64,
+        "num_filters": 64,
+        "num_interactions": 3,
+        "num_gaussians": 25,
         "cutoff": 5.0,
     },
     "pooling": "abp",
     "pooling_options": {"hidden": 64, "heads": 4, "seeds": 4, "activation": "silu"},
-}  # fmt: skip
+}
 MODEL = "SchNet 64x3 ABP 64/4/4"
 BACKENDS = (None, "reference")
 ENERGY_WEIGHT, FORCE_WEIGHT = 0.01, 0.99
 
 
-def calculator(name: str):
+def calculator(name: str) -> tuple[Calculator, str]:
     """A calculator of ASE, and its name for the record; "auto": GFN2-xTB where it is installed."""
     if name in ("auto", "xtb"):
         try:
@@ -68,7 +75,7 @@ def calculator(name: str):
 
 def simulate(
     formula: str,
-    potential,
+    potential: Calculator,
     frames: int,
     every: int = 20,
     settle: int = 1000,
@@ -86,9 +93,13 @@ def simulate(
     spread = np.sqrt(units.kB * temperature * atoms.get_masses()[:, None])
     atoms.set_momenta(rng.standard_normal(atoms.positions.shape) * spread)
     dynamics = Langevin(
-        atoms, 0.5 * units.fs, temperature_K=temperature, friction=0.01 / units.fs, fixcm=False,
+        atoms,
+        0.5 * units.fs,
+        temperature_K=temperature,
+        friction=0.01 / units.fs,
+        fixcm=False,
         rng=rng,
-    )  # fmt: skip
+    )
     dynamics.run(settle)
     places, energies, forces = [], [], []
     for _ in range(frames):
@@ -98,9 +109,11 @@ def simulate(
         forces.append(atoms.get_forces())
     unit = units.kcal / units.mol
     return {
-        "z": atoms.numbers.astype(np.uint8), "R": np.stack(places),
-        "E": np.array(energies) / unit, "F": np.stack(forces) / unit,
-    }  # fmt: skip
+        "z": atoms.numbers.astype(np.uint8),
+        "R": np.stack(places),
+        "E": np.array(energies) / unit,
+        "F": np.stack(forces) / unit,
+    }
 
 
 def split(frames: int) -> Split:
@@ -147,7 +160,8 @@ class Learner:
         """Mean absolute errors of energies in eV and of force components in eV/Å."""
         energy, forces = self.model.eval().energy_and_forces(part)
         wrong = (energy - part.y[:, 0]), (forces - part.forces)
-        return tuple(float(x.abs().mean()) for x in wrong)
+        mean = [float(x.abs().mean()) for x in wrong]
+        return mean[0], mean[1]
 
 
 def train(
@@ -158,7 +172,7 @@ def train(
     minutes: float,
     seed: int,
     points: int = 8,
-):
+) -> Iterator[tuple[int, dict[str | None, Learner], dict[str | None, float]]]:
     """Yields (step, learners by backend, losses of the step by backend) ``points`` times.
 
     Stops after ``minutes`` at the latest.
@@ -180,7 +194,12 @@ def train(
 
 
 def rows(
-    name: str, step: int, learners: dict, data: Molecules, part: str, index: torch.Tensor
+    name: str,
+    step: int,
+    learners: dict[str | None, Learner],
+    data: Molecules,
+    part: str,
+    index: torch.Tensor,
 ) -> list[Row]:
     """A row a backend: errors on the frames of ``index``, time of a step so far."""
     frames = data.select(index)
@@ -189,42 +208,55 @@ def rows(
     found = []
     for backend, learner in learners.items():
         energy, force = learner.errors(frames)
-        timing, options = learner.timing, CONFIG["pooling_options"]
-        found.append(Row(
-            suite="forces", family="forces", workload=f"{name} {MODEL} {part} after {step} steps",
-            x=None, molecules=len(frames), atoms=len(frames.z),
+        options = CONFIG["pooling_options"]
+        row = Row(
+            suite="forces",
+            family="forces",
+            workload=f"{name} {MODEL} {part} after {step} steps",
+            x=None,
+            molecules=len(frames),
+            atoms=len(frames.z),
             longest=int(frames.ptr.diff().max()),
-            heads=options["heads"], dim=options["hidden"] // options["heads"],
-            seeds=options["seeds"], dtype="float32", layout="ragged", what="force step",
+            heads=options["heads"],
+            dim=options["hidden"] // options["heads"],
+            seeds=options["seeds"],
+            dtype="float32",
+            layout="ragged",
+            what="force step",
             contender=f"abp_{backend}" if backend else "abp",
             kernel=f"attnpool_kernels {attnpool_kernels.__version__}, "
             f"backend {backend or 'chosen automatically'}",
-            ours=int(backend is None), status="ok",
-            p20_ms=timing.quantile(0.2), p50_ms=timing.quantile(0.5), p80_ms=timing.quantile(0.8),
-            samples=len(timing.samples), error=force / zero,
+            ours=int(backend is None),
+            status="ok",
+            error=force / zero,
             check=f"forces {force:.4g} eV/Å (zero {zero:.4g}); energies {energy:.4g} eV "
             f"(mean {spread:.4g})",
-        ))  # fmt: skip
+        )
+        row.fill(learner.timing)
+        found.append(row)
     return found
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m benchmarks.forces", description=__doc__,
+        "python -m benchmarks.studies.forces",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("--molecule", default="CH3CH2OH", help="a name of ase.build.molecule")
     p.add_argument("--calculator", default="auto", choices=("auto", "xtb", "emt"))
     p.add_argument("--frames", type=int, default=500, help="(default: 500)")
-    p.add_argument("--data", type=Path, metavar="NPZ", help="read the frames from this file, or "
-                   "write them there where it does not exist")  # fmt: skip
+    p.add_argument(
+        "--data",
+        type=Path,
+        metavar="NPZ",
+        help="read the frames from this file, or write them there where it does not exist",
+    )
     p.add_argument("--steps", type=int, default=1500, help="of each training (default: 1500)")
     p.add_argument("--batch", type=int, default=10, help="frames of a step (default: 10)")
     p.add_argument("--minutes", type=float, default=6.0, help="at most, of training (default: 6)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    p.add_argument("--output", type=Path, default=HERE / "out" / "forces.csv", metavar="CSV",
-                   help="results (default: benchmarks/out/forces.csv)")  # fmt: skip
+    add_shared(p, "forces")
     return p
 
 
@@ -238,10 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    for name in ("frames", "steps", "batch", "minutes", "threads"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise BenchmarkError(f"--{name} must be positive, got {value:g}")
+    positive(options, "frames", "steps", "batch", "minutes", "threads")
     if options.frames < max(5, options.batch * 5 // 3 + 1):
         raise BenchmarkError(f"--frames must be over 5/3 of --batch, got {options.frames}")
     if options.threads:
@@ -260,7 +289,7 @@ def _main(options: argparse.Namespace) -> int:
     chosen = {
         k: v for k, v in vars(options).items() if isinstance(v, str | int | float) and k != "data"
     }
-    about = sheet.provenance("cpu", {"command": "python -m benchmarks.forces", **chosen})
+    about = provenance("cpu", {"command": "python -m benchmarks.studies.forces", **chosen})
     chemistry = {package: version(package) for package in ("ase", "tblite")}
     about["versions"] |= {package: x for package, x in chemistry.items() if x}
     out.start(about)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..measuring.sheet import BenchmarkError, Row
 from . import tables
-from .sheet import BenchmarkError, Row
 
 # One colour and marker a contender in every figure; ours are dark and thick.
 STYLE = {
@@ -21,13 +21,19 @@ STYLE = {
     "module_naive": ("#d62728", "v"), "module_mha": ("#1f77b4", "s"), "pyg": ("#ff9f1c", "^"),
 }  # fmt: skip
 LABELS = {
-    "naive": "naive, padded", "memory_efficient": "chunked (Rabe & Staats)",
-    "flash": "flash (torch SDPA)", "efficient": "memory-efficient (torch SDPA)",
-    "per_molecule": "torch SDPA per molecule", "nested": "NestedTensor SDPA",
-    "einsum": "padded einsum (as DGL)", "module": "attnpool",
-    "module_pyg": "attnpool, drop-in for PyG", "module_naive": "naive, padded",
-    "module_mha": "torch multi-head attention, padded", "pyg": "PyG SetTransformerAggregation",
-}  # fmt: skip
+    "naive": "naive, padded",
+    "memory_efficient": "chunked (Rabe & Staats)",
+    "flash": "flash (torch SDPA)",
+    "efficient": "memory-efficient (torch SDPA)",
+    "per_molecule": "torch SDPA per molecule",
+    "nested": "NestedTensor SDPA",
+    "einsum": "padded einsum (as DGL)",
+    "module": "attnpool",
+    "module_pyg": "attnpool, drop-in for PyG",
+    "module_naive": "naive, padded",
+    "module_mha": "torch multi-head attention, padded",
+    "pyg": "PyG SetTransformerAggregation",
+}
 PASS = {"forward": "forward", "backward": "+ backward", "double_backward": "+ second derivative"}
 FLOOR = 3e5  # bytes: the resolution of the memory measurement
 
@@ -44,19 +50,20 @@ def draw(rows: list[Row], stem: Path, title: str) -> list[Path]:
     made = []
     for family in ("scaling", "constant"):
         figure = _scaling([r for r in rows if r.family == family], title, family)
-        made += _save(figure, stem, family)
+        made += save(figure, stem, family)
     batches = [r for r in rows if r.family in ("molecules", "mixed", "long")]
-    made += _save(_batches(batches, title, "batches of molecules"), stem, "molecules")
+    made += save(_batches(batches, title, "batches of molecules"), stem, "molecules")
     pooling = [r for r in rows if r.family == "seeds"]
     many = len({r.seeds for r in pooling}) > 3
     drawn = _pooling(pooling, title) if many else _batches(pooling, title, "seed pooling")
-    made += _save(drawn, stem, "seeds")
+    made += save(drawn, stem, "seeds")
     modules = [r for r in rows if r.family == "modules"]
-    made += _save(_batches(modules, title, "pooling module"), stem, "modules")
+    made += save(_batches(modules, title, "pooling module"), stem, "modules")
     return made
 
 
-def _save(figure, stem: Path, name: str) -> list[Path]:
+def save(figure, stem: Path, name: str) -> list[Path]:
+    """Writes <stem>-<name>.png and .svg, of no figure none; the files."""
     if figure is None:
         return []
     import matplotlib.pyplot as plt
@@ -80,9 +87,25 @@ def _look(name: str, rows: list[Row]) -> dict:
     ours = any(row.ours for row in rows)
     label = LABELS.get(name, name.replace("attnpool:", "attnpool, "))
     return {
-        "color": colour, "marker": marker, "markersize": 5 if ours else 4,
-        "linewidth": 2.6 if ours else 1.4, "zorder": 5 if ours else 3, "label": label,
-    }  # fmt: skip
+        "color": colour,
+        "marker": marker,
+        "markersize": 5 if ours else 4,
+        "linewidth": 2.6 if ours else 1.4,
+        "zorder": 5 if ours else 3,
+        "label": label,
+    }
+
+
+def _legend(place, handles: dict[str, object], where: tuple[float, float], most: int) -> None:
+    """Under a figure or an axis, in ``most`` columns at the most."""
+    place.legend(
+        handles.values(),
+        handles.keys(),
+        loc="upper center",
+        bbox_to_anchor=where,
+        ncol=min(most, len(handles)),
+        frameon=False,
+    )
 
 
 def _scaling(rows: list[Row], title: str, family: str):
@@ -142,10 +165,7 @@ def _scaling(rows: list[Row], title: str, family: str):
     axes[1][0].set_ylabel("peak memory over the inputs, MB")
     what = "one molecule" if family == "scaling" else f"{first.atoms} atoms in equal molecules"
     figure.suptitle(f"{what}, {first.heads} x {first.dim}, {first.dtype}\n{title}", fontsize=10)
-    figure.legend(
-        handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.02),
-        ncol=min(5, len(handles)), frameon=False,
-    )  # fmt: skip
+    _legend(figure, handles, (0.5, 0.02), 5)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
 
@@ -176,16 +196,11 @@ def _draw_limit(axis, limit: dict, rows: list[Row], handles: dict[str, object]) 
 def _end(time_axis, memory_axis, group: list[Row], last: Row, colour: str) -> None:
     """A word where a contender's line ends because it ran out of memory or time."""
     words = {"oom": "out of memory", "timeout": "too slow"}
+    look = {"color": colour, "fontsize": 7, "xytext": (4, 4), "textcoords": "offset points"}
     for row in [r for r in group if r.status in words][:1]:
         if row.status == "oom" and last.peak_bytes:
-            memory_axis.annotate(
-                words[row.status], (last.x, last.peak_bytes / 1e6), color=colour, fontsize=7,
-                xytext=(4, 4), textcoords="offset points",
-            )  # fmt: skip
-        time_axis.annotate(
-            words[row.status], (last.x, last.p50_ms), color=colour, fontsize=7,
-            xytext=(4, 4), textcoords="offset points",
-        )  # fmt: skip
+            memory_axis.annotate(words[row.status], (last.x, last.peak_bytes / 1e6), **look)
+        time_axis.annotate(words[row.status], (last.x, last.p50_ms), **look)
 
 
 def _pooling(rows: list[Row], title: str):
@@ -226,10 +241,7 @@ def _pooling(rows: list[Row], title: str):
     figure.suptitle(
         f"seed pooling, {first.heads} x {first.dim}, {first.dtype}\n{title}", fontsize=10
     )
-    figure.legend(
-        handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.01),
-        ncol=min(4, len(handles)), frameon=False,
-    )  # fmt: skip
+    _legend(figure, handles, (0.5, 0.01), 4)
     figure.tight_layout(rect=(0, 0.01, 1, 1))
     return figure
 
@@ -262,9 +274,13 @@ def _batches(rows: list[Row], title: str, what: str):
                 continue
             look = _look(row.contender, [row])
             point = axis.scatter(
-                row.p50_ms, y, color=look["color"], marker=look["marker"],
-                s=70 if row.ours else 34, zorder=look["zorder"],
-            )  # fmt: skip
+                row.p50_ms,
+                y,
+                color=look["color"],
+                marker=look["marker"],
+                s=70 if row.ours else 34,
+                zorder=look["zorder"],
+            )
             seen.setdefault(look["label"], point)
         bound = [r for r in group if r.limit_ms]
         if bound:
@@ -280,8 +296,5 @@ def _batches(rows: list[Row], title: str, what: str):
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.set_title(f"{what}\n{title}", fontsize=10)
-    axis.legend(
-        seen.values(), seen.keys(), loc="upper center", frameon=False, ncol=4,
-        bbox_to_anchor=(0.35, -0.5 / (0.3 + 0.27 * len(groups))),
-    )  # fmt: skip
+    _legend(axis, seen, (0.35, -0.5 / (0.3 + 0.27 * len(groups))), 4)
     return figure

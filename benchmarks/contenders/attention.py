@@ -1,13 +1,13 @@
 """What people use today, in plain torch: the contenders that are not this package.
 
-Every function takes a ``Batch`` and returns ``call(q, k, v) -> out`` on packed rows. What a program
+Every function takes a batch and returns ``call(q, k, v) -> out`` on packed rows. What a program
 computes once per batch (indices, masks, lists of sizes) is prepared outside the clock, for all;
 padding and unpadding the rows happens in every call and is inside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -15,81 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from .cases import Batch
-
-Call = Callable[..., Tensor]
-
-
-class _Pad(torch.autograd.Function):
-    """Rows to their places in a zeroed batch. Its derivative is ``_Unpad``, and back."""
-
-    @staticmethod
-    def forward(ctx, x, index, rows):
-        ctx.save_for_backward(index)
-        ctx.rows = len(index)
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return _Unpad.apply(dx, *ctx.saved_tensors), None, None
+from ..workloads.batch import WorkloadBatch
+from ..workloads.workload import Workload
+from .contender import Call, Contender, Kernel, fits, torch_kernel
+from .padding import Padding, padded
 
 
-class _Unpad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return _Pad.apply(dx, *ctx.saved_tensors, ctx.rows), None
-
-
-class Padding:
-    """Between packed rows [N, ...] and [B, longest, ...]; a view where all molecules are equal."""
-
-    def __init__(self, sizes: tuple[int, ...], device: str) -> None:
-        self.molecules, self.longest = len(sizes), max(sizes)
-        self.full = min(sizes) == self.longest
-        counts = torch.tensor(sizes)
-        molecule = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-        place = torch.arange(len(molecule)) - (counts.cumsum(0) - counts)[molecule]
-        self.index = (molecule * self.longest + place).to(device)
-        self.real = (torch.arange(self.longest) < counts[:, None]).to(device)  # [B, longest]
-
-    def pad(self, x: Tensor) -> Tensor:
-        if not self.full:
-            x = _Pad.apply(x, self.index, self.molecules * self.longest)
-        return x.reshape(self.molecules, self.longest, *x.shape[1:])
-
-    def unpad(self, x: Tensor) -> Tensor:
-        x = x.flatten(0, 1)
-        return x if self.full else _Unpad.apply(x, self.index)
-
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """[B, 1, 1, longest] added to the logits: 0 for atoms, -inf for padding."""
-        if self.full:
-            return None
-        zero = torch.zeros(self.real.shape, dtype=dtype, device=self.real.device)
-        return zero.masked_fill(~self.real, -torch.inf)[:, None, None]
-
-
-def _padded(batch: Batch, attend: Callable[[Tensor, Tensor, Tensor], Tensor], pad: Padding) -> Call:
-    """Around ``attend`` on [B, H, n, D]: padding in, unpadding out, seeds to every molecule."""
-    seeds, molecules = batch.workload.seeds, len(batch.workload.sizes)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = pad.pad(k).transpose(1, 2), pad.pad(v).transpose(1, 2)
-        if seeds is not None:
-            q = q.transpose(0, 1).expand(molecules, -1, -1, -1)
-            return attend(q, k, v).transpose(1, 2).contiguous()
-        return pad.unpad(attend(pad.pad(q).transpose(1, 2), k, v).transpose(1, 2))
-
-    return call
-
-
-def naive(batch: Batch) -> Call:
+def naive(batch: WorkloadBatch) -> Call:
     """softmax(QKᵀ)V on the padded batch with the matrix of weights in memory."""
     pad = Padding(batch.workload.sizes, batch.device)
     bias, scale = pad.bias(batch.workload.dtype), batch.workload.dim**-0.5
@@ -100,10 +32,10 @@ def naive(batch: Batch) -> Call:
             logits = logits + bias
         return logits.softmax(3) @ v
 
-    return _padded(batch, attend, pad)
+    return padded(batch, attend, pad)
 
 
-def chunked(batch: Batch, q_chunk: int = 1024, k_chunk: int = 1024) -> Call:
+def chunked(batch: WorkloadBatch, q_chunk: int = 1024, k_chunk: int = 1024) -> Call:
     """Rabe & Staats 2021: blocks of queries and keys, running maximum, blocks recomputed backward.
 
     Their chunk of queries; padded, as theirs is. Both derivatives come from autograd through
@@ -122,20 +54,21 @@ def chunked(batch: Batch, q_chunk: int = 1024, k_chunk: int = 1024) -> Call:
         weights = (logits - top).exp()
         return weights @ v, weights.sum(3, keepdim=True), top
 
+    recomputed = partial(
+        checkpoint,
+        block,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        determinism_check="none",
+    )
+
     def rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tracked = torch.is_grad_enabled() and q.requires_grad
+        one = recomputed if torch.is_grad_enabled() and q.requires_grad else block
         total = norm = top = None
         for start in range(0, k.shape[2], k_chunk):
             own = slice(start, start + k_chunk)
             b = None if bias is None else bias[..., own]
-            part = (q, k[:, :, own], v[:, :, own], b)
-            if tracked:
-                o, l, m = checkpoint(
-                    block, *part, use_reentrant=False, preserve_rng_state=False,
-                    determinism_check="none",
-                )  # fmt: skip
-            else:
-                o, l, m = block(*part)
+            o, l, m = one(q, k[:, :, own], v[:, :, own], b)
             if total is None:
                 total, norm, top = o, l, m
                 continue
@@ -147,10 +80,10 @@ def chunked(batch: Batch, q_chunk: int = 1024, k_chunk: int = 1024) -> Call:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cat([rows(part, k, v) for part in (q * scale).split(q_chunk, 2)], 2)
 
-    return _padded(batch, attend, pad)
+    return padded(batch, attend, pad)
 
 
-def flash(batch: Batch) -> Call:
+def flash(batch: WorkloadBatch) -> Call:
     """torch's scaled_dot_product_attention on the padded batch, flash kernel and no other."""
     pad = Padding(batch.workload.sizes, batch.device)
     bias = pad.bias(batch.workload.dtype)
@@ -159,10 +92,10 @@ def flash(batch: Batch) -> Call:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    return _padded(batch, attend, pad)
+    return padded(batch, attend, pad)
 
 
-def efficient(batch: Batch) -> Call:
+def efficient(batch: WorkloadBatch) -> Call:
     """The same with torch's memory-efficient CUDA kernel."""
     pad = Padding(batch.workload.sizes, batch.device)
     bias = pad.bias(batch.workload.dtype)
@@ -177,10 +110,10 @@ def efficient(batch: Batch) -> Call:
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
             return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return _padded(batch, attend, pad)
+    return padded(batch, attend, pad)
 
 
-def per_molecule(batch: Batch) -> Call:
+def per_molecule(batch: WorkloadBatch) -> Call:
     """torch's scaled_dot_product_attention once per molecule: no padding, many calls."""
     sizes, seeds = batch.workload.sizes, batch.workload.seeds
 
@@ -195,17 +128,15 @@ def per_molecule(batch: Batch) -> Call:
     return call
 
 
-def nested(batch: Batch) -> Call:
+def nested(batch: WorkloadBatch) -> Call:
     """A jagged NestedTensor through scaled_dot_product_attention."""
     work, molecules = batch.workload, len(batch.workload.sizes)
     ptr, few, many = batch.ptr, min(batch.workload.sizes), max(batch.workload.sizes)
 
     def jagged(x: Tensor, offsets: Tensor, low: int, high: int) -> Tensor:
+        # It refuses views of a fused qkv, so the rows are made contiguous.
         made = torch.nested.nested_tensor_from_jagged(
-            x.contiguous(),
-            offsets,
-            min_seqlen=low,
-            max_seqlen=high,  # refuses views of a fused qkv
+            x.contiguous(), offsets, min_seqlen=low, max_seqlen=high
         )
         return made.transpose(1, 2)
 
@@ -222,7 +153,7 @@ def nested(batch: Batch) -> Call:
     return call
 
 
-def einsum(batch: Batch) -> Call:
+def einsum(batch: WorkloadBatch) -> Call:
     """The way of DGL's SetTransformer: padded einsum over [B, n, H, D], masked, softmax, einsum."""
     pad = Padding(batch.workload.sizes, batch.device)
     scale, seeds = batch.workload.dim**-0.5, batch.workload.seeds
@@ -238,3 +169,79 @@ def einsum(batch: Batch) -> Call:
         return out.contiguous() if seeds is not None else pad.unpad(out)
 
     return call
+
+
+def _flash_why_not(work: Workload, what: str, device: str) -> list[str]:
+    reasons = fits(1)(work, what, device)
+    if device == "cuda":
+        if work.dtype not in (torch.float16, torch.bfloat16):
+            reasons.append(f"{work.dtype_name}: the CUDA kernel needs float16 or bfloat16")
+        if len(set(work.sizes)) > 1:
+            reasons.append("molecules differ in size: the CUDA kernel takes no mask")
+    return reasons
+
+
+def _flash_kernel(work: Workload, device: str) -> str:
+    name = "_scaled_dot_product_flash_attention" + ("_for_cpu" if device == "cpu" else "")
+    return f"torch {torch.__version__}: aten::{name}"
+
+
+def _loop_kernel(work: Workload, device: str) -> str:
+    chosen = sdpa_choice(work, device, work.sizes[0])
+    return f"torch {torch.__version__}: scaled_dot_product_attention ({chosen})"
+
+
+def sdpa_choice(work: Workload, device: str, n: int, masked: bool = False) -> str:
+    """Which kernel torch's scaled_dot_product_attention takes for molecules of n atoms."""
+    x = torch.zeros(1, work.heads, n, work.dim, dtype=work.dtype, device=device)
+    q = x if work.seeds is None else x[:, :, :1].expand(-1, -1, work.seeds, -1)
+    mask = torch.ones(1, 1, 1, n, dtype=torch.bool, device=device) if masked else None
+    try:
+        return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, x, x, mask)).name
+    except (AttributeError, RuntimeError, ValueError):
+        return "its choice"
+
+
+@cache
+def _blas() -> str:
+    return "MKL" if torch.backends.mkl.is_available() else "BLAS"
+
+
+def _plain(formula: str) -> Kernel:
+    def kernel(work: Workload, device: str) -> str:
+        library = _blas() if device == "cpu" else f"cuBLAS of CUDA {torch.version.cuda}"
+        return f"torch {torch.__version__}: {formula} ({library})"
+
+    return kernel
+
+
+CONTENDERS = (
+    Contender("naive", "naive, padded", naive, fits(), _plain("matmul, softmax, matmul")),
+    Contender(
+        "memory_efficient",
+        "chunked (Rabe & Staats)",
+        chunked,
+        fits(),
+        _plain("matmul in blocks of 1024 x 1024, checkpoint"),
+    ),
+    Contender("flash", "flash (torch SDPA, padded)", flash, _flash_why_not, _flash_kernel),
+    Contender(
+        "efficient",
+        "memory-efficient (torch SDPA, padded)",
+        efficient,
+        fits(1, ("cuda",)),
+        torch_kernel("aten::_scaled_dot_product_efficient_attention"),
+    ),
+    Contender("per_molecule", "torch SDPA per molecule", per_molecule, fits(1), _loop_kernel),
+    # The only kernel for jagged tensors on the CPU is torch's math path, one order of derivative.
+    Contender(
+        "nested",
+        "NestedTensor SDPA",
+        nested,
+        fits(1),
+        torch_kernel("scaled_dot_product_attention of a jagged NestedTensor"),
+    ),
+    Contender(
+        "einsum", "padded einsum (as DGL)", einsum, fits(), _plain("einsum, softmax, einsum")
+    ),
+)

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import memory, providers, replay
+from ..contenders import registry
+from ..contenders.contender import Contender
+from ..workloads.batch import WorkloadBatch, make_batch
+from ..workloads.workload import Workload
+from . import memory, replay
 from .base import Base
-from .cases import Batch, Workload
+from .clock import Sampler, Timing, interleave, once
 from .gate import Gate, shortened
-from .measure import Sampler, Timing, interleave, once, peak_cuda
-from .providers import Contender
 from .rates import Rates
 from .sheet import BenchmarkError, Row, Sheet
 
@@ -42,6 +44,8 @@ class Limits:
 
 @dataclass
 class Sweep:
+    """One run over workloads into a sheet, with what it has learned on the way."""
+
     suite: str
     device: str
     rates: Rates
@@ -69,7 +73,7 @@ class Sweep:
 
     def _cost(self, work: Workload, what: str) -> float:
         """Seconds that a point takes, roughly: for the progress bar."""
-        limits, able = self.limits, providers.for_workload(work, self.contenders)
+        limits, able = self.limits, registry.for_workload(work, self.contenders)
         able = [c for c in able if not c.why_not(work, what, self.device)]
         call = min(
             limits.call_s * work.patience, 4 * self.rates.limit(*work.work(what), work.dtype)
@@ -80,8 +84,8 @@ class Sweep:
     def _point(self, work: Workload, what: str, done: set, late: bool) -> None:
         rows: dict[str, Row] = {}
         pending: list[Contender] = []
-        for contender in providers.for_workload(work, self.contenders):
-            row = self._row(work, what, contender)
+        for contender in registry.for_workload(work, self.contenders):
+            row = self.new_row(work, what, contender)
             if row.key in done:
                 continue
             reasons = contender.why_not(work, what, self.device)
@@ -104,7 +108,7 @@ class Sweep:
         timings: dict[str, Timing] = {}
         if self.device == "cpu":
             pending = [c for c in pending if self._probe(work, what, c, rows[c.name], timings)]
-        batch = work.make(self.device)
+        batch = make_batch(work, self.device)
         batch.prepare(what)
         gate = Gate(batch, what)
         for contender in pending:
@@ -114,7 +118,7 @@ class Sweep:
                 timings[contender.name] = Timing([first] if first > 1.0 else [])
         if self.base is not None:
             for contender in [c for c in pending if c.name in samplers and self._has_base(c)]:
-                row = self._row(work, what, contender)
+                row = self.new_row(work, what, contender)
                 row.contender, row.ours = BASE + contender.name, 0
                 row.kernel = f"{contender.name} at {self.base.ref}"
                 sample = self.base.sampler(work, what, contender.name)
@@ -131,7 +135,8 @@ class Sweep:
             timings[name].samples += timing.samples
         for name, row in rows.items():
             if row.status == "ok":
-                _fill(row, timings[name])
+                row.fill(timings[name])
+                _compare(row)
             if row.key not in done:
                 self.sheet.add(row)
         del samplers, batch, gate
@@ -166,7 +171,7 @@ class Sweep:
         timings[row.contender] = Timing([found.seconds])
         return False
 
-    def _admit(self, batch: Batch, what: str, contender: Contender, gate: Gate, row: Row):
+    def _admit(self, batch: WorkloadBatch, what: str, contender: Contender, gate: Gate, row: Row):
         """Checks the numbers of the first call; its seconds and a sampler, or None."""
         device = self.device
         try:
@@ -174,7 +179,7 @@ class Sweep:
             held: list[dict] = []
             if device == "cuda":
                 batch.run(call, what)  # compiles, picks algorithms
-                row.peak_bytes = peak_cuda(lambda: batch.run(call, what))
+                row.peak_bytes = memory.peak_cuda(lambda: batch.run(call, what))
             first = once(lambda: held.append(batch.run(call, what)), device)
             row.error, wrong = gate.error(held.pop())
             row.check = gate.check
@@ -209,7 +214,7 @@ class Sweep:
         key = (small.sizes, small.heads, small.dim, small.seeds, small.dtype, small.layout)
         key = (*key, what, contender.name)
         if key not in self.trusted:
-            batch = small.make(self.device)
+            batch = make_batch(small, self.device)
             batch.prepare(what)
             found = batch.run(contender.prepare(batch), what)
             self.trusted[key] = Gate(batch, what).error(found)[1]
@@ -222,7 +227,7 @@ class Sweep:
 
     def _starts_slowly(self, contender: Contender) -> bool:
         asked = self.contenders is not None or self.device != "cpu"
-        return not asked and contender.name in providers.SLOW_TO_START
+        return not asked and contender.name in registry.SLOW_TO_START
 
     def _axis(self, row: Row) -> tuple | None:
         if row.x is None or row.family not in ("scaling", "constant"):
@@ -239,16 +244,30 @@ class Sweep:
         x, reason = self.blocked.get(self._axis(row) or (), (math.inf, None))
         return reason if row.x is not None and row.x >= x else None
 
-    def _row(self, work: Workload, what: str, contender: Contender) -> Row:
+    def new_row(self, work: Workload, what: str, contender: Contender) -> Row:
+        """What is known of a measurement before it is made."""
         flops, size = work.work(what) if not work.module else (None, None)
         row = Row(
-            suite=self.suite, family=work.family, workload=work.key, x=work.x,
-            molecules=len(work.sizes), atoms=work.atoms, longest=max(work.sizes),
-            heads=work.heads, dim=work.dim, seeds=work.seeds,
-            dtype=str(work.dtype).removeprefix("torch."), layout=work.layout, what=what,
-            contender=contender.name, kernel=contender.kernel(work, self.device),
-            ours=int(contender.ours), status="ok", flops=flops, bytes=size,
-        )  # fmt: skip
+            suite=self.suite,
+            family=work.family,
+            workload=work.key,
+            x=work.x,
+            molecules=len(work.sizes),
+            atoms=work.atoms,
+            longest=max(work.sizes),
+            heads=work.heads,
+            dim=work.dim,
+            seeds=work.seeds,
+            dtype=work.dtype_name,
+            layout=work.layout,
+            what=what,
+            contender=contender.name,
+            kernel=contender.kernel(work, self.device),
+            ours=int(contender.ours),
+            status="ok",
+            flops=flops,
+            bytes=size,
+        )
         _limit(row, self.rates)
         return row
 
@@ -266,12 +285,6 @@ class Sweep:
                 _limit(row, self.rates)
         runs[self.sheet.run]["rates"] = self.rates.record()
         self.sheet.rewrite()
-
-
-def _fill(row: Row, timing: Timing) -> None:
-    row.samples = len(timing.samples)
-    row.p20_ms, row.p50_ms, row.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
-    _compare(row)
 
 
 def _limit(row: Row, rates: Rates) -> None:
@@ -313,8 +326,8 @@ class Progress:
         clock = "--:--" if left is None else f"{int(left // 60)}:{int(left % 60):02d}"
         bar = "#" * round(24 * share)
         line = f"[{bar:<24}] {100 * share:3.0f}%  {clock} left  {text}"
-        print(f"\r\x1b[K{line[:118]}" if self.live else line, end="" if self.live else "\n",
-              file=sys.stderr, flush=True)  # fmt: skip
+        line, end = (f"\r\x1b[K{line[:118]}", "") if self.live else (line, "\n")
+        print(line, end=end, file=sys.stderr, flush=True)
 
     def advance(self) -> None:
         self.place += 1

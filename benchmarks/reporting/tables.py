@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from .rates import ARITHMETIC, MEMORY
-from .sheet import Row
+from ..measuring.rates import ARITHMETIC, MEMORY
+from ..measuring.sheet import Row
 
 WORDS = {
     "forward": "forward",
@@ -114,7 +114,7 @@ def scaling(rows: list[Row], family: str = "scaling") -> str:
             at = {row.x: row for row in own}
             if not any(row.timed for row in own):
                 continue
-            cells = [_cell(at.get(x)) for x in shown]
+            cells = [cell(at.get(x)) for x in shown]
             power = [f"n^{p:.2f}" if p is not None else "-" for p in exponents(own)]
             lines.append([name, *cells, *power])
         if len(lines) > 1:
@@ -125,7 +125,8 @@ def scaling(rows: list[Row], family: str = "scaling") -> str:
     return "\n\n".join(parts)
 
 
-def _cell(row: Row | None) -> str:
+def cell(row: Row | None) -> str:
+    """Milliseconds and, behind a bar, the memory; or the word for what happened."""
     if row is None:
         return ""
     if not row.ok:
@@ -158,13 +159,11 @@ def batches(rows: list[Row], families: tuple[str, ...]) -> str:
             if row is not None and row.timed:
                 cells.append(f"{row.p50_ms / reference.p50_ms:.2f}x")
             else:
-                cells.append(_cell(row))
-        lines.append([
-            key, what.replace("double_backward", "double"),
-            milliseconds(mine.p50_ms) if mine else "-",
-            *over(mine),
-            f"{other.p50_ms / mine.p50_ms:.2f}" if mine and other else "-", *cells,
-        ])  # fmt: skip
+                cells.append(cell(row))
+        time = milliseconds(mine.p50_ms) if mine else "-"
+        speed = f"{other.p50_ms / mine.p50_ms:.2f}" if mine and other else "-"
+        short = what.replace("double_backward", "double")
+        lines.append([key, short, time, *over(mine), speed, *cells])
     note = (
         "x limit: of the machine's multiply-adds and memory; x library: of its matrix product and "
         "copy; speed-up: over the fastest other; columns: time as a multiple of ours"
@@ -194,8 +193,8 @@ def against_base(rows: list[Row]) -> str:
                 continue
             now = at[name[5:]]
             ratios.append(row.p50_ms / now.p50_ms)
-            lines.append([f"{key} {name[5:]}", what, milliseconds(row.p50_ms),
-                          milliseconds(now.p50_ms), f"{ratios[-1]:.2f}"])  # fmt: skip
+            times = [milliseconds(x.p50_ms) for x in (row, now)]
+            lines.append([f"{key} {name[5:]}", what, *times, f"{ratios[-1]:.2f}"])
     if not ratios:
         return ""
     return f"{render(lines)}\ngeometric mean {geomean(ratios):.2f} (over 1: this tree is faster)"
@@ -226,5 +225,5 @@ def modules(rows: list[Row]) -> str:
     lines = [["module, milliseconds", "pass", *names]]
     for (key, what), group in grouped(chosen, "workload", "what").items():
         at = {row.contender: row for row in group}
-        lines.append([key, what, *[_cell(at.get(name)) for name in names]])
+        lines.append([key, what, *[cell(at.get(name)) for name in names]])
     return render(lines)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from .cases import Workload
-from .measure import Sampler
+from ..workloads.workload import Workload
+from .clock import Sampler
 from .sheet import BenchmarkError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Base:
@@ -61,7 +61,8 @@ class Base:
         (links / "attnpool_kernels").symlink_to(self._tree / "attnpool_kernels")
         (links / "benchmarks").symlink_to(ROOT / "benchmarks")
         environment = {**os.environ, "PYTHONPATH": str(links)}
-        command = [sys.executable, "-m", "benchmarks.base", device, str(torch.get_num_threads())]
+        threads = str(torch.get_num_threads())
+        command = [sys.executable, "-m", "benchmarks.measuring.base", device, threads]
         self._process = subprocess.Popen(
             command, cwd=links, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -122,9 +123,11 @@ def _serve(device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     import attnpool_kernels
 
-    from . import providers, replay
+    from ..contenders import registry
+    from ..workloads.batch import make_batch
+    from . import replay
+    from .clock import once
     from .gate import Gate
-    from .measure import once
 
     def reply(x: object) -> None:
         pickle.dump(x, answers)
@@ -142,8 +145,8 @@ def _serve(device: str, threads: int) -> None:
             continue
         _, work, what, name = message
         try:
-            contender = providers.CONTENDERS[name]
-            batch = work.make(device)
+            contender = registry.CONTENDERS[name]
+            batch = make_batch(work, device)
             batch.prepare(what)
             call = contender.prepare(batch)
             error = Gate(batch, what).error(batch.run(call, what))[1]

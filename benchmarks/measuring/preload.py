@@ -7,7 +7,6 @@ import contextlib
 from importlib import import_module
 
 for _name in (
-    "benchmarks.memory",
     "torch.fx.experimental.symbolic_shapes",
     "torch.nested._internal.sdpa",
     "torch.nested._internal.ops",

@@ -8,18 +8,16 @@ its limits are settled: the whole file is then replaced at once, or left as it i
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import json
 import math
 import os
-import platform
-import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
+from .clock import Timing
 
+OUT = Path(__file__).resolve().parents[1] / "out"  # results that nobody has chosen to commit
 COMMENT = "# run "
 
 
@@ -76,6 +74,11 @@ class Row:
     def timed(self) -> bool:
         """It has a time: a file may hold a row without one, which tables and figures leave out."""
         return self.ok and 0 < (self.p50_ms or 0) < math.inf
+
+    def fill(self, timing: Timing) -> None:
+        """Takes the quantiles and the number of samples of a timing."""
+        self.p20_ms, self.p50_ms, self.p80_ms = (timing.quantile(q) for q in (0.2, 0.5, 0.8))
+        self.samples = len(timing.samples)
 
 
 COLUMNS = tuple(f.name for f in fields(Row))
@@ -232,51 +235,3 @@ def _parse(name: str, text: str):
         return float(text) if kind.startswith("float") else int(text)
     except ValueError:
         raise ValueError(f"column {name}: {text!r} is not a number") from None
-
-
-def provenance(device: str, options: dict) -> dict:
-    """Machine, versions, commit and date of a run."""
-    import attnpool_kernels
-
-    from .providers import version
-
-    packages = ("torch", "triton", "numpy", "flash_attn", "xformers", "torch_geometric")
-    versions = {name: version(name) for name in packages}
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": device_name(device),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: x for name, x in versions.items() if x},
-        "attnpool_kernels": attnpool_kernels.__version__,
-        "commit": commit(),
-        "options": options,
-    }
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                isa = torch.backends.cpu.get_cpu_capability()
-                return f"{name} ({isa})"
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Short hash of the checkout, with a + where files differ from it; "" outside of one."""
-    here = Path(__file__).resolve().parent
-    try:
-        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip()

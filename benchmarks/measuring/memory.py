@@ -14,13 +14,15 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from . import providers
-from .cases import Workload
+from ..contenders import registry
+from ..workloads.batch import make_batch
+from ..workloads.workload import Workload
 from .gate import Gate
 
 _TINY = (5, 3)
@@ -44,21 +46,38 @@ class Probe:
 
 
 def probe(
-    work: Workload, what: str, name: str, threads: int, cap: int, limit_s: float,
+    work: Workload,
+    what: str,
+    name: str,
+    threads: int,
+    cap: int,
+    limit_s: float,
     long_s: float = math.inf,
-) -> Probe:  # fmt: skip
+) -> Probe:
     """Runs the contender once in a child process on the CPU.
 
     A call of ``long_s`` seconds or more also goes through the gate there: it need not be repeated.
     """
+    return in_child(_measured, (work, what, name, cap, long_s), threads, limit_s)
+
+
+def in_child(
+    measured: Callable[..., Probe],
+    arguments: tuple,
+    threads: int,
+    limit_s: float,
+    preload: tuple[str, ...] = (),
+) -> Probe:
+    """What ``measured(pipe, *arguments)`` finds in a child process, or how that ended.
+
+    It calls ``ready(pipe)`` before the call that counts. preload: modules that it needs besides.
+    """
     # Freed blocks go back to the system at once, so that the mark counts what was in use.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.preload"])
+    context.set_forkserver_preload([__name__, f"{__package__}.preload", *preload])
     here, there = context.Pipe(duplex=False)
-    child = context.Process(
-        target=_child, args=(there, work, what, name, threads, cap, long_s), daemon=True
-    )
+    child = context.Process(target=_child, args=(there, measured, arguments, threads), daemon=True)
     begin = time.perf_counter()
     child.start()
     there.close()
@@ -109,13 +128,11 @@ def available() -> int:
     return 8 * 2**30
 
 
-def _child(
-    pipe, work: Workload, what: str, name: str, threads: int, cap: int, long_s: float
-) -> None:
+def _child(pipe, measured: Callable[..., Probe], arguments: tuple, threads: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries' notices and last words
     torch.set_num_threads(threads)
     try:
-        pipe.send(_measured(pipe, work, what, name, cap, long_s))
+        pipe.send(measured(pipe, *arguments))
     except BaseException as error:
         status, reason = classify(error)
         pipe.send(Probe(status, reason))
@@ -124,12 +141,12 @@ def _child(
 
 
 def _measured(pipe, work: Workload, what: str, name: str, cap: int, long_s: float) -> Probe:
-    contender = providers.CONTENDERS[name]
+    contender = registry.CONTENDERS[name]
     sizes = work.sizes[:1] if len(set(work.sizes)) == 1 else _TINY
-    warm = replace(work, sizes=tuple(min(n, 8) for n in sizes)).make("cpu")
+    warm = make_batch(replace(work, sizes=tuple(min(n, 8) for n in sizes)), "cpu")
     warm.prepare(what)
     warm.run(contender.prepare(warm), what)  # thread pools, lazily loaded code
-    batch = work.make("cpu")
+    batch = make_batch(work, "cpu")
     batch.prepare(what)
     call = contender.prepare(batch)
     free = resource.getrlimit(resource.RLIMIT_DATA)
@@ -163,14 +180,14 @@ class Mark:
             self.exact = _status("VmHWM:") is not None
         except OSError:
             self.exact = False
-        self._before = _status("VmRSS:") if self.exact else _mark()
+        self.before = _status("VmRSS:") if self.exact else high_water()
 
     def peak(self) -> int | None:
         """Bytes. None where they are not known: without a reset a mark may be an earlier one."""
-        after = _mark()
-        if self._before is None or after is None:
+        after = high_water()
+        if self.before is None or after is None:
             return None
-        more = max(0, after - self._before)
+        more = max(0, after - self.before)
         return more if self.exact or more else None
 
 
@@ -180,7 +197,8 @@ def ready(pipe) -> Mark:
     return Mark()
 
 
-def _mark() -> int | None:
+def high_water() -> int | None:
+    """The most bytes that were ever resident, or None where the system does not say."""
     found = _status("VmHWM:")
     if found is None:
         unit = 1 if sys.platform == "darwin" else 1024
@@ -196,6 +214,17 @@ def _status(field: str) -> int | None:
     except OSError:
         pass
     return None
+
+
+def peak_cuda(call: Callable[[], object]) -> int:
+    """Peak bytes of torch's allocator during a call, over what was allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = call()
+    torch.cuda.synchronize()
+    del found
+    return torch.cuda.max_memory_allocated() - before
 
 
 def classify(error: BaseException) -> tuple[str, str]:

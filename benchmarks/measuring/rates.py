@@ -11,14 +11,14 @@ Memory: the faster of reading and copying, for working sets from a cache to far 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from .measure import once
+from .clock import once
+from .provenance import cores
 
 ARITHMETIC, MEMORY, LIBRARY = "arithmetic", "memory", "library"
 # Bytes of a working set: 64 KiB, 256 KiB, ... Without the C++ library, and on CUDA, the overhead of
@@ -63,10 +63,9 @@ class Rates:
         memory = dict(self.memory)
         for size, rate in other.memory:
             memory[size] = max(rate, memory.get(size, 0.0))
-        return Rates(
-            _larger(self.product, other.product), max(self.copy, other.copy),
-            _larger(self.fma, other.fma), _falling(memory),
-        )  # fmt: skip
+        product = _larger(self.product, other.product)
+        fma = _larger(self.fma, other.fma)
+        return Rates(product, max(self.copy, other.copy), fma, _falling(memory))
 
     def record(self) -> dict:
         """For the provenance of a run, in GFLOP/s and GB/s."""
@@ -91,13 +90,13 @@ class Rates:
 
 def measure(dtypes: set[torch.dtype], device: str, seconds: float = 0.6) -> Rates:
     """Measures everything, a fraction of ``seconds`` for each dtype and kind."""
-    width = _widths() if device == "cpu" else []
+    names = widths() if device == "cpu" else []
     fma = {}
-    for dtype in {_computed(x, device) for x in dtypes} if width else ():
-        fma[dtype] = _multiply_adds(dtype, width, seconds / 2)
+    for dtype in {_computed(x, device) for x in dtypes} if names else ():
+        fma[dtype] = _multiply_adds(dtype, names, seconds / 2)
     known = sorted(dtypes, key=str)
     product = {dtype: _product(dtype, device, seconds) for dtype in known}
-    memory, copy = _memory(device, width, seconds)
+    memory, copy = _memory(device, names, seconds)
     return Rates(product, copy, {x: fma[_computed(x, device)] for x in known if fma}, memory)
 
 
@@ -139,7 +138,7 @@ def _computed(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" and dtype.itemsize == 2 else dtype
 
 
-def _widths() -> list[str]:
+def widths() -> list[str]:
     """Names of the vector widths that run here; none without the C++ library."""
     from attnpool_kernels.backends import cpu
 
@@ -154,24 +153,20 @@ def _widths() -> list[str]:
     return found
 
 
-def _multiply_adds(dtype: torch.dtype, widths: list[str], seconds: float) -> float:
+def _multiply_adds(dtype: torch.dtype, names: list[str], seconds: float) -> float:
     """Of every width: the widest vectors need not be the fastest."""
     wide = dtype == torch.float64
 
     def rate(name: str) -> float:
         return torch.ops.attnpool_c._multiply_adds(name, wide, PIECES, FACTOR, SUMMAND)
 
-    part = seconds / len(widths)
-    return _cores() * max(_highest(lambda name=name: rate(name), part) for name in widths)
+    part = seconds / len(names)
+    return running() * max(_highest(lambda name=name: rate(name), part) for name in names)
 
 
-def _cores() -> float:
+def running() -> float:
     """The share of torch's threads that can run at once."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    return min(1.0, count / torch.get_num_threads())
+    return min(1.0, (cores() or 1) / torch.get_num_threads())
 
 
 def _highest(rate: Callable[[], float], seconds: float) -> float:
@@ -197,27 +192,27 @@ def _product(dtype: torch.dtype, device: str, seconds: float) -> float:
 
 
 def _memory(
-    device: str, widths: list[str], seconds: float
+    device: str, names: list[str], seconds: float
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Rates by working set, and that of a copy far beyond any cache."""
     elements = 2**26 if device == "cpu" else 2**28
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, seconds / 2)
-    rates, footprints = {}, FOOTPRINTS if widths else CALLS
+    rates, footprints = {}, FOOTPRINTS if names else CALLS
     part = seconds / len(footprints) / 2
     for size in footprints:
         x = source[: size // source.itemsize]
         half = len(x) // 2
         first, second = x[:half], target[:half]
         best = size / _fastest(lambda: second.copy_(first), device, part)  # noqa: B023
-        if widths:
+        if names:
             times = max(1, READ // size)
 
             def read(x=x, times=times) -> float:
-                return torch.ops.attnpool_c._read(x, widths[0], times)
+                return torch.ops.attnpool_c._read(x, names[0], times)
 
-            best = max(best, _cores() * _highest(read, part))
+            best = max(best, running() * _highest(read, part))
         else:
             best = max(best, size / _fastest(x.sum, device, part))
         rates[size] = best

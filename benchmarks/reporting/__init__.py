@@ -1,0 +1,1 @@
+"""What people read: tables, figures, performance goals and the page, all from rows alone."""

@@ -1,0 +1,1 @@
+"""Experiments with a command line of their own: whole models, forces, accuracy on QM7b."""
