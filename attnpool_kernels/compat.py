@@ -75,13 +75,10 @@ def flash_attn_varlen_func(
     drawn = None
     if return_attn_probs and dropout_p:
         drawn = _next_seed(q.device)
-    found = set_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, scale=softmax_scale, dropout=dropout_p,
-        return_lse=bool(return_attn_probs),
-    )  # fmt: skip
-    if isinstance(found, Tensor):
-        return found
-    out, lse = found
+    options: dict[str, Any] = {"scale": softmax_scale, "dropout": dropout_p}
+    if not return_attn_probs:
+        return set_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+    out, lse = set_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options, return_lse=True)
     weights = q.new_zeros(0)
     if drawn is not None:
         scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale

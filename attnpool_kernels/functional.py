@@ -7,7 +7,7 @@ wrong with a call is found here, before anything is computed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,38 @@ __all__ = ["BackendError", "Problem", "explain", "seed_pool", "set_attention"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = 3.4e38  # the kernels take the scale as a float32 where they compute in float32
+
+
+@overload
+def set_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ptr: Tensor | Ragged,
+    k_ptr: Tensor | Ragged | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def set_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ptr: Tensor | Ragged,
+    k_ptr: Tensor | Ragged | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def set_attention(
@@ -83,6 +115,36 @@ def set_attention(
     """
     given = _Given(q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
     return _attend("q", given)
+
+
+@overload
+def seed_pool(
+    seeds: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ptr: Tensor | Ragged,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def seed_pool(
+    seeds: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ptr: Tensor | Ragged,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def seed_pool(

@@ -152,7 +152,6 @@ class SetAttention(torch.nn.Module):
         """The projected queries [N, D] and the heads' results [N, D], before W_o."""
         q, k, v = self._split(*self._projected(x, y))
         out = set_attention(q, k, v, ptr, y_ptr, bias=bias, **self._options())
-        assert isinstance(out, Tensor)
         return q.flatten(1), out.flatten(1)
 
     def _attend_seeds(
@@ -167,7 +166,6 @@ class SetAttention(torch.nn.Module):
             return self._absorbed(seeds, y, ptr)
         q, k, v = self._split(*self._projected(seeds, y))
         out = seed_pool(q, k, v, ptr, bias=bias, **self._options())
-        assert isinstance(out, Tensor)
         return q.flatten(1), out.view(-1, self.dim)
 
     def _absorbs(self, seeds: int, dtype: torch.dtype) -> bool:
@@ -194,8 +192,7 @@ class SetAttention(torch.nn.Module):
             options["scale"] = (self.dim // self.heads) ** -0.5
         rows = y.unsqueeze(1)
         sums = seed_pool(over_y.flatten(0, 1).unsqueeze(1), rows, rows, ptr, **options)
-        assert isinstance(sums, Tensor)  # [B, S·H, 1, C]
-        sums = sums.view(-1, self.heads, y.shape[1])
+        sums = sums.view(-1, self.heads, y.shape[1])  # of [B, S·H, 1, C]
         out = torch.einsum("nhc,hdc->nhd", sums, w_v.unflatten(0, heads)).flatten(1)
         atoms = (ptr.ptr if isinstance(ptr, Ragged) else ptr).diff().to(out.device)
         some = (atoms > 0).to(out.dtype).repeat_interleave(seeds.shape[0])
