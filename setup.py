@@ -83,14 +83,31 @@ def cpu_library():
 
     torch_home = Path(torch.__file__).parent
     base = [
-        *compiler(), "-c", "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-g0",
-        "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra",
-        f"-ffile-prefix-map={HERE}=.", *shlex.split(os.environ.get("CXXFLAGS", "")),
-    ]  # fmt: skip
+        *compiler(),
+        "-c",
+        "-O3",
+        "-std=c++20",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-g0",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+        "-Wall",
+        "-Wextra",
+        f"-ffile-prefix-map={HERE}=.",
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]
     with_torch = [
-        *base, "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000",
-        "-isystem", str(torch_home / "include"), "-isystem", get_paths()["include"],
-    ]  # fmt: skip
+        *base,
+        "-O2",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DPy_LIMITED_API=0x030a0000",
+        "-isystem",
+        str(torch_home / "include"),
+        "-isystem",
+        get_paths()["include"],
+    ]
     library = Library("attnpool_kernels._C_cpu")
     library.objects["library"] = [*with_torch, "csrc/library.cpp"]
     for source in ("operators", "peak"):
@@ -98,12 +115,20 @@ def cpu_library():
     for width, flags in WIDTHS.items() if X86 else [("baseline", [])]:
         for source in WIDTH_SOURCES:
             library.objects[f"{source}.{width}"] = [
-                *base, *flags, f"-DATTN_ISA={width}", f"csrc/cpu/{source}.cpp",
-            ]  # fmt: skip
+                *base,
+                *flags,
+                f"-DATTN_ISA={width}",
+                f"csrc/cpu/{source}.cpp",
+            ]
     library.link = [
-        *compiler(), "-shared", *shlex.split(os.environ.get("LDFLAGS", "")),
-        "-L", str(torch_home / "lib"), "-Wl,--as-needed", "-ltorch_cpu",
-    ]  # fmt: skip
+        *compiler(),
+        "-shared",
+        *shlex.split(os.environ.get("LDFLAGS", "")),
+        "-L",
+        str(torch_home / "lib"),
+        "-Wl,--as-needed",
+        "-ltorch_cpu",
+    ]
     return library, ""
 
 
@@ -132,8 +157,11 @@ def cuda_library():
     compiler_path = nvcc()
     if compiler_path is None:
         return None, "no nvcc was found (set CUDA_HOME, or install nvidia-cuda-nvcc 13)"
-    said = subprocess.run([compiler_path, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "x.o"],
-                          capture_output=True, text=True).stderr  # fmt: skip
+    said = subprocess.run(
+        [compiler_path, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", "x.o"],
+        capture_output=True,
+        text=True,
+    ).stderr
     home = re.search(r"^#\$ TOP=(.*)$", said, re.M)
     version = subprocess.run([compiler_path, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", version)
@@ -148,19 +176,34 @@ def cuda_library():
     plain = library.objects["library"][:-1]
     library.objects = {
         "library_cuda": [
-            *plain, "-DUSE_CUDA", *[f"-isystem{x}" for x in includes], "csrc/library_cuda.cpp",
+            *plain,
+            "-DUSE_CUDA",
+            *[f"-isystem{x}" for x in includes],
+            "csrc/library_cuda.cpp",
         ]
-    }  # fmt: skip
+    }
     for source in CUDA_SOURCES:
         library.objects[source] = [
-            str(compiler_path), "-c", "-O3", "-std=c++17", *codes, f"--threads={CPUS}",
-            "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all",
-            *shlex.split(os.environ.get("NVCCFLAGS", "")), f"csrc/cuda/{source}.cu",
-        ]  # fmt: skip
+            str(compiler_path),
+            "-c",
+            "-O3",
+            "-std=c++17",
+            *codes,
+            f"--threads={CPUS}",
+            "-cudart=static",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "-Xfatbin=-compress-all",
+            *shlex.split(os.environ.get("NVCCFLAGS", "")),
+            f"csrc/cuda/{source}.cu",
+        ]
     folders = [x for x in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / x).exists()]
     library.link += [
-        *[f"-L{home / x}" for x in folders], "-lcudart_static", "-ldl", "-lrt", "-lpthread",
-    ]  # fmt: skip
+        *[f"-L{home / x}" for x in folders],
+        "-lcudart_static",
+        "-ldl",
+        "-lrt",
+        "-lpthread",
+    ]
     library.stub = "torch_cuda"
     return library, ""
 

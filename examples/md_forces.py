@@ -52,14 +52,21 @@ def main(steps: int = 200, size: int = 8) -> list[float]:
     torch.manual_seed(0)
     start = molecule("CH3OH")
     data = frames(start, 60)
-    model = PooledModel.from_config({
-        "backbone": "schnet",
-        "backbone_options": {"hidden_channels": 32, "num_filters": 32, "num_interactions": 2,
-                             "num_gaussians": 20, "cutoff": 4.0},
-        "pooling": "abp",
-        # relu, the default, has a force that jumps; dynamics need a smooth activation.
-        "pooling_options": {"hidden": 32, "heads": 4, "seeds": 4, "activation": "silu"},
-    })  # fmt: skip
+    model = PooledModel.from_config(
+        {
+            "backbone": "schnet",
+            "backbone_options": {
+                "hidden_channels": 32,
+                "num_filters": 32,
+                "num_interactions": 2,
+                "num_gaussians": 20,
+                "cutoff": 4.0,
+            },
+            "pooling": "abp",
+            # relu, the default, has a force that jumps; dynamics need a smooth activation.
+            "pooling_options": {"hidden": 32, "heads": 4, "seeds": 4, "activation": "silu"},
+        }
+    )
     model.set_statistics(data.y.mean(0), data.y.std(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
@@ -81,8 +88,10 @@ def main(steps: int = 200, size: int = 8) -> list[float]:
     totals = []
     for _ in dynamics.irun(40):
         totals.append(atoms.get_potential_energy() + atoms.get_kinetic_energy())
-    print(f"20 fs with the model: total energy {totals[0]:.4f} eV, changes by at most "
-          f"{max(abs(x - totals[0]) for x in totals):.1e} eV")  # fmt: skip
+    print(
+        f"20 fs with the model: total energy {totals[0]:.4f} eV, changes by at most "
+        f"{max(abs(x - totals[0]) for x in totals):.1e} eV"
+    )
     return losses
 
 

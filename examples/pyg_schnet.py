@@ -20,9 +20,13 @@ CUTOFF = 6.0
 
 def model(width: int = 32) -> torch.nn.Module:
     schnet = SchNet(
-        hidden_channels=width, num_filters=width, num_interactions=2, num_gaussians=16,
-        cutoff=CUTOFF, interaction_graph=MoleculeGraph(CUTOFF),
-    )  # fmt: skip
+        hidden_channels=width,
+        num_filters=width,
+        num_interactions=2,
+        num_gaussians=16,
+        cutoff=CUTOFF,
+        interaction_graph=MoleculeGraph(CUTOFF),
+    )
     # The line to change: the last hidden state is pooled, not a sum of atom energies.
     return pooled_schnet(schnet, AttentionPooling(width, width, heads=4, seeds=4))
 

@@ -21,7 +21,8 @@ except ImportError as error:
 def model(width: int = 32) -> torch.nn.Module:
     return schnetpack.model.NeuralNetworkPotential(
         representation=schnetpack.representation.SchNet(
-            n_atom_basis=width, n_interactions=2,
+            n_atom_basis=width,
+            n_interactions=2,
             radial_basis=schnetpack.nn.GaussianRBF(16, 5.0),
             cutoff_fn=schnetpack.nn.CosineCutoff(5.0),
         ),
@@ -35,7 +36,7 @@ def model(width: int = 32) -> torch.nn.Module:
             ),
             schnetpack.atomistic.Forces(energy_key="energy", force_key="forces"),
         ],
-    )  # fmt: skip
+    )
 
 
 def batch(size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:

@@ -25,9 +25,13 @@ GRID = 65_535  # the libraries put molecules on a grid axis with this limit
 NO_DROPOUT = "its mask is not the stateless one of this package"
 # What every attention of packed rows in half precision needs; the libraries have more reasons.
 PACKED = Needs(
-    devices=("cuda",), dtypes=HALF, widest=256, capability=(8, 0), order=1,
+    devices=("cuda",),
+    dtypes=HALF,
+    widest=256,
+    capability=(8, 0),
+    order=1,
     refused={"bias": "none in its attention of packed rows", "dropout": NO_DROPOUT},
-)  # fmt: skip
+)
 
 
 @dataclass

@@ -62,10 +62,17 @@ class AttentionPooling(SetTransformer):
         **options,
     ) -> None:
         super().__init__(
-            in_features, hidden, in_features if out_features is None else out_features,
-            heads=heads, seeds=seeds, encoder_blocks=encoder_blocks, decoder_blocks=decoder_blocks,
-            points=points, reduce=one_of("reduce", reduce, ("mean", "concat")), **options,
-        )  # fmt: skip
+            in_features,
+            hidden,
+            in_features if out_features is None else out_features,
+            heads=heads,
+            seeds=seeds,
+            encoder_blocks=encoder_blocks,
+            decoder_blocks=decoder_blocks,
+            points=points,
+            reduce=one_of("reduce", reduce, ("mean", "concat")),
+            **options,
+        )
         if isinstance(phantom, str):
             one_of("phantom", phantom, (BATCH_MAX,))
         elif phantom is not None:
@@ -98,9 +105,15 @@ class AttentionPooling(SetTransformer):
         one_of("variant", variant, tuple(VARIANTS))
         seeds, activation = VARIANTS[variant]
         return cls(
-            in_features, hidden, out_features, heads=heads, seeds=seeds, activation=activation,
-            encoder_blocks=encoder_blocks, phantom=phantom,
-        )  # fmt: skip
+            in_features,
+            hidden,
+            out_features,
+            heads=heads,
+            seeds=seeds,
+            activation=activation,
+            encoder_blocks=encoder_blocks,
+            phantom=phantom,
+        )
 
     def load_original(self, state: Mapping[str, Tensor]) -> None:
         """Loads the pooling of a checkpoint of the original programs, strictly.
@@ -155,9 +168,7 @@ def with_phantoms(x: Tensor, ragged: Ragged) -> tuple[Tensor, Ragged]:
     return longer, Ragged(ragged.ptr + shift)
 
 
-def phantom_bias(
-    weights: Tensor, ragged: Ragged, queries: Tensor, x: Tensor, heads: int
-) -> Tensor:  # fmt: skip
+def phantom_bias(weights: Tensor, ragged: Ragged, queries: Tensor, x: Tensor, heads: int) -> Tensor:
     """[P, H] with ``weights`` [B] on the last key of each molecule for all its queries, else 0.
 
     A pair bias of stride 0 over heads: P numbers in float32 (float64 for float64), exact in half

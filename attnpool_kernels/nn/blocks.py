@@ -30,17 +30,32 @@ ACTIVATIONS = ("relu", "silu", "gelu", "shifted_softplus")
 REDUCTIONS = ("mean", "concat", "none")
 
 ORIGINAL: dict[str, Any] = {
-    "scale": "width", "residual": "query", "out_projection": False, "activation": "relu",
-    "norm": False, "pre_linear": False, "init": "linear",
-}  # fmt: skip
+    "scale": "width",
+    "residual": "query",
+    "out_projection": False,
+    "activation": "relu",
+    "norm": False,
+    "pre_linear": False,
+    "init": "linear",
+}
 PAPER: dict[str, Any] = {
-    "scale": "width", "residual": "input", "out_projection": True, "activation": "relu",
-    "norm": True, "pre_linear": True, "init": "linear",
-}  # fmt: skip
+    "scale": "width",
+    "residual": "input",
+    "out_projection": True,
+    "activation": "relu",
+    "norm": True,
+    "pre_linear": True,
+    "init": "linear",
+}
 PYG: dict[str, Any] = {
-    "scale": "head", "residual": "input", "out_projection": True, "activation": "relu",
-    "norm": False, "pre_linear": True, "init": "xavier",
-}  # fmt: skip
+    "scale": "head",
+    "residual": "input",
+    "out_projection": True,
+    "activation": "relu",
+    "norm": False,
+    "pre_linear": True,
+    "init": "xavier",
+}
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -91,9 +106,16 @@ class MAB(torch.nn.Module):
         self.residual = one_of("residual", residual, RESIDUALS)
         self.activation = one_of("activation", activation, ACTIVATIONS)
         self.attn = SetAttention(
-            dim, heads, query_dim=query_dim, key_dim=key_dim, out_projection=out_projection,
-            scale=scale, dropout=dropout, init=init, backend=backend,
-        )  # fmt: skip
+            dim,
+            heads,
+            query_dim=query_dim,
+            key_dim=key_dim,
+            out_projection=out_projection,
+            scale=scale,
+            dropout=dropout,
+            init=init,
+            backend=backend,
+        )
         if residual == "input" and self.attn.query_dim != dim:
             raise ValueError(
                 f"residual='input' needs query_dim = dim = {dim}, got {self.attn.query_dim}"
@@ -190,9 +212,15 @@ class PMA(torch.nn.Module):
     """
 
     def __init__(
-        self, dim: int, seeds: int = 1, heads: int = 1, *, in_dim: int | None = None,
-        pre_linear: bool = False, **options,
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        seeds: int = 1,
+        heads: int = 1,
+        *,
+        in_dim: int | None = None,
+        pre_linear: bool = False,
+        **options,
+    ) -> None:
         super().__init__()
         dim, seeds = positive("dim", dim), positive("seeds", seeds)
         in_dim = dim if in_dim is None else positive("in_dim", in_dim)

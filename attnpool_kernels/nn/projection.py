@@ -149,8 +149,9 @@ class _Project(torch.autograd.Function):
             if ctx.needs_input_grad[3] and i != _KEYS:
                 sums[i] = d.sum(0)
         if ctx.needs_input_grad[2] and graph:
-            dweight = torch.cat([weight.new_zeros(dim, weight.shape[1]) if p is None else p
-                                 for p in products])  # fmt: skip
+            dweight = torch.cat(
+                [weight.new_zeros(dim, weight.shape[1]) if p is None else p for p in products]
+            )
         dbias = None
         if ctx.needs_input_grad[3]:
             dbias = torch.cat([weight.new_zeros(dim) if s is None else s for s in sums])

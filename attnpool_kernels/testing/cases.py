@@ -143,14 +143,23 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
     rows = (n_q,) if case.seeds is None else (len(k_counts), n_q)
     q, k, v = packed(n_q, case.dim), packed(n_k, case.dim), packed(n_k, width)
     return Batch(
-        case, q, k, v, bias, q_ptr, k_ptr, pair_ptr,
+        case,
+        q,
+        k,
+        v,
+        bias,
+        q_ptr,
+        k_ptr,
+        pair_ptr,
         seed=draw(seed, device) if case.dropout else None,
         scale=case.logits * case.dim**-0.5,
         dout=_laid_out(normal(*rows, case.heads, width), case.layout),
         dlse=normal(*rows, case.heads, kind=accumulator(dtype)) if case.lse else None,
-        ddq=packed(n_q, case.dim), ddk=packed(n_k, case.dim), ddv=packed(n_k, width),
+        ddq=packed(n_q, case.dim),
+        ddk=packed(n_k, case.dim),
+        ddv=packed(n_k, width),
         ddbias=ddbias,
-    )  # fmt: skip
+    )
 
 
 def _ptr(counts: Iterable[int], index: torch.dtype, device: str) -> Tensor:

@@ -52,9 +52,11 @@ def measure(found: Tensor, exact: Tensor, variance: Tensor) -> tuple[float, floa
 
 
 def violations(
-    found: dict[str, Tensor], exact: dict[str, Tensor], variances: dict[str, Tensor],
+    found: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    variances: dict[str, Tensor],
     slack: float = 1.0,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """What is wrong with a result, one line a tensor; empty when it is inside the budget.
 
     exact: the float64 oracle; variances: ``budget``; slack: a factor on it.
@@ -100,9 +102,11 @@ def judge(
 
 
 def check_backend(
-    name: str, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     cases: Iterable[Case] = CASES,
-) -> None:  # fmt: skip
+) -> None:
     """Judges a backend by name on all cases and both index types, through the public functions."""
     for case in cases:
         judge(case, dtype, lambda batch: run_public(batch, name), device)
@@ -112,9 +116,11 @@ def check_backend(
 
 
 def check_kernels(
-    kernels: KernelBackend, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    kernels: KernelBackend,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     cases: Iterable[Case] = CASES,
-) -> None:  # fmt: skip
+) -> None:
     """Judges the three passes of a kernel backend on all cases."""
     for case in cases:
         judge(case, dtype, lambda batch: run_kernels(batch, kernels), device)

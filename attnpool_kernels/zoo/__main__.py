@@ -89,9 +89,10 @@ def parsers() -> dict[str, ArgumentParser]:
         "fit", "--config NAME|FILE [options]", "Trains a model; keeps the best by validation loss."
     )
     fit.add_argument(
-        "--config", action="config",
+        "--config",
+        action="config",
         help="YAML file or name of a packaged configuration; what follows it overrides it",
-    )  # fmt: skip
+    )
     fit.add_function_arguments(run.fit, skip={"task", "data", "trainer", "config"})
     fit.add_argument("--seed", type=int, default=0, help="of the weights and of the order")
     fit.add_class_arguments(PoolingTask, "task")
@@ -115,8 +116,10 @@ def parsers() -> dict[str, ArgumentParser]:
     parser = ArgumentParser(
         prog=PROGRAM,
         description="Trains, tests and applies models of molecules with any pooling.",
-        epilog=listing(), formatter_class=Help, exit_on_error=False,
-    )  # fmt: skip
+        epilog=listing(),
+        formatter_class=Help,
+        exit_on_error=False,
+    )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     configs = ArgumentParser(exit_on_error=False)
     made = {"fit": fit, "test": test, "predict": predict, "configs": configs}

@@ -97,10 +97,13 @@ class SchNet(Backbone):
     ) -> None:
         super().__init__(hidden_channels, cutoff)
         net = libraries.pyg("schnet").SchNet(
-            hidden_channels, positive("num_filters", num_filters),
+            hidden_channels,
+            positive("num_filters", num_filters),
             positive("num_interactions", num_interactions),
-            _at_least_two("num_gaussians", num_gaussians), self.cutoff, interaction_graph=_no_graph,
-        )  # fmt: skip
+            _at_least_two("num_gaussians", num_gaussians),
+            self.cutoff,
+            interaction_graph=_no_graph,
+        )
         self.embedding, self.interactions = net.embedding, net.interactions
         self.distance_expansion = GaussianSmearing(num_gaussians, self.cutoff)
 
@@ -149,18 +152,29 @@ class DimeNetPlusPlus(Backbone):
         parts, act = libraries.pyg("dimenet"), torch.nn.SiLU()
         self.output_blocks = torch.nn.ModuleList(
             parts.OutputPPBlock(
-                num_radial, hidden_channels, out_emb_channels, latent, num_output_layers, act,
+                num_radial,
+                hidden_channels,
+                out_emb_channels,
+                latent,
+                num_output_layers,
+                act,
                 "glorot_orthogonal",
             )
             for _ in range(num_blocks + 1)
-        )  # fmt: skip
+        )
         self.interaction_blocks = torch.nn.ModuleList(
             parts.InteractionPPBlock(
-                hidden_channels, int_emb_size, basis_emb_size, num_spherical, num_radial,
-                num_before_skip, num_after_skip, act,
+                hidden_channels,
+                int_emb_size,
+                basis_emb_size,
+                num_spherical,
+                num_radial,
+                num_before_skip,
+                num_after_skip,
+                act,
             )
             for _ in range(num_blocks)
-        )  # fmt: skip
+        )
 
     def _bases(self, hidden: int, num_spherical: int, num_radial: int, exponent: int) -> None:
         _positive(locals(), "num_radial")
@@ -226,11 +240,16 @@ class DimeNet(DimeNetPlusPlus):
         )
         self.interaction_blocks = torch.nn.ModuleList(
             parts.InteractionBlock(
-                hidden_channels, num_bilinear, num_spherical, num_radial, num_before_skip,
-                num_after_skip, act,
+                hidden_channels,
+                num_bilinear,
+                num_spherical,
+                num_radial,
+                num_before_skip,
+                num_after_skip,
+                act,
             )
             for _ in range(num_blocks)
-        )  # fmt: skip
+        )
 
     def _cosine(self, kj: Tensor, ji: Tensor) -> Tensor:
         """[T] of the angle at i between j and k: PyG's and the published DimeNet's convention."""
@@ -259,9 +278,12 @@ class SchNetPackSchNet(Backbone):
         if n_filters is not None:
             positive("n_filters", n_filters)
         self.net = libraries.schnetpack("representation").SchNet(
-            n_atom_basis, positive("n_interactions", n_interactions), *self._radial(n_rbf),
-            n_filters, shared_interactions,
-        )  # fmt: skip
+            n_atom_basis,
+            positive("n_interactions", n_interactions),
+            *self._radial(n_rbf),
+            n_filters,
+            shared_interactions,
+        )
 
     def _radial(self, n_rbf: int) -> tuple[torch.nn.Module, torch.nn.Module]:
         layers = libraries.schnetpack("nn")
@@ -269,9 +291,7 @@ class SchNetPackSchNet(Backbone):
         return GaussianRBF(n_rbf, self.cutoff), layers.CosineCutoff(self.cutoff)
 
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
-        given = {
-            "_atomic_numbers": z, "_Rij": vectors, "_idx_i": index[1], "_idx_j": index[0]
-        }  # fmt: skip
+        given = {"_atomic_numbers": z, "_Rij": vectors, "_idx_i": index[1], "_idx_j": index[0]}
         return self.net(given)["scalar_representation"]
 
 
@@ -296,10 +316,13 @@ class PaiNN(SchNetPackSchNet):
         if not epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {epsilon}")
         self.net = libraries.schnetpack("representation").PaiNN(
-            n_atom_basis, positive("n_interactions", n_interactions), *self._radial(n_rbf),
-            shared_interactions=shared_interactions, shared_filters=shared_filters,
+            n_atom_basis,
+            positive("n_interactions", n_interactions),
+            *self._radial(n_rbf),
+            shared_interactions=shared_interactions,
+            shared_filters=shared_filters,
             epsilon=epsilon,
-        )  # fmt: skip
+        )
         for interaction in self.net.interactions:  # all of them, or one many times
             interaction.register_forward_pre_hook(_in_one_dtype)
 

@@ -144,10 +144,13 @@ class MoleculeData(LightningDataModule):
         if given.forces is not None and not bool(given.forces.isfinite().all()):
             raise ValueError("forces must be finite, got nan or inf")
         self.molecules = Molecules(
-            given.z, given.pos.double(), given.ptr, y,
+            given.z,
+            given.pos.double(),
+            given.ptr,
+            y,
             None if given.forces is None else given.forces.float(),
             None if given.coefficients is None else given.coefficients.float(),
-        )  # fmt: skip
+        )
 
     def _load(self, download: bool = False) -> MoleculeSet:
         if isinstance(self.dataset, MoleculeSet):
@@ -208,10 +211,13 @@ class MoleculeData(LightningDataModule):
         """What a checkpoint says about its data: plain values, enough to load them again."""
         name = self.dataset.name if isinstance(self.dataset, MoleculeSet) else self.dataset
         return {
-            "dataset": name, "path": self.path, "options": self.options,
-            "targets": [t.name for t in self.targets], "split": self.split_seed,
+            "dataset": name,
+            "path": self.path,
+            "options": self.options,
+            "targets": [t.name for t in self.targets],
+            "split": self.split_seed,
             "limit": self.limit,
-        }  # fmt: skip
+        }
 
     @property
     def epoch(self) -> int:

@@ -28,11 +28,12 @@ def schnetpack(module: str | None = None) -> ModuleType:
         loader.T_co = typing.TypeVar("T_co", covariant=True)  # type: ignore[attr-defined]
     try:
         return _library(
-            "schnetpack" if module is None else f"schnetpack.{module}", "schnetpack",
+            "schnetpack" if module is None else f"schnetpack.{module}",
+            "schnetpack",
             "pip install h5py hydra-core hydra-colorlog fasteners dirsync torch-ema matscipy "
             "tensorboardX && pip install --no-deps schnetpack (it asks for an old sympy that it "
             "does not need)",
-        )  # fmt: skip
+        )
     finally:
         if missing:
             del loader.T_co  # type: ignore[attr-defined]

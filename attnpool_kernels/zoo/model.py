@@ -185,9 +185,7 @@ class PooledModel(torch.nn.Module):
         """Whether two molecules far apart have the sum of their values."""
         return self.acts_on == "atom" and isinstance(self.pooling, SumPooling)
 
-    def set_statistics(
-        self, mean: Tensor, std: Tensor, *, atoms: float | None = None
-    ) -> None:  # fmt: skip
+    def set_statistics(self, mean: Tensor, std: Tensor, *, atoms: float | None = None) -> None:
         """Sets mean [T] and std [T] of the targets over the training set, in the targets' units.
 
         atoms: average number of atoms of its molecules. An extensive model needs it: it adds
@@ -322,9 +320,12 @@ class PooledModel(torch.nn.Module):
                 raise ValueError(f"config must name a {key}")
         net = backbone(config["backbone"], **(config.get("backbone_options") or {}))
         return cls(
-            net, config["pooling"], pooling_options=config.get("pooling_options"),
-            head=config.get("head", "molecule"), targets=config.get("targets", 1),
-        )  # fmt: skip
+            net,
+            config["pooling"],
+            pooling_options=config.get("pooling_options"),
+            head=config.get("head", "molecule"),
+            targets=config.get("targets", 1),
+        )
 
     def get_extra_state(self) -> dict[str, Any]:
         return self._config

@@ -20,9 +20,16 @@ if TYPE_CHECKING:
 
 # Names under which programs put charge and spin into atoms.info, and the value of a closed shell.
 _CLOSED_SHELL = {
-    "charge": 0, "total_charge": 0, "net_charge": 0, "spin": 0, "total_spin": 0, "magmom": 0,
-    "mult": 1, "multiplicity": 1, "spin_multiplicity": 1,
-}  # fmt: skip
+    "charge": 0,
+    "total_charge": 0,
+    "net_charge": 0,
+    "spin": 0,
+    "total_spin": 0,
+    "magmom": 0,
+    "mult": 1,
+    "multiplicity": 1,
+    "spin_multiplicity": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +95,13 @@ class Molecules:
             return None if values is None else values[rows]
 
         return Molecules(
-            self.z[atoms], self.pos[atoms], ptr,
-            of(self.y, index), of(self.forces, atoms), of(self.coefficients, atoms),
-        )  # fmt: skip
+            self.z[atoms],
+            self.pos[atoms],
+            ptr,
+            of(self.y, index),
+            of(self.forces, atoms),
+            of(self.coefficients, atoms),
+        )
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -127,9 +138,10 @@ class Molecules:
         z = np.concatenate([a.numbers for a in atoms] or [np.empty(0, int)])
         pos = np.concatenate([a.positions for a in atoms] or [np.empty((0, 3))])
         return cls(
-            torch.from_numpy(z.astype("int64")), torch.from_numpy(pos.astype("float64")),
+            torch.from_numpy(z.astype("int64")),
+            torch.from_numpy(pos.astype("float64")),
             torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-        )  # fmt: skip
+        )
 
 
 def charge_and_spin(atoms: ase.Atoms) -> str:

@@ -129,8 +129,10 @@ def read_molecules(path: str | Path) -> list[ase.Atoms]:
             found: Any = ase.io.read(path, index=":", format=kind, do_not_split_by_at_sign=True)
             frames = cast("list[ase.Atoms]", found)
     except UnknownFileTypeError as error:
-        raise ValueError(f"{path} cannot be read: neither its name nor its beginning is of a "
-                         "format that ASE knows") from error  # fmt: skip
+        raise ValueError(
+            f"{path} cannot be read: neither its name nor its beginning is of a "
+            "format that ASE knows"
+        ) from error
     except Exception as error:  # readers of ASE raise whatever a damaged line leads to
         reason = str(error).strip() or type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason.splitlines()[0]}") from error
@@ -141,8 +143,9 @@ def read_molecules(path: str | Path) -> list[ase.Atoms]:
     if single:
         warnings.warn(
             f"{path}: of the format {kind} ASE reads one molecule; if the file has more, they are "
-            "not read", stacklevel=2,
-        )  # fmt: skip
+            "not read",
+            stacklevel=2,
+        )
     _doubtful(path, frames, records)
     return frames
 
@@ -217,13 +220,15 @@ def _doubtful(path: Path, frames: Sequence[ase.Atoms], records: Sequence[sdf.Rec
         warnings.warn(
             f"{path}: {len(missing)} of {len(frames)} molecules seem to lack hydrogens (molecule "
             f"{number}, {frames[number].get_chemical_formula()}: {text}); the models know the "
-            "atoms that are listed only", stacklevel=3,
-        )  # fmt: skip
+            "atoms that are listed only",
+            stacklevel=3,
+        )
     if flat:
         warnings.warn(
             f"{path}: {len(flat)} of {len(frames)} molecules may be drawings (molecule {flat[0]}: "
-            'every z is 0, and the second line says neither "2D" nor "3D")', stacklevel=3,
-        )  # fmt: skip
+            'every z is 0, and the second line says neither "2D" nor "3D")',
+            stacklevel=3,
+        )
 
 
 def check_elements(frames: Sequence[ase.Atoms], known: Sequence[int]) -> None:

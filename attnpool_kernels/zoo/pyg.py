@@ -66,10 +66,16 @@ class SetTransformerAggregation(Aggregation):
         integer("num_decoder_blocks", num_decoder_blocks, 0)
         flag("layer_norm", layer_norm)
         model = SetTransformer(
-            channels, channels, heads=heads, seeds=num_seed_points,
-            encoder_blocks=num_encoder_blocks, decoder_blocks=num_decoder_blocks,
-            dropout=dropout, backend=backend, **(PYG | {"norm": layer_norm}),
-        )  # fmt: skip
+            channels,
+            channels,
+            heads=heads,
+            seeds=num_seed_points,
+            encoder_blocks=num_encoder_blocks,
+            decoder_blocks=num_decoder_blocks,
+            dropout=dropout,
+            backend=backend,
+            **(PYG | {"norm": layer_norm}),
+        )
         self.channels = channels
         self.num_seed_points = num_seed_points
         self.heads = heads

@@ -31,7 +31,7 @@ from .predict import (
     read_checkpoint,
     read_molecules,
     table,
-)  # fmt: skip
+)
 from .resume import Resume, check_resumable, finished
 from .task import PoolingTask
 from .trainer import OptionError, TrainerOptions, check_validates, of_options
@@ -110,9 +110,13 @@ def fit(
         "val/loss", patience=patience, mode="min", check_finite=True, strict=False
     )
     best = ModelCheckpoint(
-        folder, filename=Path(BEST).stem, monitor="val/loss", mode="min",
-        enable_version_counter=False, save_on_train_epoch_end=True,
-    )  # fmt: skip
+        folder,
+        filename=Path(BEST).stem,
+        monitor="val/loss",
+        mode="min",
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
     last = ModelCheckpoint(  # of every epoch
         folder, filename=Path(LAST).stem, enable_version_counter=False, save_on_train_epoch_end=True
     )
@@ -241,8 +245,9 @@ def evaluate(
         target = Path(output) if output else file.with_name("test.csv")
         names = ("target", "unit", "mae", "rmse")
         shown = [[number(row[name]) for name in names] for row in task.results]
-        print(f"{file}, {task.tested} molecules of {described['dataset']}, "
-              f"split {described['split']}")  # fmt: skip
+        print(
+            f"{file}, {task.tested} molecules of {described['dataset']}, split {described['split']}"
+        )
         print(aligned([list(names), *shown]), end="")
         rows = [[row[n] for n in names] for row in task.results]
         with_file = [[*row, task.tested, str(file)] for row in rows]

@@ -126,9 +126,11 @@ def _atoms(lines: Sequence[str], first: int) -> tuple[np.ndarray, ...]:
     charges = [_CHARGES.get(code, 0) for code in codes]
     radicals = [int(code == 4) for code in codes]
     return (
-        np.array(z, np.int64), np.array(pos, np.float64).reshape(-1, 3),
-        np.array(charges, np.int64), np.array(radicals, np.int64),
-    )  # fmt: skip
+        np.array(z, np.int64),
+        np.array(pos, np.float64).reshape(-1, 3),
+        np.array(charges, np.int64),
+        np.array(radicals, np.int64),
+    )
 
 
 def _bonds(lines: Sequence[str], first: int, atoms: int) -> np.ndarray:

@@ -72,9 +72,11 @@ class Errors(torch.nn.Module):
         """loss [], molecules [], mae [T], rmse [T], and forces [] where there were any."""
         molecules = self.molecules.compute()
         found = {
-            "loss": self.loss.compute() / molecules, "molecules": molecules,
-            "mae": self.mae.compute().reshape(-1), "rmse": self.rmse.compute().reshape(-1),
-        }  # fmt: skip
+            "loss": self.loss.compute() / molecules,
+            "molecules": molecules,
+            "mae": self.mae.compute().reshape(-1),
+            "rmse": self.rmse.compute().reshape(-1),
+        }
         if self.forces.update_called:
             found["forces"] = self.forces.compute()
         for metric in (self.loss, self.molecules, self.mae, self.rmse, self.forces):
@@ -155,9 +157,10 @@ class PoolingTask(LightningModule):
         if not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {lr}")
         for name, weight in (
-            ("energy_weight", energy_weight), ("force_weight", force_weight),
+            ("energy_weight", energy_weight),
+            ("force_weight", force_weight),
             ("coefficient_factor", coefficient_factor),
-        ):  # fmt: skip
+        ):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
         targets = list(targets)
@@ -170,11 +173,16 @@ class PoolingTask(LightningModule):
         pooling_options = dict(pooling_options or {})
         if backend is not None:
             pooling_options["backend"] = backend
-        self.model = PooledModel.from_config({
-            "backbone": backbone, "backbone_options": dict(backbone_options or {}),
-            "pooling": pooling, "pooling_options": pooling_options,
-            "head": head, "targets": len(targets),
-        })  # fmt: skip
+        self.model = PooledModel.from_config(
+            {
+                "backbone": backbone,
+                "backbone_options": dict(backbone_options or {}),
+                "pooling": pooling,
+                "pooling_options": pooling_options,
+                "head": head,
+                "targets": len(targets),
+            }
+        )
         for name in ("mean", "std", "atomref"):
             setattr(self.model, name, getattr(self.model, name).double())
         self.targets = tuple(Target(name, "") for name in targets)  # units come with the data
@@ -219,9 +227,14 @@ class PoolingTask(LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self._predicted(batch)[0] * self.trainer.world_size  # gradients are averaged
         self.log(
-            "train/loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True,
-            batch_size=batch.total, sync_dist=True,
-        )  # fmt: skip
+            "train/loss",
+            loss.detach(),
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=batch.total,
+            sync_dist=True,
+        )
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:

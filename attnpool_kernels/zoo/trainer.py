@@ -71,9 +71,12 @@ class TrainerOptions:
         check(further, given | further)
         fixed = {
             "use_distributed_sampler": False,  # MoleculeData deals the molecules out
-            "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
-            "enable_progress_bar": bar, "callbacks": callbacks,
-        }  # fmt: skip
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": bar,
+            "callbacks": callbacks,
+        }
         defaults = dataclasses.asdict(TrainerOptions())
         shown = {k: x for k, x in (given | further).items() if x != defaults.get(k)}
         text = ", ".join(f"{name}={value!r}" for name, value in shown.items()) or "the defaults"
@@ -95,10 +98,13 @@ def check(further: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         if kind in (bool, bool | None) and not isinstance(value, bool | None):
             raise OptionError(f"{name} must be true or false, got {value!r}")
     for name, least, endless in (
-        ("max_epochs", 1, True), ("max_steps", 1, True), ("accumulate_grad_batches", 1, False),
-        ("check_val_every_n_epoch", 1, False), ("num_sanity_val_steps", 0, True),
+        ("max_epochs", 1, True),
+        ("max_steps", 1, True),
+        ("accumulate_grad_batches", 1, False),
+        ("check_val_every_n_epoch", 1, False),
+        ("num_sanity_val_steps", 0, True),
         ("log_every_n_steps", 0, False),
-    ):  # fmt: skip
+    ):
         value = given.get(name)
         if value is None or (endless and value == -1):
             continue

@@ -29,8 +29,9 @@ def read(lines: Iterable[str]) -> list[ase.Atoms]:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if isinstance(error, KeyError):
                 reason = f"unknown element {reason}"
-            raise ValueError(f"molecule {len(found)} in lines {start} to "
-                             f"{start + len(frame) - 1}: {reason}") from error  # fmt: skip
+            raise ValueError(
+                f"molecule {len(found)} in lines {start} to {start + len(frame) - 1}: {reason}"
+            ) from error
         found.append(cast("ase.Atoms", atoms))
     return found
 

@@ -85,8 +85,9 @@ def values(module):
     """Results and the gradient of the rows, for a fixed cotangent."""
     x = rows().requires_grad_()
     out = run(module, x)
-    (gradient,) = torch.autograd.grad((out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype)
-                                       .view_as(out)).sum(), x)  # fmt: skip
+    (gradient,) = torch.autograd.grad(
+        (out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)).sum(), x
+    )
     return out.detach(), gradient
 
 
@@ -230,10 +231,24 @@ def pruned_bias(model, path, layer, stack):
 
 
 KINDS = (
-    lora, subclass, changed_class, changed_forward, no_bias, forward_hook, forward_pre_hook,
-    global_forward_hook, global_forward_pre_hook, parametrized, parametrized_bias, weight_norm,
-    spectral_norm, weight_norm_of_old, spectral_norm_of_old, pruned, pruned_bias,
-)  # fmt: skip
+    lora,
+    subclass,
+    changed_class,
+    changed_forward,
+    no_bias,
+    forward_hook,
+    forward_pre_hook,
+    global_forward_hook,
+    global_forward_pre_hook,
+    parametrized,
+    parametrized_bias,
+    weight_norm,
+    spectral_norm,
+    weight_norm_of_old,
+    spectral_norm_of_old,
+    pruned,
+    pruned_bias,
+)
 
 
 def linears(module):
@@ -340,8 +355,9 @@ def test_dynamic_quantisation_acts(name):
 def test_every_module_inside_is_called(name):
     """Hooks on the blocks themselves too, which wrappers (sharding, checkpointing) rely on."""
     module = made(name)
-    inside = {path: m for path, m in module.named_modules() if not isinstance(
-        m, torch.nn.ModuleList)}  # fmt: skip
+    inside = {
+        path: m for path, m in module.named_modules() if not isinstance(m, torch.nn.ModuleList)
+    }
     seen = set()
     for path, m in inside.items():
         m.register_forward_pre_hook(lambda m, args, path=path: seen.add(path))

@@ -16,20 +16,33 @@ LIBRARY = {name: "torch_geometric" for name in ("schnet", "dimenet", "dimenet++"
 LIBRARY |= {name: "schnetpack" for name in ("schnetpack_schnet", "painn")}
 SMALL = {
     "schnet": {
-        "hidden_channels": 16, "num_filters": 12, "num_interactions": 2, "num_gaussians": 8,
+        "hidden_channels": 16,
+        "num_filters": 12,
+        "num_interactions": 2,
+        "num_gaussians": 8,
         "cutoff": 5.0,
     },
     "schnetpack_schnet": {"n_atom_basis": 16, "n_interactions": 2, "n_rbf": 8, "n_filters": 12},
     "dimenet": {
-        "hidden_channels": 12, "num_blocks": 1, "num_bilinear": 3, "latent": 16,
-        "num_spherical": 3, "num_radial": 4,
+        "hidden_channels": 12,
+        "num_blocks": 1,
+        "num_bilinear": 3,
+        "latent": 16,
+        "num_spherical": 3,
+        "num_radial": 4,
     },
     "dimenet++": {
-        "hidden_channels": 12, "num_blocks": 2, "int_emb_size": 6, "basis_emb_size": 4,
-        "out_emb_channels": 10, "latent": 16, "num_spherical": 3, "num_radial": 4,
+        "hidden_channels": 12,
+        "num_blocks": 2,
+        "int_emb_size": 6,
+        "basis_emb_size": 4,
+        "out_emb_channels": 10,
+        "latent": 16,
+        "num_spherical": 3,
+        "num_radial": 4,
     },
     "painn": {"n_atom_basis": 16, "n_interactions": 2, "n_rbf": 8},
-}  # fmt: skip
+}
 
 
 def small(name, **options):
@@ -159,9 +172,12 @@ def test_defaults_are_the_published_ones():
     net = backbone("dimenet++")
     assert net.options["num_spherical"] == 7 and net.channels == 50
     assert backbone("schnet", cutoff=4).options == {
-        "hidden_channels": 128, "num_filters": 128, "num_interactions": 6, "num_gaussians": 50,
+        "hidden_channels": 128,
+        "num_filters": 128,
+        "num_interactions": 6,
+        "num_gaussians": 50,
         "cutoff": 4,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -25,12 +25,15 @@ CUTOFF = 3.0  # Å; less than ethanol is long
 CONFIG = {
     "backbone": "schnet",
     "backbone_options": {
-        "hidden_channels": 16, "num_filters": 16, "num_interactions": 2, "num_gaussians": 12,
+        "hidden_channels": 16,
+        "num_filters": 16,
+        "num_interactions": 2,
+        "num_gaussians": 12,
         "cutoff": CUTOFF,
     },
     "pooling": "abp",
     "pooling_options": {"hidden": 16, "heads": 2, "seeds": 2, "activation": "silu"},
-}  # fmt: skip
+}
 
 
 def model(seed=0, **changes):
@@ -321,9 +324,12 @@ def trained(tmp_path, **changes):
     atoms = molecule("CH3CH2OH")
     places = atoms.positions + 0.05 * rng.standard_normal((12, 9, 3))
     np.savez(
-        tmp_path / "frames.npz", z=atoms.numbers, R=places, E=-97000 + rng.standard_normal(12),
+        tmp_path / "frames.npz",
+        z=atoms.numbers,
+        R=places,
+        E=-97000 + rng.standard_normal(12),
         F=20 * rng.standard_normal(places.shape),
-    )  # fmt: skip
+    )
     data = MoleculeData(
         "md17", str(tmp_path / "frames.npz"), options={"train": 8, "val": 2}, batch_size=4
     )
@@ -333,10 +339,16 @@ def trained(tmp_path, **changes):
     )
     keep = ModelCheckpoint(tmp_path / "run", "best", monitor="val/loss")
     trainer = Trainer(
-        max_epochs=1, callbacks=[keep], accelerator="cpu", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        inference_mode=False, **changes,
-    )  # fmt: skip
+        max_epochs=1,
+        callbacks=[keep],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        **changes,
+    )
     trainer.fit(task, data)
     return tmp_path / "run", task
 

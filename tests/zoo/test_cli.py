@@ -18,10 +18,17 @@ from attnpool_kernels.zoo.task import PoolingTask
 from . import tiny
 
 SMALL = [
-    "--config", "qm7b_small_abp", "--task.pooling_options", "{hidden: 16, heads: 2, seeds: 2}",
-    "--task.backbone_options", "{hidden_channels: 16, num_filters: 16, num_interactions: 1}",
-    "--trainer.accelerator", "cpu", "--data.batch_size", "8",
-]  # fmt: skip
+    "--config",
+    "qm7b_small_abp",
+    "--task.pooling_options",
+    "{hidden: 16, heads: 2, seeds: 2}",
+    "--task.backbone_options",
+    "{hidden_channels: 16, num_filters: 16, num_interactions: 1}",
+    "--trainer.accelerator",
+    "cpu",
+    "--data.batch_size",
+    "8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +234,7 @@ def schedule(name, text):
     (["--config", "nix"], "config must be a file or one of md17_schnet_abp"),
     (["--output", "file"], "output must be a folder, got the file"),
     (["--nix", "1"], "--nix"),
-)  # fmt: skip
+)
 def test_wrong_options_of_fit(zoo, tmp_path, given, message):
     if "gpu" in message and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -311,9 +318,18 @@ def test_the_configuration_of_a_resumed_run_starts_anew(zoo, tmp_path):
     assert zoo("fit", "--output", "a", "--trainer.max_epochs", 1)[0] == 0
     for path in ("last", "a/last.ckpt", "a"):
         code, out, _ = zoo(
-            "fit", "--config", "a/config.yaml", "--output", "a", "--ckpt_path", path,
-            "--trainer.max_epochs", 9, "--task.lr", "2e-5",
-        )  # fmt: skip
+            "fit",
+            "--config",
+            "a/config.yaml",
+            "--output",
+            "a",
+            "--ckpt_path",
+            path,
+            "--trainer.max_epochs",
+            9,
+            "--task.lr",
+            "2e-5",
+        )
         text = (tmp_path / "a/config.yaml").read_text()
         assert code == 0 and "last.ckpt" not in text and "ckpt_path: a" not in text
         assert "lr: 2.0e-05" in text and "max_epochs: 9" in text
@@ -331,9 +347,13 @@ def test_sigterm_is_not_success(tmp_path, qm7b):
     command += ["--trainer.max_epochs", "-1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    ) as process:  # fmt: skip
+    ) as process:
         for line in process.stdout:
             if line.startswith("epoch 2 "):
                 process.terminate()
@@ -392,10 +412,25 @@ def test_configurations_make_models(name, parser, tmp_path):
 def test_two_processes_train_as_one_does(zoo, tmp_path, qm7b):
     path = tiny.write_md17(tmp_path / "md17_chain.npz")
     options = [
-        "fit", *SMALL, "--data.dataset", "md17", "--data.path", str(path), "--data.split", "0",
-        "--data.options", "{train: 21, val: 7}", "--task.targets", "[energy]", "--task.forces",
-        "true", "--task.lr", "0.001", "--trainer.max_epochs", "2",
-    ]  # fmt: skip
+        "fit",
+        *SMALL,
+        "--data.dataset",
+        "md17",
+        "--data.path",
+        str(path),
+        "--data.split",
+        "0",
+        "--data.options",
+        "{train: 21, val: 7}",
+        "--task.targets",
+        "[energy]",
+        "--task.forces",
+        "true",
+        "--task.lr",
+        "0.001",
+        "--trainer.max_epochs",
+        "2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "attnpool_kernels.zoo", *options, "--output", "two"]

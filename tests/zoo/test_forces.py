@@ -22,9 +22,7 @@ class Composite(AttentionPooling):
 
     def forward(self, x, ptr):
         ends = ptr.ptr.tolist()
-        return torch.stack([
-            set_transformer(self, x[i:j]).mean(0) for i, j in pairwise(ends)
-        ])  # fmt: skip
+        return torch.stack([set_transformer(self, x[i:j]).mean(0) for i, j in pairwise(ends)])
 
 
 def molecules():
@@ -38,20 +36,32 @@ def molecules():
     pos = torch.cat([lattice[:n] for n in SIZES])
     z = torch.tensor([1, 6, 7, 8])[torch.randint(4, (len(pos),), generator=generator)]
     return Molecules(
-        z, pos + 0.1 * normal(*pos.shape), Ragged.from_counts(SIZES).ptr.long(),
-        normal(len(SIZES), 1), normal(*pos.shape),
-    )  # fmt: skip
+        z,
+        pos + 0.1 * normal(*pos.shape),
+        Ragged.from_counts(SIZES).ptr.long(),
+        normal(len(SIZES), 1),
+        normal(*pos.shape),
+    )
 
 
 def model(activation, backend=None, pooling=None):
     options = {"hidden": 24, "heads": 3, "seeds": 3, "activation": activation, "backend": backend}
-    backbone = {"hidden_channels": 16, "num_filters": 16, "num_interactions": 2,
-                "num_gaussians": 10, "cutoff": 4.0}  # fmt: skip
+    backbone = {
+        "hidden_channels": 16,
+        "num_filters": 16,
+        "num_interactions": 2,
+        "num_gaussians": 10,
+        "cutoff": 4.0,
+    }
     torch.manual_seed(0)
-    made = PooledModel.from_config({
-        "backbone": "schnet", "backbone_options": backbone, "pooling": "abp",
-        "pooling_options": options,
-    })  # fmt: skip
+    made = PooledModel.from_config(
+        {
+            "backbone": "schnet",
+            "backbone_options": backbone,
+            "pooling": "abp",
+            "pooling_options": options,
+        }
+    )
     if pooling is not None:
         made.pooling = pooling(16, **options)
     return made

@@ -182,9 +182,7 @@ def test_statistics_and_references(head):
     references = torch.arange(100.0)[:, None]
     net.set_atomref(references)
     close(net(given), 3 * before + 2 + given.z.view(2, 5).sum(1, keepdim=True))
-    made = PooledModel(
-        net.backbone, "mean", mean=torch.tensor([1.0]), std=torch.tensor([2.0])
-    )  # fmt: skip
+    made = PooledModel(net.backbone, "mean", mean=torch.tensor([1.0]), std=torch.tensor([2.0]))
     assert float(made.mean) == 1 and float(made.std) == 2
 
 

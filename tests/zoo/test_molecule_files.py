@@ -117,7 +117,7 @@ def test_names_of_files(tmp_path):
         ("1\nProperties=species:S:1:pos:R:3:q:R:1\nH 0 0 0\n", "molecule 0 in lines 1 to 3: "),
         ("2\nProperties=species:S:1:f:R:3\nH 0 0 0\nH 1 1 1\n", "molecule 0 has no coordinates"),
     ],
-)  # fmt: skip
+)
 def test_lines_that_are_no_xyz(tmp_path, text, message):
     path = tmp_path / "m.xyz"
     path.write_text(text)
@@ -156,12 +156,14 @@ GOOD = record((3, 2), [*OH, ("H", 0, 1, -0.3, 0)], [(1, 2, 1), (1, 3, 1)])  # 11
         (record((2, 0), OH, (), ["M  CHG  2   1   1", "M  END"]), "line 18 must be a number of"),
         ("\n" + GOOD, "line 15 must be the numbers of atoms and bonds"),
         ("$$$$\n" + GOOD, "line 12 must be one of three lines of header"),
-        ("x\n\n\n  0  0  0     0  0            999 V3000\nM  V30 BEGIN CTAB\nM  END\n$$$$\n",
-         "line 15 says that the format is V3000"),
+        (
+            "x\n\n\n  0  0  0     0  0            999 V3000\nM  V30 BEGIN CTAB\nM  END\n$$$$\n",
+            "line 15 says that the format is V3000",
+        ),
         (GOOD.replace("$$$$\n", "") + GOOD, r"line 22 must be \$\$\$\$"),
         (GOOD.replace("$$$$\n", "> <x>\n1\n\n") + GOOD, r"line 34 must be \$\$\$\$"),
     ],
-)  # fmt: skip
+)
 def test_lines_that_are_no_sdf(tmp_path, text, message):
     path = tmp_path / "m.sdf"
     path.write_text(GOOD + text)
@@ -252,14 +254,21 @@ def test_charges_are_said_once(tmp_path):
 @pytest.mark.parametrize(
     ("comment", "text"),
     [
-        ("charge=1", "charge=1"), ("charge=-2 spin=1", "charge=-2, spin=1"),
-        ("multiplicity=2", "multiplicity=2"), ("Charge=1.0", "Charge=1.0"),
-        ("total_charge=1 name=a", "total_charge=1"), ("charge 1", "charge"),
-        ("magmom=2.0", "magmom=2.0"), ("charge=positive", "charge=positive"),
-        ("charge=0 spin=0 multiplicity=1", None), ("charge=0.0 spin_multiplicity=1", None),
-        ("a plain comment", None), ("magmom=0.0 energy=-3.0", None), ("", None),
+        ("charge=1", "charge=1"),
+        ("charge=-2 spin=1", "charge=-2, spin=1"),
+        ("multiplicity=2", "multiplicity=2"),
+        ("Charge=1.0", "Charge=1.0"),
+        ("total_charge=1 name=a", "total_charge=1"),
+        ("charge 1", "charge"),
+        ("magmom=2.0", "magmom=2.0"),
+        ("charge=positive", "charge=positive"),
+        ("charge=0 spin=0 multiplicity=1", None),
+        ("charge=0.0 spin_multiplicity=1", None),
+        ("a plain comment", None),
+        ("magmom=0.0 energy=-3.0", None),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_comments_of_xyz(tmp_path, comment, text):
     path = tmp_path / "m.xyz"
     path.write_text(f"2\n{comment}\nO 0 0 0\nH 0 0 1\n" * 2)

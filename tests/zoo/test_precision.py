@@ -37,9 +37,14 @@ def task(**options):
 def trained(precision, given, epochs=3, **options):
     made, data = task(**options), MoleculeData(given, batch_size=8)
     trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, precision=precision,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        precision=precision,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(made, data)
@@ -95,9 +100,13 @@ def test_float16_weights_are_refused_in_training():
     made, data, _ = trained("32-true", energies())
     for precision in ("16-true", "bf16-true", "32-true"):  # as weights to test they will do
         trainer = Trainer(
-            accelerator="cpu", logger=False, enable_progress_bar=False, precision=precision,
-            enable_model_summary=False, enable_checkpointing=False,
-        )  # fmt: skip
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            precision=precision,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.test(made, data, verbose=False)
@@ -110,10 +119,14 @@ def test_float16_weights_are_refused_in_training():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_half_leave_the_statistics(dtype):
-    model = PooledModel.from_config({
-        "backbone": "schnet", "backbone_options": tiny.SCHNET, "pooling": "abp",
-        "pooling_options": tiny.ABP,
-    })  # fmt: skip
+    model = PooledModel.from_config(
+        {
+            "backbone": "schnet",
+            "backbone_options": tiny.SCHNET,
+            "pooling": "abp",
+            "pooling_options": tiny.ABP,
+        }
+    )
     std = torch.tensor([0.1])
     model.set_statistics(torch.tensor([OFFSET]), std)
     model.set_atomref(torch.linspace(-900.0, -13.6, 100)[:, None])

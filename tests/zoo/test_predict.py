@@ -53,13 +53,19 @@ def test_every_molecule_of_a_file(tmp_path, name):
         ("a.xyz", "1\n\nXx 0 0 0\n", "cannot be read|has X"),
         ("a.xyz", "hello\n", "a.xyz cannot be read"),
         ("a.xyz", "1\n\nH 0 0 nan\n", "positions of molecule 0 must be finite"),
-        ("a.xyz", '1\nLattice="5 0 0 0 5 0 0 0 5" Properties=species:S:1:pos:R:3\nH 0 0 0\n',
-         "molecule 0 is periodic"),
-        ("a.sdf", "x\n\n\n  0  0  0  0  0  0  0  0  0  0999 V2000\nM  END\n$$$$\n",
-         "molecule 0 has no atoms"),
+        (
+            "a.xyz",
+            '1\nLattice="5 0 0 0 5 0 0 0 5" Properties=species:S:1:pos:R:3\nH 0 0 0\n',
+            "molecule 0 is periodic",
+        ),
+        (
+            "a.sdf",
+            "x\n\n\n  0  0  0  0  0  0  0  0  0  0999 V2000\nM  END\n$$$$\n",
+            "molecule 0 has no atoms",
+        ),
         ("a.sdf", "hello\n", "a.sdf cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_files_that_cannot_be(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text)
@@ -127,9 +133,7 @@ def test_checkpoints_run_no_code(tmp_path, capsys):
 def test_weights_of_another_model(tmp_path, task):
     path = tmp_path / "best.ckpt"
     zoo = {"targets": [["a", "eV"], ["b", "D"]], "elements": [1], "data": {}}
-    good = {
-        "zoo": zoo, "hyper_parameters": dict(task.hparams), "state_dict": task.state_dict()
-    }  # fmt: skip
+    good = {"zoo": zoo, "hyper_parameters": dict(task.hparams), "state_dict": task.state_dict()}
     torch.save(good, path)
     found = predict.load_task(path)
     assert found.targets == task.targets and found.elements == [1] and not found.training

@@ -41,7 +41,9 @@ def test_schnetpack_trains_on_forces():
     radial = spk.nn.GaussianRBF(8, 5.0)
     model = spk.model.NeuralNetworkPotential(
         representation=spk.representation.SchNet(
-            n_atom_basis=16, n_interactions=2, radial_basis=radial,
+            n_atom_basis=16,
+            n_interactions=2,
+            radial_basis=radial,
             cutoff_fn=spk.nn.CosineCutoff(5.0),
         ),
         input_modules=[spk.atomistic.PairwiseDistances()],
@@ -51,7 +53,7 @@ def test_schnetpack_trains_on_forces():
             ),
             spk.atomistic.Forces(energy_key="energy", force_key="forces"),
         ],
-    )  # fmt: skip
+    )
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j and IDX_M[i] == IDX_M[j]]
     idx_i, idx_j = torch.tensor(pairs).T
     batch = {

@@ -15,17 +15,25 @@ from . import tiny
 
 def task(**options):
     options = {
-        "backbone_options": tiny.SCHNET, "pooling_options": tiny.ABP, "targets": ["energy"],
-        "lr": 1e-3, **options,
-    }  # fmt: skip
+        "backbone_options": tiny.SCHNET,
+        "pooling_options": tiny.ABP,
+        "targets": ["energy"],
+        "lr": 1e-3,
+        **options,
+    }
     return PoolingTask("schnet", **options)
 
 
 def run(task, data, epochs=2, **options):
     trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*LeafSpec")
         trainer.fit(task, data)
@@ -185,8 +193,11 @@ def test_forces_train_with_their_weight():
     _, forces = made.model.energy_and_forces(given)
     mae = (forces - given.forces).abs().mean()
     assert made.results[1] == {
-        "target": "forces", "unit": "eV/Å", "mae": pytest.approx(mae.item(), rel=1e-5), "rmse": None
-    }  # fmt: skip
+        "target": "forces",
+        "unit": "eV/Å",
+        "mae": pytest.approx(mae.item(), rel=1e-5),
+        "rmse": None,
+    }
 
 
 def test_orbital_coefficients_train_the_weights():

@@ -18,9 +18,13 @@ def molecules(count=40, targets=2, forces=False, elements=(1, 6, 8)):
     pos = 1.5 * torch.randn(atoms, 3, generator=g, dtype=torch.float64)
     y = counts[:, None] + 0.1 * torch.randn(count, targets, generator=g, dtype=torch.float64)
     return Molecules(
-        z, pos, ptr, y,
-        torch.randn(atoms, 3, generator=g) if forces else None, torch.rand(atoms, generator=g),
-    )  # fmt: skip
+        z,
+        pos,
+        ptr,
+        y,
+        torch.randn(atoms, 3, generator=g) if forces else None,
+        torch.rand(atoms, generator=g),
+    )
 
 
 def molecule_set(count=40, train=28, val=6, targets=("energy", "homo"), **options):
@@ -34,9 +38,12 @@ def write_qm7b(path, count=40):
     """A file in the format of QM7b with random molecules of H, C and O."""
     found = molecules(count, 14)
     np.savez(
-        path, z=found.z.numpy(), pos=1.9 * found.pos.numpy(), ptr=found.ptr.numpy(),
+        path,
+        z=found.z.numpy(),
+        pos=1.9 * found.pos.numpy(),
+        ptr=found.ptr.numpy(),
         y=found.y.numpy(),
-    )  # fmt: skip
+    )
     return path
 
 

@@ -49,10 +49,13 @@ def packed(
     ptr = np.concatenate([[0], np.cumsum(counts)])
     try:
         return Molecules(
-            of(z, np.int64), of(pos, np.float64), of(ptr, np.int64), of(y, np.float64),
+            of(z, np.int64),
+            of(pos, np.float64),
+            of(ptr, np.int64),
+            of(y, np.float64),
             None if forces is None else of(forces, np.float64),
             None if coefficients is None else of(coefficients, np.float64),
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

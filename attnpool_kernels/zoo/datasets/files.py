@@ -266,5 +266,6 @@ def arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             held = ", ".join(stored.files)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from error
-    raise ValueError(f"{path} must hold {', '.join(names)}; missing: {', '.join(absent)} "
-                     f"(it holds {held})")  # fmt: skip
+    raise ValueError(
+        f"{path} must hold {', '.join(names)}; missing: {', '.join(absent)} (it holds {held})"
+    )

@@ -26,9 +26,17 @@ PROPERTIES = {"HOMO": "homo", "LUMO": "lumo", "GAP": "gap", "IP": "ip"}
 TARGETS = tuple(Target(name, "eV") for name in PROPERTIES.values())
 ORBITALS = {"homo": "coeff", "lumo": "coeff_lumo"}
 UNITS = {
-    "eV": 1.0, "Ha": HARTREE, "Hartree": HARTREE, "hartree": HARTREE, "kcal/mol": KCAL_PER_MOL,
-    "Ang": 1.0, "Angstrom": 1.0, "Bohr": BOHR, "bohr": BOHR, "a0": BOHR,
-}  # fmt: skip
+    "eV": 1.0,
+    "Ha": HARTREE,
+    "Hartree": HARTREE,
+    "hartree": HARTREE,
+    "kcal/mol": KCAL_PER_MOL,
+    "Ang": 1.0,
+    "Angstrom": 1.0,
+    "Bohr": BOHR,
+    "bohr": BOHR,
+    "a0": BOHR,
+}
 WHERE = (
     f"get {FILE} from the GitLab repository kchen/localized-intensive-property-prediciton of "
     "gitlab.mpcdf.mpg.de, and the folder SchNet_OE62/splits of "
@@ -74,9 +82,13 @@ def read(
         )
     y = np.stack([found[name] for name in names], axis=1)
     molecules = packed(
-        path, found["z"], found["pos"], found["counts"], y,
+        path,
+        found["z"],
+        found["pos"],
+        found["counts"],
+        y,
         coefficients=None if key is None else found[f"atoms/{key}"],
-    )  # fmt: skip
+    )
     targets = tuple(Target(PROPERTIES[name], "eV") for name in names)
     return Contents(path, molecules, targets, _splits(folder, path, len(molecules)))
 
@@ -106,8 +118,9 @@ def _database(path: Path) -> dict[str, np.ndarray]:
     if periodic:
         warnings.warn(
             f"{path}: {periodic} of {len(z)} structures are periodic; they are read as molecules, "
-            "without images", stacklevel=4,
-        )  # fmt: skip
+            "without images",
+            stacklevel=4,
+        )
     counts = np.array([len(atoms) for atoms in z])
     found = {"z": np.concatenate(z), "pos": np.concatenate(pos), "counts": counts}
     for name, listed in values.items():

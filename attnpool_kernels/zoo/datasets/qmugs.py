@@ -16,13 +16,30 @@ from .splits import eighty_ten_ten
 SEEDS = (242566, 710365, 828444, 170963, 744683)
 # The target of index i in the source is the i-th here.
 _GFN2 = (
-    "total_energy", "atomic_energy", "formation_energy", "total_enthalpy", "total_free_energy",
-    "homo", "lumo", "gap", "fermi_level", "dispersion_coefficient", "polarizability",
-)  # fmt: skip
+    "total_energy",
+    "atomic_energy",
+    "formation_energy",
+    "total_enthalpy",
+    "total_free_energy",
+    "homo",
+    "lumo",
+    "gap",
+    "fermi_level",
+    "dispersion_coefficient",
+    "polarizability",
+)
 _DFT = (
-    "total_energy", "atomic_energy", "formation_energy", "xc_energy", "nuclear_repulsion_energy",
-    "one_electron_energy", "two_electron_energy", "homo", "lumo", "gap",
-)  # fmt: skip
+    "total_energy",
+    "atomic_energy",
+    "formation_energy",
+    "xc_energy",
+    "nuclear_repulsion_energy",
+    "one_electron_energy",
+    "two_electron_energy",
+    "homo",
+    "lumo",
+    "gap",
+)
 TARGETS = tuple(
     Target(f"{level}_{name}", "a.u." if name in _GFN2[-2:] else "eV")
     for level, names in (("gfn2", _GFN2), ("dft", _DFT))

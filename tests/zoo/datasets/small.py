@@ -4,9 +4,25 @@ import numpy as np
 from ase.build import molecule
 
 NAMES = (
-    "CH4", "NH3", "H2O", "C2H2", "HCN", "H2CO", "CH3OH", "C2H6", "C2H4", "CH3CHO", "CO2", "H2",
-    "C6H6", "N2H4", "CH3CN", "HCOOH", "C2H6NH", "H",
-)  # fmt: skip
+    "CH4",
+    "NH3",
+    "H2O",
+    "C2H2",
+    "HCN",
+    "H2CO",
+    "CH3OH",
+    "C2H6",
+    "C2H4",
+    "CH3CHO",
+    "CO2",
+    "H2",
+    "C6H6",
+    "N2H4",
+    "CH3CN",
+    "HCOOH",
+    "C2H6NH",
+    "H",
+)
 
 
 def molecules(count=18):

@@ -150,8 +150,10 @@ def test_download(tmp_path, monkeypatch):
     assert len(load("md17", tmp_path / "new", train=4, val=2, **options)) == 8
     assert len(load("md17", tmp_path / "new", level="ccsd(t)", **options)) == 12
     assert sorted(os.listdir(tmp_path / "new")) == [
-        "ethanol_ccsd_t-test.npz", "ethanol_ccsd_t-train.npz", "md17_ethanol.npz",
-    ]  # fmt: skip
+        "ethanol_ccsd_t-test.npz",
+        "ethanol_ccsd_t-train.npz",
+        "md17_ethanol.npz",
+    ]
     with pytest.raises(OSError, match=r"md17_uracil.npz could not be fetched"):
         load("md17", tmp_path / "new", molecule="uracil", download=True)
     assert len(os.listdir(tmp_path / "new")) == 3

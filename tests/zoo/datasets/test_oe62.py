@@ -22,12 +22,15 @@ def properties(atoms, seed=0):
         homo, lumo, ip = -6 + rng.normal(), -1 + rng.normal(), 7 + rng.normal()
         rows.append(
             {
-                "HOMO": np.array([homo]), "HOMO_au": np.array([homo / Hartree]),
-                "LUMO": np.array([lumo]), "GAP": np.array([lumo - homo]),
-                "IP": np.array([ip]), "IP_au": np.array([ip / Hartree]),
+                "HOMO": np.array([homo]),
+                "HOMO_au": np.array([homo / Hartree]),
+                "LUMO": np.array([lumo]),
+                "GAP": np.array([lumo - homo]),
+                "IP": np.array([ip]),
+                "IP_au": np.array([ip / Hartree]),
                 "coeff": rng.dirichlet(np.ones(len(one))),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -38,8 +41,10 @@ def write_splits(folder, count=COUNT):
         order = np.random.default_rng(i).permutation(count)
         np.savez(
             folder / f"split_{count - 6}_4_2_{i}.npz",
-            train_idx=order[:-6], val_idx=order[-6:-2], test_idx=order[-2:],
-        )  # fmt: skip
+            train_idx=order[:-6],
+            val_idx=order[-6:-2],
+            test_idx=order[-2:],
+        )
 
 
 def write_ase(path, atoms, rows):
@@ -163,8 +168,10 @@ def test_wrong_databases(tmp_path):
     for i in range(5):
         np.savez(
             tmp_path / "splits" / f"split_2_4_2_{i}.npz",
-            train_idx=[0, 1], val_idx=[1], test_idx=[2, 3],
-        )  # fmt: skip
+            train_idx=[0, 1],
+            val_idx=[1],
+            test_idx=[2, 3],
+        )
     fails("molecules in two parts of the split", rows)
     np.savez(tmp_path / "splits" / "split_2_4_2_0.npz", train_idx=[0, 1], val_idx=[1])
     fails("must hold train_idx, val_idx, test_idx; missing: test_idx", rows)

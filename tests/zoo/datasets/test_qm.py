@@ -37,11 +37,15 @@ def write_list(path, atoms, y, **extra):
 
     data = [
         Data(
-            z=torch.tensor(one.numbers), pos=torch.tensor(one.positions).float(),
-            y=torch.tensor(row).float(), y_names=["a"] * len(row), num_nodes=len(one), **extra,
+            z=torch.tensor(one.numbers),
+            pos=torch.tensor(one.positions).float(),
+            y=torch.tensor(row).float(),
+            y_names=["a"] * len(row),
+            num_nodes=len(one),
+            **extra,
         )
         for one, row in zip(atoms, y)
-    ]  # fmt: skip
+    ]
     torch.save(data, path)
     return data
 
@@ -293,8 +297,11 @@ def test_qm9_download(tmp_path, monkeypatch):
     assert len(load("qm9", tmp_path / "new", download=True)) == 8
     assert len(load("qm9", tmp_path / "new")) == 8
     assert sorted(os.listdir(tmp_path / "new")) == [
-        "gdb9.sdf", "gdb9.sdf.cache.npz", "gdb9.sdf.csv", "uncharacterized.txt",
-    ]  # fmt: skip
+        "gdb9.sdf",
+        "gdb9.sdf.cache.npz",
+        "gdb9.sdf.csv",
+        "uncharacterized.txt",
+    ]
 
 
 def test_qm9_list_with_blank_lines(tmp_path):
