@@ -1,5 +1,5 @@
-// torch.ops.attnpool on CUDA: launch on torch's current stream, check. A library of its own, because
-// a torch without CUDA cannot load it; the schemas come from library.cpp. Nothing here waits for the
+// torch.ops.attnpool on CUDA: launches on torch's current stream. A library of its own, because a
+// torch without CUDA cannot load it; the schemas come from library.cpp. Nothing here waits for the
 // device.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

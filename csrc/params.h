@@ -24,8 +24,8 @@ struct View {
   int64_t molecule, row, head, unit;
 };
 
-// Inputs and outputs of all three passes, by the names of attnpool_kernels/operands.py: dq gradient,
-// ddq its cotangent, gq gradient of q in the double backward. What a pass does not use stays zero.
+// Inputs and outputs of all three passes (names of attnpool_kernels/operands.py: dq gradient, ddq
+// its cotangent, gq gradient of q in the double backward). What a pass does not use stays zero.
 struct AttnParams {
   // All passes.
   View q, k, v, bias;       // bias: rows are pairs

@@ -21,7 +21,7 @@ struct Task {
 };
 
 // out[row, head, :] = sum over parts of part[head, row, :], in the order of the parts.
-struct Sum {
+struct SumOfParts {
   View to;
   const void* part;      // [parts, heads, rows, padded width]
   int64_t parts, rows, width;
@@ -40,7 +40,7 @@ struct Kernels {
   void (*norms)(const AttnParams&, const Task&, void* scratch);
   void (*statistics)(const AttnParams&, const Task&, void* scratch);
   void (*double_backward)(const AttnParams&, const Task&, void* scratch);
-  void (*add_parts)(const AttnParams&, const Sum&, int64_t head);
+  void (*add_parts)(const AttnParams&, const SumOfParts&, int64_t head);
 };
 
 #if defined(__x86_64__)

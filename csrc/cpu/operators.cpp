@@ -1,5 +1,5 @@
-// torch.ops.attnpool on the CPU: runs the tasks of a pass on torch's threads, fills what no molecule
-// covers. Which code runs (vector width) is decided once, by the machine.
+// torch.ops.attnpool on the CPU: runs the tasks of a pass on torch's threads and fills what no
+// molecule covers. Which code runs (vector width) is decided once, by the machine.
 //
 // Results do not depend on the number of threads: a task's arithmetic is fixed by its molecule, and
 // sums over tasks (seeds; parts of one large molecule) are kept apart and added in order.
