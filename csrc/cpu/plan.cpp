@@ -56,8 +56,9 @@ class Planner {
   TaskPlan plan;
 
  private:
-  // Tasks of several molecules, or of some heads of one. Neighbours stay together, because a head
-  // fetches the rows of the next one ahead.
+  // Tasks of several molecules, or of some heads of one; a molecule that will be split has its own,
+  // whatever the batch is. Neighbours stay together, because a head fetches the rows of the next one
+  // ahead.
   void plan_molecules(int64_t together, int64_t threads) {
     for (int64_t b = 0; b < a_.molecules; ++b) {
       plan.longest = std::max(plan.longest, query_span(a_, b).size);
@@ -75,7 +76,8 @@ class Planner {
     };
     for (int64_t b = 0; b < a_.molecules; ++b) {
       const double head = head_flops(a_, pass_, b), flops = head * double(a_.heads);
-      if (flops < 2 * target || together > 1) {
+      const bool splits = pass_ != Pass::forward && key_part(a_, b) > 0;
+      if ((flops < 2 * target && !splits) || together > 1) {
         open_flops += flops;
         if (together > 1 ? (b + 1) % together == 0 : open_flops >= target) close(b + 1);
         continue;
