@@ -10,9 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <array>
 #include <cmath>
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -134,12 +132,9 @@ struct Call {
   Dtype sums;
 
   Call(const Operands& in, const Options& options) : q(in.q), reader(in.q) {
-    STD_TORCH_CHECK(in.q.dim() == 3, "q must have 3 dimensions [rows, heads, width], got ",
-                    in.q.dim());
-    STD_TORCH_CHECK(in.k.dim() == 3, "k must have 3 dimensions [rows, heads, width], got ",
-                    in.k.dim());
-    STD_TORCH_CHECK(in.v.dim() == 3, "v must have 3 dimensions [rows, heads, width], got ",
-                    in.v.dim());
+    for (const auto& [name, x] : {std::pair("q", &in.q), {"k", &in.k}, {"v", &in.v}})
+      STD_TORCH_CHECK(x->dim() == 3, name, " must have 3 dimensions [rows, heads, width], got ",
+                      x->dim());
     a.dtype = dtype_of(in.q, "q");
     sums = accumulator(a.dtype);
     a.query_rows = in.q.size(0);
@@ -212,24 +207,26 @@ struct Call {
     return reader.read(x, name, sums, lse_shape, lse_shape.size() == 3);
   }
 
+  // The data of a contiguous vector of `count` integers.
+  const void* integers(const Tensor& x, const char* name, ScalarType type, int64_t count) const {
+    STD_TORCH_CHECK(
+        x.scalar_type() == type && x.dim() == 1 && x.numel() == count && x.is_contiguous(), name,
+        " must be contiguous ", type == ScalarType::Long ? "int64" : "int32", " with shape [",
+        count, "]");
+    reader.same_device(x, name);
+    return x.data_ptr();
+  }
+
   void read_ptr(const Operands& in) {
     const ScalarType type = in.k_ptr.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
-                    "k_ptr must be int32 or int64");
-    STD_TORCH_CHECK(in.k_ptr.dim() == 1 && in.k_ptr.numel() >= 1 && in.k_ptr.is_contiguous(),
-                    "k_ptr must be contiguous with shape [molecules + 1]");
-    reader.same_device(in.k_ptr, "k_ptr");
+    const int64_t boundaries = in.k_ptr.numel();
+    STD_TORCH_CHECK((type == ScalarType::Int || type == ScalarType::Long) && boundaries >= 1,
+                    "k_ptr must be int32 or int64 with shape [molecules + 1]");
     a.ptr_is_64 = type == ScalarType::Long;
-    a.molecules = in.k_ptr.numel() - 1;
-    a.k_ptr = in.k_ptr.data_ptr();
-    a.shared_seeds = !in.q_ptr.has_value();
-    if (a.shared_seeds) return;
-    STD_TORCH_CHECK(in.q_ptr->scalar_type() == type, "q_ptr must have the dtype of k_ptr");
-    STD_TORCH_CHECK(in.q_ptr->dim() == 1 && in.q_ptr->numel() == a.molecules + 1 &&
-                        in.q_ptr->is_contiguous(),
-                    "q_ptr must be contiguous with the shape of k_ptr");
-    reader.same_device(*in.q_ptr, "q_ptr");
-    a.q_ptr = in.q_ptr->data_ptr();
+    a.molecules = boundaries - 1;
+    a.k_ptr = integers(in.k_ptr, "k_ptr", type, boundaries);
+    a.shared_seeds = !in.q_ptr;
+    if (in.q_ptr) a.q_ptr = integers(*in.q_ptr, "q_ptr", type, boundaries);
   }
 
   void read_bias(const Operands& in) {
@@ -245,11 +242,8 @@ struct Call {
     a.pairs = in.bias->size(0);
     bias_shape = {a.pairs, a.heads};
     a.bias = reader.read(*in.bias, "bias", a.bias_dtype, bias_shape, false);
-    STD_TORCH_CHECK(in.pair_ptr->scalar_type() == ScalarType::Long && in.pair_ptr->dim() == 1 &&
-                        in.pair_ptr->numel() == a.molecules + 1 && in.pair_ptr->is_contiguous(),
-                    "pair_ptr must be contiguous int64 with shape [molecules + 1]");
-    reader.same_device(*in.pair_ptr, "pair_ptr");
-    a.pair_ptr = static_cast<const int64_t*>(in.pair_ptr->data_ptr());
+    a.pair_ptr = static_cast<const int64_t*>(
+        integers(*in.pair_ptr, "pair_ptr", ScalarType::Long, a.molecules + 1));
   }
 
   void read_dropout(const Operands& in, double dropout) {
@@ -258,12 +252,8 @@ struct Call {
     a.drop_threshold = static_cast<uint32_t>(std::floor(dropout * 4294967296.0));
     STD_TORCH_CHECK(in.seed.has_value() == (dropout > 0),
                     "seed must be given exactly when dropout is above 0");
-    if (!in.seed) return;
-    STD_TORCH_CHECK(in.seed->scalar_type() == ScalarType::Long && in.seed->dim() == 1 &&
-                        in.seed->numel() == 1,
-                    "seed must be int64 with shape [1]");
-    reader.same_device(*in.seed, "seed");
-    a.seed = static_cast<const int64_t*>(in.seed->data_ptr());
+    if (in.seed)
+      a.seed = static_cast<const int64_t*>(integers(*in.seed, "seed", ScalarType::Long, 1));
   }
 };
 

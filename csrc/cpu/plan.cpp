@@ -119,11 +119,10 @@ class Planner {
   // One part of d(seeds) per run of molecules.
   void share_seeds() {
     const int64_t parts = int64_t(plan.tasks.size());
-    size_t part = 0;
-    char* memory = add_sum(0, a_.query_rows, 0, parts, a_.head_dim, dq(), part);
+    char* memory = add_sum(0, {0, a_.query_rows}, parts, a_.head_dim, dq());
     for (Task& task : plan.tasks) {
       task.dq_sum = memory;
-      memory += part;
+      memory += part_bytes(a_.query_rows, a_.head_dim);
     }
     if (plan.flops < 2 * TASK_FLOPS) return;
     std::vector<Task> by_head;  // the parts are few: spread their heads
@@ -153,16 +152,15 @@ class Planner {
   void keep_parts(int64_t b, int64_t part) {
     const Span queries = query_span(a_, b);
     const int64_t n = queries.size, parts = (key_span(a_, b).size + part - 1) / part;
-    size_t dq_part = 0, gdout_part = 0;
-    char* const dq_sum = add_sum(b, n, queries.first, parts, a_.head_dim, dq(), dq_part);
+    char* const dq_sum = add_sum(b, queries, parts, a_.head_dim, dq());
     char* const gdout_sum =
-        double_ ? add_sum(b, n, queries.first, parts, a_.value_dim, a_.gdout, gdout_part) : nullptr;
+        double_ ? add_sum(b, queries, parts, a_.value_dim, a_.gdout) : nullptr;
     char* const rows = take(size_t(a_.heads * (double_ ? 4 : 1) * n) * element());
     for (Task& task : plan.tasks) {
       if (task.molecule != b || task.molecule_end != b + 1) continue;
       const size_t index = size_t(task.first / part);
-      task.dq_sum = dq_sum + index * dq_part;
-      if (double_) task.gdout_sum = gdout_sum + index * gdout_part;
+      task.dq_sum = dq_sum + index * part_bytes(n, a_.head_dim);
+      if (double_) task.gdout_sum = gdout_sum + index * part_bytes(n, a_.value_dim);
       task.statistics = rows;
     }
     for (int64_t h = 0; h < a_.heads; ++h)
@@ -171,15 +169,17 @@ class Planner {
             {b, b + 1, h, h + 1, i, std::min(n, i + QUERY_PART), nullptr, nullptr, rows});
   }
 
-  // Memory for `parts` parts of a result, zero; part_bytes: of one of them.
-  char* add_sum(int64_t molecule, int64_t rows, int64_t first_row, int64_t parts, int64_t width,
-                const View& to, size_t& part_bytes) {
-    part_bytes = size_t(a_.heads * rows * kernels_.padded(a_, width)) * element();
-    const size_t bytes = part_bytes * size_t(parts);
+  // Memory for the parts of rows of a result, zero.
+  char* add_sum(int64_t molecule, const Span& rows, int64_t parts, int64_t width, const View& to) {
+    const size_t bytes = size_t(parts) * part_bytes(rows.size, width);
     char* memory = take(bytes);
-    std::fill(memory, memory + bytes, 0);
-    plan.sums.push_back({to, memory, parts, rows, width, molecule, first_row});
+    std::fill_n(memory, bytes, 0);
+    plan.sums.push_back({to, memory, parts, rows.size, width, molecule, rows.first});
     return memory;
+  }
+
+  size_t part_bytes(int64_t rows, int64_t width) const {
+    return size_t(a_.heads * rows * kernels_.padded(a_, width)) * element();
   }
 
   char* take(size_t bytes) {
