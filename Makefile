@@ -35,7 +35,7 @@ $(VENV)/.torch: | $(BIN)/python
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	ATTNPOOL_BUILD=$(BUILD) $(INSTALL) --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c "import torch; from attnpool_kernels.backends import cpu; \
-	  print('attnpool_kernels:', cpu.load() or torch.ops.attnpool_c.build_info())"
+	  print('attnpool_kernels:', cpu.load() or torch.ops.attnpool.build_info())"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.package

@@ -13,8 +13,8 @@ gigabytes. So: ``pip install . --no-build-isolation`` where torch is installed.
 
 Libraries are files ``attnpool_kernels/_C_cpu.abi3.so`` (pattern ``_C_cpu*.so``) and, for CUDA,
 ``_C_cuda*.so``, loaded by ``torch.ops.load_library(path)``; the CPU library holds the schemas of
-``torch.ops.attnpool_c`` and is loaded first. They use torch's stable ABI and Python's limited API:
-one build serves torch >= 2.10 and Python >= 3.10.
+``torch.ops.attnpool`` and is loaded first. They use torch's stable ABI and nothing of Python: one
+build serves torch >= 2.10 with any Python, or none.
 """
 
 import os
@@ -79,8 +79,6 @@ def cpu_library():
         return None, f"torch cannot be imported here ({error}); try --no-build-isolation"
     if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
         return None, f"torch {torch.__version__} is older than 2.10"
-    from sysconfig import get_paths
-
     torch_home = Path(torch.__file__).parent
     base = [
         *compiler(),
@@ -102,15 +100,12 @@ def cpu_library():
         *base,
         "-O2",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DPy_LIMITED_API=0x030a0000",
         "-isystem",
         str(torch_home / "include"),
-        "-isystem",
-        get_paths()["include"],
     ]
     library = Library("attnpool_kernels._C_cpu")
     library.objects["library"] = [*with_torch, "csrc/library.cpp"]
-    for source in ("operators", "peak"):
+    for source in ("operators", "peak", "plan"):
         library.objects[source] = [*with_torch, f"csrc/cpu/{source}.cpp"]
     for width, flags in WIDTHS.items() if X86 else [("baseline", [])]:
         for source in WIDTH_SOURCES:

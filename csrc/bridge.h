@@ -10,9 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <array>
 #include <cmath>
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -111,31 +109,32 @@ inline Tensor empty(const Tensor& q, const Shape& shape, Dtype dtype) {
   return torch::stable::new_empty(q, shape, scalar_type(dtype));
 }
 
-// What every pass receives.
-struct Inputs {
+// What every pass reads; attnpool_kernels/operands.py tells the shapes.
+struct Operands {
   const Tensor &q, &k, &v;
   const OptionalTensor& bias;
   const OptionalTensor& q_ptr;
   const Tensor& k_ptr;
   const OptionalTensor& pair_ptr;
   const OptionalTensor& seed;
+};
+
+struct Options {
   double scale, dropout;
 };
 
-// One call: shapes, and AttnParams that grows from the inputs to the outputs.
+// One call: shapes, and AttnParams that grows from the operands to the results.
 struct Call {
-  AttnParams a{};
+  const Tensor& q;
   Reader reader;
+  AttnParams a{};
   Shape q_shape, k_shape, v_shape, bias_shape, out_shape, lse_shape;
   Dtype sums;
 
-  explicit Call(const Inputs& in) : reader(in.q) {
-    STD_TORCH_CHECK(in.q.dim() == 3, "q must have 3 dimensions [rows, heads, width], got ",
-                    in.q.dim());
-    STD_TORCH_CHECK(in.k.dim() == 3, "k must have 3 dimensions [rows, heads, width], got ",
-                    in.k.dim());
-    STD_TORCH_CHECK(in.v.dim() == 3, "v must have 3 dimensions [rows, heads, width], got ",
-                    in.v.dim());
+  Call(const Operands& in, const Options& options) : q(in.q), reader(in.q) {
+    for (const auto& [name, x] : {std::pair("q", &in.q), {"k", &in.k}, {"v", &in.v}})
+      STD_TORCH_CHECK(x->dim() == 3, name, " must have 3 dimensions [rows, heads, width], got ",
+                      x->dim());
     a.dtype = dtype_of(in.q, "q");
     sums = accumulator(a.dtype);
     a.query_rows = in.q.size(0);
@@ -161,60 +160,76 @@ struct Call {
       lse_shape = {a.query_rows, a.heads};
     }
     read_bias(in);
-    read_dropout(in);
-    a.scale = in.scale;
+    read_dropout(in, options.dropout);
+    a.scale = options.scale;
   }
 
-  View rows(const Tensor& x, const char* name, const Shape& shape) const {
-    return reader.read(x, name, a.dtype, shape, shape.size() == 4);
-  }
-  View statistics(const Tensor& x, const char* name) const {
-    return reader.read(x, name, sums, lse_shape, lse_shape.size() == 3);
+  // Results of the first pass and their cotangents.
+  void read_result(const Tensor& out, const Tensor& lse, const Tensor& dout,
+                   const OptionalTensor& dlse) {
+    a.out = rows(out, "out", out_shape);
+    a.lse = statistics(lse, "lse");
+    a.dout = rows(dout, "dout", out_shape);
+    if (dlse) a.dlse = statistics(*dlse, "dlse");
   }
   View optional_rows(const OptionalTensor& x, const char* name, const Shape& shape) const {
     return x ? rows(*x, name, shape) : View{};
   }
+  View optional_bias(const OptionalTensor& x, const char* name) const {
+    STD_TORCH_CHECK(!bias_shape.empty() || !x, name, " needs bias");
+    return x ? reader.read(*x, name, a.bias_dtype, bias_shape, false) : View{};
+  }
+
   // Allocates and puts the view of the new tensor into to.
-  Tensor new_rows(const Tensor& q, const Shape& shape, View& to) const {
+  Tensor new_rows(const Shape& shape, View& to) const {
     Tensor x = empty(q, shape, a.dtype);
     to = Reader::view(x, shape.size() == 4);
     return x;
   }
-  Tensor new_statistics(const Tensor& q, View& to) const {
+  Tensor new_statistics(View& to) const {
     Tensor x = empty(q, lse_shape, sums);
     to = Reader::view(x, lse_shape.size() == 3);
     return x;
   }
-  // [P, H], or [0, H] with to left absent when it is not wanted.
-  Tensor new_bias(const Tensor& q, bool wanted, View& to) const {
-    if (!wanted) return empty(q, {0, a.heads}, a.bias_dtype);
+  // [P, H], or [0, H] with to left absent where there is no bias or it is not wanted.
+  Tensor new_bias(bool wanted, View& to) const {
+    if (!wanted || bias_shape.empty()) return empty(q, {0, a.heads}, a.bias_dtype);
     Tensor x = empty(q, bias_shape, a.bias_dtype);
     to = Reader::view(x, false);
     return x;
   }
 
  private:
-  void read_ptr(const Inputs& in) {
-    const ScalarType type = in.k_ptr.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
-                    "k_ptr must be int32 or int64");
-    STD_TORCH_CHECK(in.k_ptr.dim() == 1 && in.k_ptr.numel() >= 1 && in.k_ptr.is_contiguous(),
-                    "k_ptr must be contiguous with shape [molecules + 1]");
-    reader.same_device(in.k_ptr, "k_ptr");
-    a.ptr_is_64 = type == ScalarType::Long;
-    a.molecules = in.k_ptr.numel() - 1;
-    a.k_ptr = in.k_ptr.data_ptr();
-    a.shared_seeds = !in.q_ptr.has_value();
-    if (a.shared_seeds) return;
-    STD_TORCH_CHECK(in.q_ptr->scalar_type() == type, "q_ptr must have the dtype of k_ptr");
-    STD_TORCH_CHECK(in.q_ptr->dim() == 1 && in.q_ptr->numel() == a.molecules + 1 &&
-                        in.q_ptr->is_contiguous(),
-                    "q_ptr must be contiguous with the shape of k_ptr");
-    reader.same_device(*in.q_ptr, "q_ptr");
-    a.q_ptr = in.q_ptr->data_ptr();
+  View rows(const Tensor& x, const char* name, const Shape& shape) const {
+    return reader.read(x, name, a.dtype, shape, shape.size() == 4);
+  }
+  View statistics(const Tensor& x, const char* name) const {
+    return reader.read(x, name, sums, lse_shape, lse_shape.size() == 3);
   }
 
-  void read_bias(const Inputs& in) {
+  // The data of a contiguous vector of `count` integers.
+  const void* integers(const Tensor& x, const char* name, ScalarType type, int64_t count) const {
+    STD_TORCH_CHECK(
+        x.scalar_type() == type && x.dim() == 1 && x.numel() == count && x.is_contiguous(), name,
+        " must be contiguous ", type == ScalarType::Long ? "int64" : "int32", " with shape [",
+        count, "]");
+    reader.same_device(x, name);
+    return x.data_ptr();
+  }
+
+  void read_ptr(const Operands& in) {
+    const ScalarType type = in.k_ptr.scalar_type();
+    const int64_t boundaries = in.k_ptr.numel();
+    STD_TORCH_CHECK((type == ScalarType::Int || type == ScalarType::Long) && boundaries >= 1,
+                    "k_ptr must be int32 or int64 with shape [molecules + 1]");
+    a.ptr_is_64 = type == ScalarType::Long;
+    a.molecules = boundaries - 1;
+    a.k_ptr = integers(in.k_ptr, "k_ptr", type, boundaries);
+    a.shared_seeds = !in.q_ptr;
+    if (in.q_ptr) a.q_ptr = integers(*in.q_ptr, "q_ptr", type, boundaries);
+  }
+
+  void read_bias(const Operands& in) {
     a.bias_dtype = a.dtype;
     STD_TORCH_CHECK(in.bias.has_value() == in.pair_ptr.has_value(),
                     "bias and pair_ptr must be given together");
@@ -227,26 +242,18 @@ struct Call {
     a.pairs = in.bias->size(0);
     bias_shape = {a.pairs, a.heads};
     a.bias = reader.read(*in.bias, "bias", a.bias_dtype, bias_shape, false);
-    STD_TORCH_CHECK(in.pair_ptr->scalar_type() == ScalarType::Long && in.pair_ptr->dim() == 1 &&
-                        in.pair_ptr->numel() == a.molecules + 1 && in.pair_ptr->is_contiguous(),
-                    "pair_ptr must be contiguous int64 with shape [molecules + 1]");
-    reader.same_device(*in.pair_ptr, "pair_ptr");
-    a.pair_ptr = static_cast<const int64_t*>(in.pair_ptr->data_ptr());
+    a.pair_ptr = static_cast<const int64_t*>(
+        integers(*in.pair_ptr, "pair_ptr", ScalarType::Long, a.molecules + 1));
   }
 
-  void read_dropout(const Inputs& in) {
-    STD_TORCH_CHECK(in.dropout >= 0 && in.dropout < 1, "dropout must be in [0, 1), got ",
-                    in.dropout);
-    a.keep_scale = 1 / (1 - in.dropout);
-    a.drop_threshold = static_cast<uint32_t>(std::floor(in.dropout * 4294967296.0));
-    STD_TORCH_CHECK(in.seed.has_value() == (in.dropout > 0),
+  void read_dropout(const Operands& in, double dropout) {
+    STD_TORCH_CHECK(dropout >= 0 && dropout < 1, "dropout must be in [0, 1), got ", dropout);
+    a.keep_scale = 1 / (1 - dropout);
+    a.drop_threshold = static_cast<uint32_t>(std::floor(dropout * 4294967296.0));
+    STD_TORCH_CHECK(in.seed.has_value() == (dropout > 0),
                     "seed must be given exactly when dropout is above 0");
-    if (!in.seed) return;
-    STD_TORCH_CHECK(in.seed->scalar_type() == ScalarType::Long && in.seed->dim() == 1 &&
-                        in.seed->numel() == 1,
-                    "seed must be int64 with shape [1]");
-    reader.same_device(*in.seed, "seed");
-    a.seed = static_cast<const int64_t*>(in.seed->data_ptr());
+    if (in.seed)
+      a.seed = static_cast<const int64_t*>(integers(*in.seed, "seed", ScalarType::Long, 1));
   }
 };
 

@@ -1,6 +1,4 @@
 // Plain data of one kernel call, shared by the CPU and the CUDA kernels. No torch, no C++ library.
-// Include the headers of csrc/ by relative path and never with -I csrc: math.h would hide the
-// system's header of that name.
 #pragma once
 
 #include <stdint.h>
@@ -13,6 +11,7 @@
 
 namespace attnpool {
 
+enum class Pass { forward, backward, double_backward };
 enum class Dtype : int32_t { float16, bfloat16, float32, float64 };
 
 // A tensor [rows, heads, units] (q, out, dq ...), [rows, heads] (lse, bias: unit = 0) or, with
@@ -25,8 +24,8 @@ struct View {
   int64_t molecule, row, head, unit;
 };
 
-// Inputs and outputs of all three passes (names of design.md: dq gradient, ddq its cotangent, gq
-// gradient of q in the double backward). What a pass does not use stays zero.
+// Inputs and outputs of all three passes (names of attnpool_kernels/operands.py: dq gradient, ddq
+// its cotangent, gq gradient of q in the double backward). What a pass does not use stays zero.
 struct AttnParams {
   // All passes.
   View q, k, v, bias;       // bias: rows are pairs

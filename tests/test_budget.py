@@ -35,7 +35,7 @@ def product(x, y, what):
 
 
 def passes(batch, change=same, multiply=product, dtype=torch.float32):
-    """(F1)-(D12) in float32, of molecules with own queries; (D6) as csrc/math.h centres it.
+    """(F1)-(D12) in float32, of molecules with own queries; (D6) as csrc/equations.h centres it.
 
     change(x, name) may replace a quantity where it is used; multiply(x, y, name) a matrix product.
     Half types are rounded before a product.

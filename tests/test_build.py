@@ -118,8 +118,8 @@ BESIDE_CUDA = """
 import torch, attnpool_kernels
 from attnpool_kernels.backends import cuda
 assert cuda.load() == "", cuda.load()
-for name in ("forward", "backward", "double_backward"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"attnpool_c::{name}", "CUDA")
+for name in ("attention", "attention_backward", "attention_double_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"attnpool::{name}", "CUDA")
 assert not torch.cuda.is_initialized()
 """
 

@@ -53,7 +53,7 @@ def _details(name: str, work: Workload, device: str) -> str:
     module = attnpool_kernels.backends.load(name)
     if name in ("cpu", "cuda"):
         missing = module.load()  # build_info is there once the library is
-        return (missing and "not loaded") or torch.ops.attnpool_c.build_info()
+        return (missing and "not loaded") or torch.ops.attnpool.build_info()
     if name == "flash_attn":
         capability = torch.cuda.get_device_capability() if device == "cuda" else None
         major = module.load(capability, work.dim)[0]

@@ -142,13 +142,13 @@ def widths() -> list[str]:
     """Names of the vector widths that run here; none without the C++ library."""
     from attnpool_kernels.backends import cpu
 
-    if cpu.load() or not hasattr(torch.ops.attnpool_c, "_multiply_adds"):  # none, or an older one
+    if cpu.load() or not hasattr(torch.ops.attnpool, "_multiply_adds"):  # none, or an older one
         return []
     found = []
-    info = torch.ops.attnpool_c.build_info()
+    info = torch.ops.attnpool.build_info()
     for name in info.split("built for ")[1].split(";")[0].split():
         with contextlib.suppress(RuntimeError):  # built, but not for this processor
-            torch.ops.attnpool_c._multiply_adds(name, False, 1, FACTOR, SUMMAND)
+            torch.ops.attnpool._multiply_adds(name, False, 1, FACTOR, SUMMAND)
             found.append(name)
     return found
 
@@ -158,7 +158,7 @@ def _multiply_adds(dtype: torch.dtype, names: list[str], seconds: float) -> floa
     wide = dtype == torch.float64
 
     def rate(name: str) -> float:
-        return torch.ops.attnpool_c._multiply_adds(name, wide, PIECES, FACTOR, SUMMAND)
+        return torch.ops.attnpool._multiply_adds(name, wide, PIECES, FACTOR, SUMMAND)
 
     part = seconds / len(names)
     return running() * max(_highest(lambda name=name: rate(name), part) for name in names)
@@ -210,7 +210,11 @@ def _memory(
             times = max(1, READ // size)
 
             def read(x=x, times=times) -> float:
-                return torch.ops.attnpool_c._read(x, names[0], times)
+<<<<<<< HEAD:benchmarks/measuring/rates.py
+                return torch.ops.attnpool._read(x, names[0], times)
+=======
+                return torch.ops.attnpool._read(x, widths[0], times)
+>>>>>>> e8a57c9~1:benchmarks/rates.py
 
             best = max(best, running() * _highest(read, part))
         else:

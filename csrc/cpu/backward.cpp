@@ -3,7 +3,7 @@
 //
 // The rounding of an LSE is a factor of its row of P. Where it is large, with many keys or large
 // logits, norms() walks all keys of a block of queries first and P is divided by its own sum.
-#include "../math.h"
+#include "../equations.h"
 #include "block.h"
 #include "passes.h"
 
@@ -12,14 +12,14 @@ namespace ATTN_ISA {
 namespace {
 
 template <typename T>
-struct Scratch {
+struct BackwardScratch {
   T *q, *q_t, *k, *v, *dout, *dout_t, *out, *p, *ds, *pairs, *dq, *dk, *dv;
   T *minus_lse, *delta, *dlse, *norm;
   T* norms;  // by query of the molecule
   T *long_dq[2], *long_dk[2], *long_dv[2];
   int64_t keys, head_ld, value_ld;
 
-  Scratch(const AttnParams& a, int64_t longest, Arena& arena) {
+  BackwardScratch(const AttnParams& a, int64_t longest, Arena& arena) {
     head_ld = whole_vectors<T>(a.head_dim);
     value_ld = whole_vectors<T>(a.value_dim);
     keys = key_block<T>(larger(head_ld, value_ld));
@@ -111,8 +111,8 @@ void row_products(const T* a, const T* b, int64_t ld, int64_t count, T* to) {
 // norms[i] = 1 / sum of P over all keys, for queries first ... last - 1 of a molecule.
 template <typename T>
 void find_norms(const AttnParams& a, int64_t molecule, int64_t head, int64_t first, int64_t last,
-                const Scratch<T>& w, T* norms) {
-  Pairs at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
+                const BackwardScratch<T>& w, T* norms) {
+  Block at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
   const int64_t key_step = step_of(at.keys.size, w.keys, 4);
   const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
   DeadRows dead{};
@@ -151,7 +151,7 @@ void find_norms(const AttnParams& a, int64_t molecule, int64_t head, int64_t fir
 // The norms of a molecule that needs them: those found before, or in the scratch; else null.
 template <typename T>
 const T* norms_of(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-                  const Scratch<T>& w) {
+                  const BackwardScratch<T>& w) {
   const Span queries = query_span(a, molecule);
   if (task.statistics) return static_cast<T*>(task.statistics) + head * queries.size;
   bool needed = key_span(a, molecule).size > MANY_KEYS;
@@ -166,8 +166,8 @@ const T* norms_of(const AttnParams& a, const Task& task, int64_t molecule, int64
 
 template <typename T>
 void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-              const Scratch<T>& w, LongSum<T>& dq_sum) {
-  Pairs at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
+              const BackwardScratch<T>& w, LongSum<T>& dq_sum) {
+  Block at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
   const Span queries = at.queries, keys = at.keys;
   const int64_t first = smaller(task.first, keys.size), last = smaller(task.last, keys.size);
   if (queries.size == 0) {
@@ -260,7 +260,7 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
 template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
-  const Scratch<T> scratch(a, longest_of(a, task), arena);
+  const BackwardScratch<T> scratch(a, longest_of(a, task), arena);
   for_each_head<T>(a, task, scratch.long_dq, scratch.head_ld,
                    [&](int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
                      run_head<T>(a, task, molecule, head, scratch, dq_sum);
@@ -270,7 +270,7 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
 template <typename T>
 void run_norms(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
-  const Scratch<T> scratch(a, longest_of(a, task), arena);
+  const BackwardScratch<T> scratch(a, longest_of(a, task), arena);
   const int64_t rows = query_span(a, task.molecule).size;
   for (int64_t head = task.head; head < task.head_end; ++head)
     find_norms(a, task.molecule, head, task.first, task.last, scratch,
@@ -291,8 +291,8 @@ void norms(const AttnParams& a, const Task& task, void* scratch) {
 
 size_t backward_scratch(const AttnParams& a, int64_t longest) {
   Arena arena(nullptr);
-  if (a.dtype == Dtype::float64) Scratch<double>(a, longest, arena);
-  else Scratch<float>(a, longest, arena);
+  if (a.dtype == Dtype::float64) BackwardScratch<double>(a, longest, arena);
+  else BackwardScratch<float>(a, longest, arena);
   return size_t(arena.used());
 }
 

@@ -53,7 +53,7 @@ template <typename F>
 ATTN_INLINE void with_stored(Dtype dtype, F f) {
   switch (dtype) {
     case Dtype::float16: return f(Half());
-    case Dtype::bfloat16: return f(BFloat16());
+    case Dtype::bfloat16: return f(Bfloat16());
     case Dtype::float32: return f(float());
     default: return f(double());
   }
@@ -62,7 +62,7 @@ ATTN_INLINE void with_stored(Dtype dtype, F f) {
 ATTN_INLINE float widened(float x) { return x; }
 ATTN_INLINE double widened(double x) { return x; }
 ATTN_INLINE float widened(Half x) { return to_float(x); }
-ATTN_INLINE float widened(BFloat16 x) { return to_float(x); }
+ATTN_INLINE float widened(Bfloat16 x) { return to_float(x); }
 template <typename T>
 ATTN_INLINE void narrow(T x, double* to) { *to = x; }
 template <typename T>
@@ -70,7 +70,7 @@ ATTN_INLINE void narrow(T x, float* to) { *to = float(x); }
 template <typename T>
 ATTN_INLINE void narrow(T x, Half* to) { *to = to_half(float(x)); }
 template <typename T>
-ATTN_INLINE void narrow(T x, BFloat16* to) { *to = to_bfloat16(float(x)); }
+ATTN_INLINE void narrow(T x, Bfloat16* to) { *to = to_bfloat16(float(x)); }
 
 template <typename T, typename S>
 constexpr bool STORES = sizeof(T) == 8 ? sizeof(S) == 8 : sizeof(S) <= 4;
@@ -176,7 +176,7 @@ ATTN_INLINE int64_t ahead_of(const View& x, const Span& rows, int64_t count, int
 }
 
 // One (molecule, head) and the block of pairs at hand.
-struct Pairs {
+struct Block {
   int64_t molecule, head;
   Span queries, keys;       // of the molecule
   int64_t i0, j0, ni, nj;   // block, in rows of the molecule
@@ -184,7 +184,7 @@ struct Pairs {
 
 // to[nj][QUERIES] = x of the pairs, 0 in lanes without a query. Pairs that bias lacks read as 0.
 template <typename T>
-void pack_pairs(const AttnParams& a, const View& x, const Pairs& at, T* to) {
+void pack_pairs(const AttnParams& a, const View& x, const Block& at, T* to) {
   constexpr int W = WIDTH<T>;
   const Span pairs = pair_span(a, at.molecule);
   const int64_t lanes = whole_vectors<T>(at.ni);
@@ -204,7 +204,7 @@ void pack_pairs(const AttnParams& a, const View& x, const Pairs& at, T* to) {
 }
 
 template <typename T>
-void store_pairs(const AttnParams& a, const T* from, const Pairs& at, const View& x) {
+void store_pairs(const AttnParams& a, const T* from, const Block& at, const View& x) {
   const Span pairs = pair_span(a, at.molecule);
   with_stored(a.bias_dtype, [&](auto kind) {
     using S = decltype(kind);
@@ -219,7 +219,7 @@ void store_pairs(const AttnParams& a, const T* from, const Pairs& at, const View
 
 // to[nj][QUERIES] = keep factor R of the pairs: 0 or 1 / (1 - dropout).
 template <typename T>
-void keep_pairs(const AttnParams& a, const Pairs& at, T* to) {
+void keep_pairs(const AttnParams& a, const Block& at, T* to) {
   const PhiloxKey key = philox_key(*a.seed);
   const T kept = T(a.keep_scale);
   const int64_t lanes = whole_vectors<T>(at.ni);
@@ -272,7 +272,7 @@ struct DeadRows {
 // to (+)= factor * x^T y: sums over the keys of a block. x is [nj][QUERIES], y is [nj][ld]; dead
 // rows receive nothing.
 template <typename T>
-void sum_over_keys(const Pairs& at, const DeadRows& dead, const T* x, const T* y, int64_t ld,
+void sum_over_keys(const Block& at, const DeadRows& dead, const T* x, const T* y, int64_t ld,
                    T* to, int64_t to_ld, T factor, bool add) {
   if (!add)
     for (int64_t i = 0; dead.any && i < at.ni; ++i)
@@ -285,7 +285,7 @@ void sum_over_keys(const Pairs& at, const DeadRows& dead, const T* x, const T* y
 
 // to (+)= factor * x y: sums over the queries of a block. x is [nj][QUERIES], y is [ni][ld].
 template <typename T>
-void sum_over_queries(const Pairs& at, const T* x, const T* y, int64_t ld, T* to, int64_t to_ld,
+void sum_over_queries(const Block& at, const T* x, const T* y, int64_t ld, T* to, int64_t to_ld,
                       T factor, bool add) {
   product_rows<T>({x, QUERIES, y, ld, to, to_ld, int(at.nj), int(ld / WIDTH<T>), int(at.ni),
                    factor, nullptr, add});
@@ -293,7 +293,7 @@ void sum_over_queries(const Pairs& at, const T* x, const T* y, int64_t ld, T* to
 
 // to (+)= factor * x y^T of the block, x the rows of keys [nj][ld] and y the transposed queries.
 template <typename T>
-void pair_products(const Pairs& at, const T* x, int64_t ld, const T* y_t, int64_t width, T* to,
+void pair_products(const Block& at, const T* x, int64_t ld, const T* y_t, int64_t width, T* to,
                    T factor, bool add) {
   product_rows<T>({x, ld, y_t, QUERIES, to, QUERIES, int(at.nj),
                    int(blocks_of(at.ni, WIDTH<T>)), int(width), factor, nullptr, add});
@@ -353,7 +353,7 @@ void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lan
 
 // (F1), (F2) of a block; pairs is scratch for the bias.
 template <typename T>
-void block_weights(const AttnParams& a, const Pairs& at, Base base, const T* k, int64_t ld,
+void block_weights(const AttnParams& a, const Block& at, Base base, const T* k, int64_t ld,
                    const T* q_t, const T* minus_lse, T* pairs, T* p) {
   pair_products(at, k, ld, q_t, a.head_dim, p, T(a.scale * LOG2_E), false);
   if (a.bias.data) pack_pairs(a, a.bias, at, pairs);

@@ -2,7 +2,7 @@
 // its row statistics come from the block. Otherwise statistics() walks all keys of a block of
 // queries first, and the blocks are recomputed with keys outside and queries inside, as in
 // backward.cpp.
-#include "../math.h"
+#include "../equations.h"
 #include "block.h"
 #include "passes.h"
 
@@ -11,7 +11,7 @@ namespace ATTN_ISA {
 namespace {
 
 template <typename T>
-struct Scratch {
+struct DoubleBackwardScratch {
   T *q, *q_t, *k, *v, *dout, *dout_t;             // Q, K, V, dO
   T *ddq, *ddq_t, *ddk, *ddv;                     // A, B, C
   T *p, *tangent, *dp, *g, *pairs;                // P, T, dP, G of the block
@@ -21,7 +21,7 @@ struct Scratch {
   T *long_gq[2], *long_gdout[2], *long_gk[2], *long_gv[2];
   int64_t keys, head_ld, value_ld;
 
-  Scratch(const AttnParams& a, int64_t longest, Arena& arena) {
+  DoubleBackwardScratch(const AttnParams& a, int64_t longest, Arena& arena) {
     head_ld = whole_vectors<T>(a.head_dim);
     value_ld = whole_vectors<T>(a.value_dim);
     keys = key_block<T>(larger(head_ld, value_ld));
@@ -44,7 +44,7 @@ struct Scratch {
 // Row sums of one block of queries over the keys seen so far. P is divided by its own sum in the
 // end: the rounding of a large LSE would spoil the cancellations in (D5) and (D6).
 template <typename T>
-struct Sums {
+struct RowSums {
   enum { TOTAL, DELTA, T_, S1, W, COUNT };
   alignas(64) T sum[COUNT][QUERIES], lost[COUNT][QUERIES];
 
@@ -56,7 +56,8 @@ struct Sums {
 template <typename T>
 class Head {
  public:
-  Head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head, const Scratch<T>& w)
+  Head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
+       const DoubleBackwardScratch<T>& w)
       : a_(a), task_(task), w_(w), scale_(T(a.scale)),
         at_{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0} {
     query_step_ = step_of(at_.queries.size, QUERIES, WIDTH<T>);
@@ -70,7 +71,7 @@ class Head {
     for (at_.i0 = first; at_.i0 < last; at_.i0 += query_step_) {
       at_.ni = smaller(query_step_, last - at_.i0);
       load_queries();
-      Sums<T> sums;
+      RowSums<T> sums;
       for (at_.j0 = 0; at_.j0 < at_.keys.size; at_.j0 += step) {
         at_.nj = smaller(step, at_.keys.size - at_.j0);
         load_keys();
@@ -121,7 +122,7 @@ class Head {
         if (query_step_ < queries.size || at_.j0 == first) load_queries();
         products();
         if (one_block) {
-          Sums<T> sums;
+          RowSums<T> sums;
           add_sums(sums, true);
           finish(sums);
           centre();
@@ -236,7 +237,7 @@ class Head {
     dead_.clear_pairs(w_.g, at_.ni, nj);
   }
 
-  void add_sums(Sums<T>& sums, bool first) {
+  void add_sums(RowSums<T>& sums, bool first) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
       Vector<T> block[sums.COUNT] = {};
       sum_keys<T>(at_.nj, block, [&](int64_t j, Vector<T>(&few)[sums.COUNT]) {
@@ -262,7 +263,7 @@ class Head {
     }
   }
 
-  void finish(const Sums<T>& sums) {
+  void finish(const RowSums<T>& sums) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
       const Vector<T> total = sums.of(sums.TOTAL, x);
       const Vector<T> inverse = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
@@ -350,9 +351,9 @@ class Head {
 
   const AttnParams& a_;
   const Task& task_;
-  const Scratch<T>& w_;
+  const DoubleBackwardScratch<T>& w_;
   const T scale_;
-  Pairs at_;
+  Block at_;
   int64_t query_step_;
   T* rows_;
   bool all_keys_ = false;
@@ -362,7 +363,7 @@ class Head {
 template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer, bool only_statistics) {
   Arena arena(buffer);
-  const Scratch<T> scratch(a, longest_of(a, task), arena);
+  const DoubleBackwardScratch<T> scratch(a, longest_of(a, task), arena);
   if (only_statistics) {
     for (int64_t head = task.head; head < task.head_end; ++head)
       Head<T>(a, task, task.molecule, head, scratch).statistics(task.first, task.last);
@@ -388,8 +389,8 @@ void double_backward(const AttnParams& a, const Task& task, void* scratch) {
 
 size_t double_backward_scratch(const AttnParams& a, int64_t longest) {
   Arena arena(nullptr);
-  if (a.dtype == Dtype::float64) Scratch<double>(a, longest, arena);
-  else Scratch<float>(a, longest, arena);
+  if (a.dtype == Dtype::float64) DoubleBackwardScratch<double>(a, longest, arena);
+  else DoubleBackwardScratch<float>(a, longest, arena);
   return size_t(arena.used());
 }
 

@@ -11,11 +11,11 @@ namespace {
 constexpr int64_t KEPT_BYTES = 1 << 20;  // packed keys and values that stay in the L2 cache
 
 template <typename T>
-struct Scratch {
+struct ForwardScratch {
   T *q, *q_t, *k, *v, *s, *pairs, *o, *o_sum, *o_lost, *maximum, *taken, *sum, *lost, *row;
   int64_t keys, kept, head_ld, value_ld;
 
-  Scratch(const AttnParams& a, Arena& arena) {
+  ForwardScratch(const AttnParams& a, Arena& arena) {
     head_ld = whole_vectors<T>(a.head_dim);
     value_ld = whole_vectors<T>(a.value_dim);
     keys = key_block<T>(larger(head_ld, value_ld));
@@ -102,8 +102,8 @@ bool finish_rows(int64_t ni, T* maximum, const T* sum, const T* lost, T* row) {
 
 template <typename T>
 void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-              const Scratch<T>& w) {
-  Pairs at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
+              const ForwardScratch<T>& w) {
+  Block at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
   const int64_t first = smaller(task.first, at.queries.size);
   const int64_t last = smaller(task.last, at.queries.size);
   const T infinity = T(__builtin_inf());
@@ -181,7 +181,7 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
 template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
-  const Scratch<T> scratch(a, arena);
+  const ForwardScratch<T> scratch(a, arena);
   for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule)
     for (int64_t head = task.head; head < task.head_end; ++head)
       run_head<T>(a, task, molecule, head, scratch);
@@ -196,8 +196,8 @@ void forward(const AttnParams& a, const Task& task, void* scratch) {
 
 size_t forward_scratch(const AttnParams& a) {
   Arena arena(nullptr);
-  if (a.dtype == Dtype::float64) Scratch<double>(a, arena);
-  else Scratch<float>(a, arena);
+  if (a.dtype == Dtype::float64) ForwardScratch<double>(a, arena);
+  else ForwardScratch<float>(a, arena);
   return size_t(arena.used());
 }
 

@@ -36,7 +36,7 @@ int64_t padded(const AttnParams& a, int64_t width) {
 }
 
 template <typename T>
-void add(const AttnParams& a, const Sum& sum, int64_t head) {
+void add(const AttnParams& a, const SumOfParts& sum, int64_t head) {
   const int64_t ld = whole_vectors<T>(sum.width);
   const int64_t next = a.heads * sum.rows * ld;
   alignas(64) T total[256], lost[256];
@@ -58,7 +58,7 @@ void add(const AttnParams& a, const Sum& sum, int64_t head) {
   }
 }
 
-void add_parts(const AttnParams& a, const Sum& sum, int64_t head) {
+void add_parts(const AttnParams& a, const SumOfParts& sum, int64_t head) {
   if (a.dtype == Dtype::float64) return add<double>(a, sum, head);
   add<float>(a, sum, head);
 }

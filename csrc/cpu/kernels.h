@@ -12,22 +12,21 @@ namespace attnpool {
 struct Task {
   int64_t molecule, molecule_end;
   int64_t head, head_end;
-  int64_t first, last;  // part of the molecule: queries (forward, statistics) or keys (the others)
+  // Part of the molecule: queries (forward, statistics) or keys (the others).
+  int64_t first = 0, last = INT64_MAX;
   // Buffers in the accumulation type, owned by the caller; null: none.
-  void* dq_sum;      // [heads, n_q, padded D]: dq (double backward: gq) is added here
-  void* gdout_sum;   // [heads, n_q, padded Dv]: gdout is added here
-  void* statistics;  // [heads, 4, n_q]: of the double backward; [heads, n_q]: of the backward
+  void* dq_sum = nullptr;      // [heads, n_q, padded D]: dq (double backward: gq) is added here
+  void* gdout_sum = nullptr;   // [heads, n_q, padded Dv]: gdout is added here
+  void* statistics = nullptr;  // [heads, 4, n_q]: of the double backward; [heads, n_q]: backward
 };
 
 // out[row, head, :] = sum over parts of part[head, row, :], in the order of the parts.
-struct Sum {
+struct SumOfParts {
   View to;
   const void* part;      // [parts, heads, rows, padded width]
   int64_t parts, rows, width;
   int64_t molecule, first_row;
 };
-
-enum class Pass { forward, backward, double_backward };
 
 struct Kernels {
   const char* name;
@@ -41,7 +40,7 @@ struct Kernels {
   void (*norms)(const AttnParams&, const Task&, void* scratch);
   void (*statistics)(const AttnParams&, const Task&, void* scratch);
   void (*double_backward)(const AttnParams&, const Task&, void* scratch);
-  void (*add_parts)(const AttnParams&, const Sum&, int64_t head);
+  void (*add_parts)(const AttnParams&, const SumOfParts&, int64_t head);
 };
 
 #if defined(__x86_64__)

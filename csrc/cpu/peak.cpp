@@ -1,5 +1,5 @@
-// torch.ops.attnpool_c._multiply_adds and _read: what this machine can do at best on torch's
-// threads. benchmarks/rates.py calls them by the clock; nothing else does.
+// torch.ops.attnpool._multiply_adds and _read: what this machine can do at best on torch's
+// threads. benchmarks/measuring/rates.py calls them by the clock; nothing else does.
 #include "peak.h"
 
 #include <algorithm>
@@ -102,13 +102,13 @@ double read(const Tensor& x, const std::string& isa, int64_t times) {
 }  // namespace
 }  // namespace attnpool
 
-STABLE_TORCH_LIBRARY_FRAGMENT(attnpool_c, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(attnpool, m) {
   m.def("_multiply_adds(str isa, bool wide, int pieces, float factor, float summand) -> float");
   m.def("_read(Tensor x, str isa, int times) -> float");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(attnpool_c, CPU, m) { m.impl("_read", TORCH_BOX(&attnpool::read)); }
+STABLE_TORCH_LIBRARY_IMPL(attnpool, CPU, m) { m.impl("_read", TORCH_BOX(&attnpool::read)); }
 
-STABLE_TORCH_LIBRARY_IMPL(attnpool_c, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(attnpool, CompositeExplicitAutograd, m) {
   m.impl("_multiply_adds", TORCH_BOX(&attnpool::multiply_adds));
 }

@@ -197,18 +197,18 @@ ATTN_INLINE Vector<T> log(Vector<T> x) {
 struct Half {
   uint16_t bits;
 };
-struct BFloat16 {
+struct Bfloat16 {
   uint16_t bits;
 };
 
-ATTN_INLINE float to_float(BFloat16 x) {
+ATTN_INLINE float to_float(Bfloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float y;
   memcpy(&y, &bits, 4);
   return y;
 }
 
-ATTN_INLINE BFloat16 to_bfloat16(float x) {
+ATTN_INLINE Bfloat16 to_bfloat16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -260,7 +260,7 @@ ATTN_INLINE Half to_half(float x) {
 // One vector of T from WIDTH<T> elements of the stored type, and back.
 ATTN_INLINE Vector<float> load_as(const float* from) { return load(from); }
 ATTN_INLINE Vector<double> load_as(const double* from) { return load(from); }
-ATTN_INLINE Vector<float> load_as(const BFloat16* from) {
+ATTN_INLINE Vector<float> load_as(const Bfloat16* from) {
   typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
   typedef uint32_t Word __attribute__((vector_size(VECTOR_BYTES)));
   Short x;
@@ -282,7 +282,7 @@ ATTN_INLINE Vector<float> load_as(const Half* from) {
 
 ATTN_INLINE void store_as(float* to, Vector<float> x) { store(to, x); }
 ATTN_INLINE void store_as(double* to, Vector<double> x) { store(to, x); }
-ATTN_INLINE void store_as(BFloat16* to, Vector<float> x) {
+ATTN_INLINE void store_as(Bfloat16* to, Vector<float> x) {
   float y[WIDTH<float>];
   store(y, x);
   for (int i = 0; i < WIDTH<float>; ++i) to[i] = to_bfloat16(y[i]);

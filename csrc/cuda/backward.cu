@@ -10,13 +10,16 @@
 // through by halves (Walk), and norm, delta' and lse of the queries. norm is
 // 1 / rowsum(exp(S - lse)), which is 1 but for the rounding of lse; with large logits that would be
 // the largest error of all. delta is rowsum(P o dP) in the accumulator's type, so `out` is not
-// read. No atomics; with shared seeds dq is written per molecule and summed afterwards (seeds.cuh).
+// read. No atomics; with shared seeds dq is written per molecule and summed afterwards
+// (sum_over_molecules.cuh).
 // Any size is correct; beyond ROWS each tile reads the rows of the other axis again.
-#include "../math.h"
+#include "../equations.h"
+#include "copies.cuh"
 #include "instances.cuh"
 #include "launch.h"
-#include "seeds.cuh"
-#include "tile.cuh"
+#include "pairs.cuh"
+#include "products.cuh"
+#include "sum_over_molecules.cuh"
 
 namespace attnpool {
 

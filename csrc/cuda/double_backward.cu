@@ -8,11 +8,13 @@
 // Shared memory a group: seven tiles (q, dout, ddq; k, v, ddk, ddv), those of the other axis walked
 // through by halves (Walk), and five numbers a query.
 // Nothing quadratic is stored.
-#include "../math.h"
+#include "../equations.h"
+#include "copies.cuh"
 #include "instances.cuh"
 #include "launch.h"
-#include "seeds.cuh"
-#include "tile.cuh"
+#include "pairs.cuh"
+#include "products.cuh"
+#include "sum_over_molecules.cuh"
 
 namespace attnpool {
 
@@ -209,7 +211,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
       lse[half] = *address<const A>(p.lse, tile.molecule, first_query + query, head);
   }
   // Over the keys, sweep 0 sums norm, delta, t and w (in y), sweep 1 adds to y centred terms, which
-  // do not cancel (math.h), and sweep 2 adds to the gradients.
+  // do not cancel (equations.h), and sweep 2 adds to the gradients.
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A gq[M][4], gdout[M][4];
     clear(gq);

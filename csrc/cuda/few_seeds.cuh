@@ -13,7 +13,7 @@
 #pragma once
 
 #include "launch.h"
-#include "tile.cuh"
+#include "pairs.cuh"
 
 namespace attnpool {
 

@@ -2,14 +2,14 @@
 //
 // Grid: x only, one warp a head and slot of `split` keys (a part that is not its molecule's first,
 // and zeros for rows of no molecule), then one a head and `molecule_chunk` molecules. Each leaves a
-// partial dq, which seeds.cuh sums. Shared memory a warp: STAGES tiles of keys and values, q and
-// dout of the seeds, two numbers of a pair. Keys that fit the stages are read once; the others in
-// two sweeps, the first for norm and delta (backward.cu says why). Those of molecules of several
+// partial dq for sum_over_molecules.cuh. Shared memory a warp: STAGES tiles of keys and values, q
+// and dout of the seeds, two numbers of a pair. Keys that fit the stages are read once; the others
+// in two sweeps, the first for norm and delta (backward.cu says why). Those of molecules of several
 // parts come from a launch before, and every part adds them up in order.
-#include "../math.h"
+#include "../equations.h"
 #include "few_seeds.cuh"
 #include "instances.cuh"
-#include "seeds.cuh"
+#include "sum_over_molecules.cuh"
 
 namespace attnpool {
 

@@ -4,11 +4,11 @@
 // beside the keys and values. The statistics norm, delta, t and y of a row come from one sweep, as
 // means and covariances that are merged (Chan, Golub and LeVeque, 1983): sums of large products
 // would cancel. gdout of molecules of several parts is summed by merge_parts_kernel.
-#include "../math.h"
+#include "../equations.h"
 #include "few_seeds.cuh"
 #include "instances.cuh"
 #include "few_seeds_merge.cuh"
-#include "seeds.cuh"
+#include "sum_over_molecules.cuh"
 
 namespace attnpool {
 

@@ -7,9 +7,11 @@
 // groups of a block are different tiles and never wait for each other.
 // Any size is correct; the shape is meant for molecules, where memory is the limit.
 // Source: online softmax (Milakov and Gimelshein, 2018) on tiles of FlashAttention-2 (Dao, 2023).
+#include "copies.cuh"
 #include "instances.cuh"
 #include "launch.h"
-#include "tile.cuh"
+#include "pairs.cuh"
+#include "products.cuh"
 
 namespace attnpool {
 

@@ -1,7 +1,7 @@
 // What a CUDA kernel gets besides AttnParams. Host and device, no torch, no CUDA header.
 #pragma once
 
-#include "../tiles.h"
+#include "tiles.h"
 
 namespace attnpool {
 

@@ -14,8 +14,6 @@ constexpr int64_t MAX_SEEDS = 8;                // of the schedule of few seeds
 constexpr int32_t SPLIT = 512;                  // keys of a part of a molecule there
 constexpr int64_t PART_NUMBERS = 4;             // of a seed, besides a row of values
 
-enum class Pass { forward, backward, double_backward };
-
 int launch_forward(const KernelParams& p, void* stream);
 int launch_backward(const KernelParams& p, void* stream);
 int launch_double_backward(const KernelParams& p, void* stream);
@@ -29,17 +27,17 @@ inline bool has_few_seeds(const AttnParams& a) {
 }
 
 // Elements of the accumulator's type that the pointers of that name in KernelParams need.
-struct Scratch {
+struct ScratchSizes {
   int64_t statistics, partial, partial_sums, parts;
 };
 
 // Fills in what follows from sizes and strides, and tells what is still to be allocated.
-inline Scratch prepare(KernelParams& p, Pass pass, int32_t split = SPLIT) {
+inline ScratchSizes prepare(KernelParams& p, Pass pass, int32_t split = SPLIT) {
   const int64_t element = p.dtype == Dtype::float64 ? 8 : p.dtype == Dtype::float32 ? 4 : 2;
   p.vector_loads = vector_loads(p, element);
   p.split = split;
   p.partial_rows = p.molecules;
-  Scratch need = {0, 0, 0, 0};
+  ScratchSizes need = {0, 0, 0, 0};
   const int64_t slots = p.key_rows / split + 1, seeds = p.query_rows * p.heads;
   const bool few = has_few_seeds(p);
   if (few) {

@@ -14,7 +14,7 @@ from attnpool_kernels.testing import Case
 if cpu.load():
     pytest.skip(cpu.load(), allow_module_level=True)
 
-OPS = torch.ops.attnpool_c
+OPS = torch.ops.attnpool
 WIDTHS = OPS.build_info().split("built for ")[1].split(";")[0].split()
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -65,6 +65,22 @@ def test_parts_of_a_large_molecule():
     forward pass is cut."""
     case = Case("parts", (3, 2200), heads=1, dim=4, value_dim=3)
     testing.judge(case, torch.float64, lambda batch: testing.run_kernels(batch, cpu))
+
+
+def test_parts_of_large_molecules_in_a_large_batch():
+    """A molecule is cut into parts in any batch. More than 8 a thread would share tasks if they were
+    small; those that did had gradients of zero."""
+    torch.set_num_threads(1)
+    case = Case("many parts", (2100,) * 17, q_counts=(64,) * 17, heads=1, dim=4, lse=True)
+    batch = case.make(torch.float32)
+    whole = testing.run_kernels(batch, cpu)
+    fields = {
+        name: getattr(batch, name)[: 2100 if name in ("k", "v", "ddk", "ddv") else 64]
+        for name in ("q", "k", "v", "ddq", "ddk", "ddv", "dout", "dlse")
+    }
+    one = replace(batch, q_ptr=batch.q_ptr[:2], k_ptr=batch.k_ptr[:2], **fields)
+    for name, x in testing.run_kernels(one, cpu).items():
+        assert torch.equal(x, whole[name][: len(x)]), name
 
 
 SIZES = (17, 0, 1, 64, 65, 129, 3, 40)
@@ -194,7 +210,7 @@ def test_half_types_in_and_out(width, dtype):
     v = every.reshape(-1, 1, 16)
     ptr = torch.arange(v.shape[0] + 1)
     q = torch.zeros(v.shape[0], 1, 1, dtype=dtype)
-    out = OPS.forward(q, q, v, None, ptr, ptr, None, None, 1.0, 0.0)[0]
+    out = OPS.attention(q, q, v, None, ptr, ptr, None, None, 1.0, 0.0)[0]
     assert torch.equal(out.nan_to_num(1.0, 2.0, 3.0), v.nan_to_num(1.0, 2.0, 3.0))
     assert torch.equal(out.isnan(), v.isnan())
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +220,7 @@ def test_half_types_in_and_out(width, dtype):
     v = v.clamp(-largest, largest)
     q = torch.zeros(4096, 1, 1, dtype=dtype)
     ptr = torch.arange(0, 4097, 2)
-    out = OPS.forward(q, q, v, None, ptr, ptr, None, None, 1.0, 0.0)[0]
+    out = OPS.attention(q, q, v, None, ptr, ptr, None, None, 1.0, 0.0)[0]
     mean = ((v[0::2].float() * 0.5) + (v[1::2].float() * 0.5)).to(dtype)
     assert torch.equal(out[0::2], mean)
 
@@ -227,14 +243,14 @@ def test_garbage_boundaries_raise(ptr, index):
     lse = torch.zeros(6, 1)
     for q_ptr, k_ptr in ((ptr, ptr), (ptr, good), (good, ptr), (None, ptr)):
         with pytest.raises(RuntimeError, match="ptr must"):
-            OPS.forward(x, x, x, None, q_ptr, k_ptr, None, None, 1.0, 0.0)
+            OPS.attention(x, x, x, None, q_ptr, k_ptr, None, None, 1.0, 0.0)
         if q_ptr is None:
             continue
         known = (x, x, x, None, q_ptr, k_ptr, None, None, x, lse, x, None)
         with pytest.raises(RuntimeError, match="ptr must"):
-            OPS.backward(*known, 1.0, 0.0, False)
+            OPS.attention_backward(*known, 1.0, 0.0, False)
         with pytest.raises(RuntimeError, match="ptr must"):
-            OPS.double_backward(*known, None, None, None, None, 1.0, 0.0)
+            OPS.attention_double_backward(*known, None, None, None, None, 1.0, 0.0)
     assert OPS.check_ptr(ptr, 6) != 0
     assert OPS.check_ptr(good, 6) == 0
 
@@ -251,7 +267,7 @@ def test_wrong_pair_offsets_raise():
     x, ptr, bias = torch.zeros(6, 1, 4), torch.tensor([0, 2, 6]), torch.zeros(20, 1)
     for pair_ptr in ([0, 4, 21], [1, 4, 20], [0, 20, 20], [0, -4, 12], [0, 2**62, 20]):
         with pytest.raises(RuntimeError, match="pair_ptr must"):
-            OPS.forward(x, x, x, bias, ptr, ptr, torch.tensor(pair_ptr), None, 1.0, 0.0)
+            OPS.attention(x, x, x, bias, ptr, ptr, torch.tensor(pair_ptr), None, 1.0, 0.0)
 
 
 def test_wrong_arguments_raise():
@@ -283,16 +299,16 @@ def test_wrong_arguments_raise():
     ]  # fmt: skip
     wrong_third = [{"ddq": x[:5]}, {"ddk": x[0]}, {"ddv": x.double()}, {"ddbias": bias}]
     options = {"scale": 1.0, "dropout": 0.0}
-    assert OPS.forward(**good, **options)[0].shape == x.shape
+    assert OPS.attention(**good, **options)[0].shape == x.shape
     for change in wrong:
         with pytest.raises((RuntimeError, NotImplementedError)):
-            OPS.forward(**(good | options | change))
+            OPS.attention(**(good | options | change))
     for change in wrong + wrong_more:
         with pytest.raises((RuntimeError, NotImplementedError)):
-            OPS.backward(**(good | more | options | change), need_dbias=False)
+            OPS.attention_backward(**(good | more | options | change), need_dbias=False)
     for change in wrong + wrong_more + wrong_third:
         with pytest.raises((RuntimeError, NotImplementedError)):
-            OPS.double_backward(**(good | more | third | options | change))
+            OPS.attention_double_backward(**(good | more | third | options | change))
 
 
 def test_absent_cotangents_are_zero(width):

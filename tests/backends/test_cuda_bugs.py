@@ -27,13 +27,13 @@ EDITS = [
     ("forward.cu", "column < rows", "column < rows + 1", "mask of the last keys"),
     ("forward.cu", "out[m][e] *= shrink[e / 2];", "", "rescaling of the sum"),
     ("backward.cu", "const bool exists = j < keys &&", "const bool exists = true &&", "mask"),
-    ("tile.cuh", "int64_t(i) * keys + j", "int64_t(i) * (keys + 1) + j", "offset of a pair"),
+    ("pairs.cuh", "int64_t(i) * keys + j", "int64_t(i) * (keys + 1) + j", "offset of a pair"),
     ("double_backward.cu", "own.t = quad_sum(own.t)", "own.t = (own.t)", "sum over the quad"),
-    ("tile.cuh", "|| !last_sweep)", "|| last_sweep)", "first step of the next sweep"),
-    ("tile.cuh", "HALVES ? at ^ STAGE : 0);", "at);", "copies over the step that is computed"),
+    ("copies.cuh", "|| !last_sweep)", "|| last_sweep)", "first step of the next sweep"),
+    ("copies.cuh", "HALVES ? at ^ STAGE : 0);", "at);", "copies over the step that is computed"),
     ("backward.cu", "&tiles.rows[to].norm", "&tiles.rows[0].norm", "place of the statistics"),
     ("double_backward.cu", "lse[(walk.at ^ STAGE) +", "lse[walk.at +", "place of lse"),
-    ("../tiles.h", "axis.molecules + 2;", "axis.molecules + 1;", "last tile"),
+    ("tiles.h", "axis.molecules + 2;", "axis.molecules + 1;", "last tile"),
 ]
 
 
@@ -65,7 +65,7 @@ def unnoticed(module, expected: dict[str, torch.Tensor], sites: list[tuple[str, 
 def test_every_barrier_and_every_wait_is_needed():
     module = cuda_host.build()
     expected = run(module)
-    sites = [site for site in sorted(module.sites()) if not site[0].endswith("tile.cuh")]
+    sites = [site for site in sorted(module.sites()) if not site[0].endswith("copies.cuh")]
     assert len([kind for kind, _ in sites if kind.startswith("barrier")]) >= 4
     assert len([kind for kind, _ in sites if kind.startswith("wait")]) >= 1
     assert not unnoticed(module, expected, sites)
@@ -74,12 +74,12 @@ def test_every_barrier_and_every_wait_is_needed():
 
 
 def test_every_kernel_needs_each_place_of_the_walk_that_they_share():
-    """tile.cuh: in this build the places of Walk are named after the kernel they are inlined in."""
-    text = (cuda_host.ROOT / "csrc" / "cuda" / "tile.cuh").read_text()
+    """copies.cuh: in this build the places of Walk are named after the kernel they are inlined in."""
+    text = (cuda_host.ROOT / "csrc" / "cuda" / "copies.cuh").read_text()
     body = text[text.index("bool arrive(") : text.index("return more;")]
     named = body.replace("GROUP_THREADS)", "GROUP_THREADS, __PRETTY_FUNCTION__)")
     named = re.sub(r"(copy_wait<\w+>)\(\)", r"\1(__PRETTY_FUNCTION__)", named)
-    module = cuda_host.build(edit=("tile.cuh", body, named))
+    module = cuda_host.build(edit=("copies.cuh", body, named))
     expected = run(module)
     for kernel in KERNELS:
         sites = [x for x in sorted(module.sites()) if f"::{kernel}<" in x[0]]

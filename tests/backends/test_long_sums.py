@@ -16,7 +16,7 @@ import torch
 from attnpool_kernels import seed_pool, testing
 from attnpool_kernels.backends import cpu
 
-OPS = torch.ops.attnpool_c
+OPS = torch.ops.attnpool
 WIDTHS = () if cpu.load() else OPS.build_info().split("built for ")[1].split(";")[0].split()
 needs_cpu = pytest.mark.skipif(bool(cpu.load()), reason=cpu.load())
 

@@ -75,7 +75,7 @@ def test_loop_is_as_fast_as_any_library(dtype):
 @pytest.mark.parametrize("width", rates.widths() if not cpu.load() else [])
 def test_loop_takes_its_time(width):
     """Twice the pieces take twice the time, and more threads than cores are not counted."""
-    call = torch.ops.attnpool_c._multiply_adds
+    call = torch.ops.attnpool._multiply_adds
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -90,11 +90,11 @@ def test_loop_takes_its_time(width):
 @with_library
 def test_operators_refuse_what_is_not_there():
     with pytest.raises(RuntimeError, match="no code for 'sse9' here"):
-        torch.ops.attnpool_c._multiply_adds("sse9", False, 1, 0.9, 0.1)
+        torch.ops.attnpool._multiply_adds("sse9", False, 1, 0.9, 0.1)
     with pytest.raises(RuntimeError, match="must be contiguous"):
-        torch.ops.attnpool_c._read(torch.ones(4, 4).t(), rates.widths()[0], 1)
+        torch.ops.attnpool._read(torch.ones(4, 4).t(), rates.widths()[0], 1)
     for size in (0, 1, 100):  # nothing to read, or less than a cache line
-        torch.ops.attnpool_c._read(torch.ones(size), rates.widths()[0], 1)
+        torch.ops.attnpool._read(torch.ones(size), rates.widths()[0], 1)
 
 
 WORKLOADS = {

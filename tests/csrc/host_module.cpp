@@ -72,7 +72,7 @@ int run(const std::string& name, const py::dict& call, uint32_t schedule) {
 // What is to be allocated: name -> elements.
 std::map<std::string, int64_t> scratch(const std::string& name, const py::dict& call) {
   KernelParams p = params(call);
-  const Scratch need = prepare(p, pass_of(name), call["split"].cast<int32_t>());
+  const ScratchSizes need = prepare(p, pass_of(name), call["split"].cast<int32_t>());
   return {{"statistics", need.statistics}, {"partial", need.partial},
           {"partial_sums", need.partial_sums}, {"parts", need.parts}};
 }

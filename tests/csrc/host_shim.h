@@ -94,22 +94,22 @@ inline void warp_barrier(const char* file = __builtin_FILE(), int line = __built
 template <typename T>
 T __shfl_xor_sync(uint32_t, T value, int bits) {
   T given = value;
-  struct Operands {
+  struct Lane {
     T given, taken;
     int bits;
   } mine{given, given, bits};
-  fibers::together("shuffle", mine, [](Operands** lane) {
+  fibers::together("shuffle", mine, [](Lane** lane) {
     for (int i = 0; i < 32; ++i) lane[i]->taken = lane[i ^ lane[i]->bits]->given;
   });
   return mine.taken;
 }
 
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
-  struct Operands {
+  struct Lane {
     bool vote;
     uint32_t votes;
   } mine{vote, 0};
-  fibers::together("ballot", mine, [](Operands** lane) {
+  fibers::together("ballot", mine, [](Lane** lane) {
     uint32_t votes = 0;
     for (int i = 0; i < 32; ++i) votes |= uint32_t(lane[i]->vote) << i;
     for (int i = 0; i < 32; ++i) lane[i]->votes = votes;
@@ -119,13 +119,13 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
 
 // Lane 4 g + t receives elements 2t and 2t + 1 of row g of each matrix, or of column g.
 inline void read_matrices(uint32_t (&x)[4], const void* row, bool transposed) {
-  struct Operands {
+  struct Lane {
     const uint16_t* row;
     uint32_t x[4];
     bool transposed;
   } mine{static_cast<const uint16_t*>(row), {0, 0, 0, 0}, transposed};
   if (uintptr_t(row) % 16) throw fibers::Error("ldmatrix: a row is not aligned");
-  fibers::together(transposed ? "ldmatrix.trans" : "ldmatrix", mine, [](Operands** lane) {
+  fibers::together(transposed ? "ldmatrix.trans" : "ldmatrix", mine, [](Lane** lane) {
     for (int m = 0; m < 4; ++m)
       for (int i = 0; i < 32; ++i) {
         const int g = i / 4, t = i % 4;
@@ -147,14 +147,14 @@ inline float toward_zero(double x) {
   return std::fabs(double(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-struct Product {
+struct Fragments {
   float* c;
   const uint32_t *a, *b;
 };
 
 // c (16 x 8) += a (16 x K) b (K x 8) of one warp, from rows and columns of floats
 template <int K>
-void accumulate(Product** lane, const float (&a)[16][K], const float (&b)[8][K]) {
+void accumulate(Fragments** lane, const float (&a)[16][K], const float (&b)[8][K]) {
   for (int i = 0; i < 32; ++i)
     for (int e = 0; e < 4; ++e) {
       const int row = i / 4 + e / 2 * 8, column = i % 4 * 2 + e % 2;
@@ -167,8 +167,8 @@ void accumulate(Product** lane, const float (&a)[16][K], const float (&b)[8][K])
 template <typename T>
 void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   const uint32_t b[2] = {b0, b1};
-  Product mine{c, a, b};
-  fibers::together("mma", mine, [](Product** lane) {
+  Fragments mine{c, a, b};
+  fibers::together("mma", mine, [](Fragments** lane) {
     const auto part = [](uint32_t word, int k) {
       T x;
       x.bits = uint16_t(k & 1 ? word >> 16 : word);
@@ -186,10 +186,10 @@ void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) 
 }
 
 inline void mma_double(double& c0, double& c1, double a, double b) {
-  struct Operands {
+  struct Lane {
     double a, b, c0, c1;
   } mine{a, b, c0, c1};
-  fibers::together("mma", mine, [](Operands** lane) {
+  fibers::together("mma", mine, [](Lane** lane) {
     for (int i = 0; i < 32; ++i)
       for (int k = 0; k < 4; ++k) {
         const double left = lane[i / 4 * 4 + k]->a;

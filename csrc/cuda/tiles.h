@@ -6,7 +6,7 @@
 // (before ptr[0] and after ptr[B]); they have no partner rows, so every result of theirs is zero.
 #pragma once
 
-#include "params.h"
+#include "../params.h"
 
 namespace attnpool {
 
