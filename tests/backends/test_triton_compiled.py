@@ -15,7 +15,7 @@ from simulated import simulated
 
 import attnpool_kernels.backends.triton as backend
 from attnpool_kernels import testing
-from attnpool_kernels.backends.triton import tuning
+from attnpool_kernels.backends.triton import tile_table
 from attnpool_kernels.testing import Case
 
 EVERYTHING = Case(
@@ -70,7 +70,7 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "SLICE": 16}
     ids=["fp32", "bf16", "fp16", "bf16 as shipped", "fp32 as shipped"],
 )
 def test_compiled_kernels_in_the_simulator(monkeypatch, case, row, schedule, changes):
-    monkeypatch.setattr(tuning, "SPLIT", 16)  # the keys of the larger molecule in two parts
+    monkeypatch.setattr(tile_table, "SPLIT", 16)  # the keys of the larger molecule in two parts
     kernels = set()
 
     def run(batch):

@@ -20,7 +20,7 @@ from triton_guard import GuardError, guard, padded
 
 import attnpool_kernels.backends.triton as backend
 from attnpool_kernels import ops, testing
-from attnpool_kernels.backends.triton import tiles, tuning
+from attnpool_kernels.backends.triton import primitives, tile_table
 from attnpool_kernels.backends.triton._backward import sum_parts
 from attnpool_kernels.dispatch import Problem
 from attnpool_kernels.testing import Case
@@ -70,8 +70,8 @@ def test_error_budget(case, dtype):
 
 @pytest.fixture
 def short_limits(monkeypatch):
-    monkeypatch.setattr(tuning, "LONG", 40)
-    monkeypatch.setattr(tuning, "SPLIT", 32)
+    monkeypatch.setattr(tile_table, "LONG", 40)
+    monkeypatch.setattr(tile_table, "SPLIT", 32)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_no_content_of_ptr_reaches_memory_outside(monkeypatch, seeds, draw):
     batch.k_ptr = garbage(batch.k_ptr, index)
     batch.q_ptr = None if seeds else garbage(batch.k_ptr, index)
     batch.pair_ptr = garbage(batch.pair_ptr, torch.int64)
-    monkeypatch.setattr(tuning, "SPLIT", 32 if draw > 1 else 512)
+    monkeypatch.setattr(tile_table, "SPLIT", 32 if draw > 1 else 512)
     with guard(races=False):
         testing.run_kernels(batch, backend)
 
@@ -278,7 +278,7 @@ def test_opcheck(name, seeds):
 @triton.jit
 def _find_kernel(ptr, tiles_of, found, B: tl.int64, n: tl.int64, BLOCK: tl.constexpr):
     at = tl.program_id(0)
-    molecule, start, first, end = tiles.find_tile(tl.load(tiles_of + at), ptr, B, n, BLOCK)
+    molecule, start, first, end = primitives.find_tile(tl.load(tiles_of + at), ptr, B, n, BLOCK)
     tl.store(found + 4 * at, molecule)
     tl.store(found + 4 * at + 1, start)
     tl.store(found + 4 * at + 2, first)

@@ -67,11 +67,11 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 def _module(pass_name: str, args: tuple):
     """Where a pass is: few seeds have a schedule of their own, where there are tiles for it."""
-    from . import launch, tuning
+    from . import launch, tile_table
 
     q, _, v, bias, q_ptr, _, _, seed, *_ = args
     module = f"_{pass_name}"
-    if q_ptr is None and q.shape[0] <= tuning.FEW:
+    if q_ptr is None and q.shape[0] <= tile_table.FEW:
         options = bias is not None or seed is not None
         if launch.tile(f"few_seeds_{pass_name}", q, v, options) is not None:
             module = "_few_seeds_double" if pass_name == "double_backward" else "_few_seeds"

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import (
+from .primitives import (
     UNSPECIALIZED,
     add_bias,
     chunk_of,

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import launch
 from ._backward import sum_parts
-from .tiles import (
+from .primitives import (
     UNSPECIALIZED,
     add_bias,
     chunk_of,

@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch, tuning
+from . import launch, tile_table
 from ._backward import sum_parts
 from ._forward import attend
-from .tiles import (
+from .primitives import (
     UNSPECIALIZED,
     add_bias,
     find_segment,
@@ -281,12 +281,12 @@ def _backward_kernel(
 
 def few_tiles(n_k: int, molecules: int) -> int:
     """Parts of all molecules and of the rows of none, surplus ones included."""
-    return n_k // tuning.SPLIT + molecules + 2
+    return n_k // tile_table.SPLIT + molecules + 2
 
 
 def scratch(like: torch.Tensor, n_k: int) -> torch.Tensor:
     """A slot for every part of a molecule of several, each of the shape of one of like."""
-    shape = (2 * (n_k // tuning.SPLIT + 1), *like.shape[1:])
+    shape = (2 * (n_k // tile_table.SPLIT + 1), *like.shape[1:])
     return torch.empty(shape, dtype=launch.accumulation(like.dtype), device=like.device)
 
 
@@ -294,7 +294,7 @@ def arguments(*problem) -> dict:
     """Those of every pass, and a tile's worth of seeds: (q, k, v, bias, q_ptr, ...)."""
     found = launch.arguments(*problem)
     del found["q_ptr"]
-    return found | dict(SPLIT=tuning.SPLIT)
+    return found | dict(SPLIT=tile_table.SPLIT)
 
 
 def merge(common: dict, tile: dict, x, parts, lse=None, lses=None) -> None:
@@ -320,7 +320,7 @@ def forward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
     with launch.on_device(q):
         grid = (few_tiles(k.shape[0], molecules) * heads,)
         _forward_kernel[grid](**common, out=out, lse=lse, outs=outs, lses=lses, **tile)
-        if k.shape[0] > tuning.SPLIT:
+        if k.shape[0] > tile_table.SPLIT:
             merge(common, tile, out, outs, lse, lses)
     return out, lse
 
@@ -342,7 +342,7 @@ def backward(
     common |= dict(sdl_b=sdl_b, sdl=sdl, dq=dq, dk=dk, dv=dv, totals=totals, deltas=deltas)
     common |= dict(dbias=dbias if dbias.numel() else None, CHUNK=chunk)
     with launch.on_device(q):
-        if k.shape[0] > tuning.SPLIT:
+        if k.shape[0] > tile_table.SPLIT:
             grid = (len(totals) * heads,)
             _backward_kernel[grid](**common, STATISTICS=True, **tile)
         _backward_kernel[(parts * heads,)](**common, STATISTICS=False, **tile)

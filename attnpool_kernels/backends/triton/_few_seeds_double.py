@@ -8,11 +8,11 @@ launch before, and are merged in order by every part.
 import triton
 import triton.language as tl
 
-from . import launch, tuning
+from . import launch, tile_table
 from ._backward import sum_parts
 from ._double_backward import block_of_keys, merge_statistics, statistics_of
 from ._few_seeds import arguments, few_tiles, merge, part_in_slot, part_of, scratch, slot_of
-from .tiles import (
+from .primitives import (
     UNSPECIALIZED,
     later,
     load_row_values,
@@ -174,7 +174,7 @@ def double_backward(
     common |= dict(gq=gq, gk=gk, gv=gv, gdout=gdout, gdlse=gdlse, gdouts=gdouts, CHUNK=chunk)
     common |= dict(gbias=None if bias is None else gbias)
     with launch.on_device(q):
-        several = k.shape[0] > tuning.SPLIT and molecules > 0
+        several = k.shape[0] > tile_table.SPLIT and molecules > 0
         if several:
             grid = (len(totals) * heads,)
             _double_backward_kernel[grid](**common, STATISTICS=True, **tile)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import (
+from .primitives import (
     UNSPECIALIZED,
     add_bias,
     find_query_tile,

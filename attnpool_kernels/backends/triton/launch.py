@@ -7,7 +7,7 @@ import math
 import torch
 import triton
 
-from . import tuning
+from . import tile_table
 
 _PROGRAMS = 2048  # wanted at least, where programs can be made larger or smaller at will
 
@@ -44,10 +44,10 @@ def row_strides(x: torch.Tensor | None, q_ptr: torch.Tensor | None):
 
 
 def tile(pass_name: str, q: torch.Tensor, v: torch.Tensor, options: bool) -> dict | None:
-    """Block sizes, precision and compiler options of a pass for these tensors; see tuning."""
+    """Block sizes, precision and compiler options of a pass for these tensors; see tile_table."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     width = padded(max(q.shape[-1], v.shape[-1]))
-    return tuning.tile(pass_name, capability, tuning.precision(q.dtype), width, options)
+    return tile_table.tile(pass_name, capability, tile_table.precision(q.dtype), width, options)
 
 
 def schedules(pass_name: str, q, v, q_ptr, rows: int, options: bool) -> list[dict]:
@@ -60,12 +60,12 @@ def schedules(pass_name: str, q, v, q_ptr, rows: int, options: bool) -> list[dic
     long = None if options or q_ptr is None else tile(f"{pass_name}_long", q, v, options)
     if long is None:
         return [short | dict(SHORTEST=0, LONGEST=0)]
-    found = [short | dict(SHORTEST=0, LONGEST=tuning.LONG)]
-    return found + [long | dict(SHORTEST=tuning.LONG, LONGEST=0)] * (rows >= tuning.LONG)
+    found = [short | dict(SHORTEST=0, LONGEST=tile_table.LONG)]
+    return found + [long | dict(SHORTEST=tile_table.LONG, LONGEST=0)] * (rows >= tile_table.LONG)
 
 
 def tiles_of(rows: int, molecules: int, block: int) -> int:
-    """Tiles of a packed axis that covers every molecule and every other row; see tiles.py."""
+    """Tiles of a packed axis that covers every molecule and every other row; see primitives."""
     return rows // block + molecules + 2
 
 
