@@ -39,6 +39,7 @@ from triton.runtime.jit import JITFunction
 
 import attnpool_kernels.backends.triton as backend
 from attnpool_kernels.backends.triton import tile_table
+from attnpool_kernels.operands import Cotangents, Operands, Options, Result, Tangents
 
 SNAPSHOT = pathlib.Path(__file__).with_name("triton_resources.json")
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -108,7 +109,8 @@ class Launch:
 
         def describe(value: Any, path: tuple[int, ...], annotation: str, fixed: bool) -> Any:
             if isinstance(value, tuple):
-                return tuple(describe(x, (*path, i), "", fixed) for i, x in enumerate(value))
+                members = [describe(x, (*path, i), "", fixed) for i, x in enumerate(value)]
+                return value._make(members) if hasattr(value, "_make") else tuple(members)
             if value is None or (isinstance(value, int) and value == 1 and not fixed):
                 constants[path] = value
                 return "constexpr"
@@ -189,18 +191,18 @@ def launches(variant: Variant) -> list[Launch]:
     pairs = torch.tensor([0, len(q) * rows]) if options else None
     seed = torch.zeros(1, dtype=torch.int64) if options else None
     dropout, dlse = (0.1, lse) if options else (0.0, None)
-    problem = (q, k, k, bias, None if few else ptr, ptr, pairs, seed)
-    known, scale = (*problem, out, lse, out, dlse), 0.125
+    x = Operands(q, k, k, bias, None if few else ptr, ptr, pairs, seed)
+    y, dy, given = Result(out, lse), Cotangents(out, dlse), Options(0.125, dropout)
     # gfx942 has a tensor core for exact float32
     capability = tile_table.GFX942 if variant.sm == GFX942 else divmod(variant.sm, 10)
     exact = {"PRECISION": "ieee"} if variant.sm == GFX942 else {}
     with as_device(capability, variant.row, **exact), on_launch(found.append):
         if "double_backward" in variant.pass_name:
-            backend.double_backward(*known, q, k, k, bias, scale, dropout)
+            backend.double_backward(x, y, dy, Tangents(q, k, k, bias), given)
         elif "backward" in variant.pass_name:
-            backend.backward(*known, scale, dropout, options)
+            backend.backward(x, y, dy, given, options)
         else:
-            backend.forward(*problem, scale, dropout)
+            backend.forward(x, given)
     found = [launch for launch in found if not launch.name.endswith("sum_parts_kernel")]
     if few:
         return found

@@ -200,6 +200,9 @@ def test_interpreted_suite():
     """test_triton_interpreted.py, in a process that interprets."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", HERE / "test_triton_interpreted.py"],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

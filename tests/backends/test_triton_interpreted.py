@@ -23,6 +23,7 @@ from attnpool_kernels import ops, testing
 from attnpool_kernels.backends.triton import primitives, tile_table
 from attnpool_kernels.backends.triton._backward import sum_parts
 from attnpool_kernels.dispatch import Problem
+from attnpool_kernels.operands import Cotangents, Operands, Options
 from attnpool_kernels.testing import Case
 
 HALF = (
@@ -248,13 +249,18 @@ def test_cotangents_that_are_none_are_zero(left_out):
         torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+def operands(batch: testing.Batch) -> Operands:
+    """Without dropout."""
+    return Operands(*(getattr(batch, name) for name in Operands._fields))._replace(seed=None)
+
+
 def test_unwanted_gradient_of_bias_is_empty():
     batch = Case("small", (3,), heads=2, bias="pair").make(torch.float32)
-    problem = (batch.q, batch.k, batch.v, batch.bias, batch.q_ptr, batch.k_ptr, batch.pair_ptr)
+    x, options = operands(batch), Options(1.0)
     with guard():
-        out, lse = backend.forward(*problem, None, 1.0, 0.0)
-        first = backend.backward(*problem, None, out, lse, batch.dout, None, 1.0, 0.0, False)
-    assert first[3].shape == (0, 2)
+        y = backend.forward(x, options)
+        first = backend.backward(x, y, Cotangents(batch.dout, None), options, False)
+    assert first.dbias.shape == (0, 2)
 
 
 @pytest.mark.parametrize("name", ["forward", "backward", "double_backward"])
@@ -262,15 +268,12 @@ def test_unwanted_gradient_of_bias_is_empty():
 def test_opcheck(name, seeds):
     """torch's own checks of the registered operators, with this backend behind them."""
     batch = Case("small", (3, 4), seeds=seeds, heads=1, bias="pair", lse=True).make(torch.float32)
-    problem = (
-        batch.q, batch.k, batch.v, batch.bias, batch.q_ptr, batch.k_ptr, batch.pair_ptr, None,
-    )  # fmt: skip
-    out, lse = backend.forward(*problem, 0.3, 0.0)
-    known = (*problem, out, lse, batch.dout, batch.dlse)
+    x, options = operands(batch), Options(0.3)
+    known = (*x, *backend.forward(x, options), batch.dout, batch.dlse)
     arguments = {
-        "forward": (*problem, 0.3, 0.0),
-        "backward": (*known, 0.3, 0.0, True),
-        "double_backward": (*known, batch.ddq, None, batch.ddv, batch.ddbias, 0.3, 0.0),
+        "forward": (*x, *options),
+        "backward": (*known, *options, True),
+        "double_backward": (*known, batch.ddq, None, batch.ddv, batch.ddbias, *options),
     }[name]
     torch.library.opcheck(getattr(ops, name), (*arguments, "triton"))
 
@@ -329,9 +332,13 @@ def _bug_kernel(x, y, n, BUG: tl.constexpr):
 
 
 BUGS = {
-    "load outside": "load of 1", "store outside": "store of 1", "two writers": "two programs",
-    "reads another's result": "a program reads", "atomic": "atomics", "bfloat16 sum": "arithmetic",
-}  # fmt: skip
+    "load outside": "load of 1",
+    "store outside": "store of 1",
+    "two writers": "two programs",
+    "reads another's result": "a program reads",
+    "atomic": "atomics",
+    "bfloat16 sum": "arithmetic",
+}
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -68,9 +68,12 @@ def run(folder: Path, command: list[str], **environment: str) -> tuple[int, str]
     threads = {"OMP_NUM_THREADS": "1"}
     cache = {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / ".cache")}
     found = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env=os.environ | threads | cache | environment,
-    )  # fmt: skip
+    )
     return found.returncode, found.stdout + found.stderr
 
 
@@ -116,8 +119,10 @@ def sample(step: int) -> int:
         if record.stack:
             expected = tables[newest]["entries"].get(variant.key, [0, 0])[1]
             spills.append(record.stack)
-            print(f"triton {version} spills {record.stack} B a thread: {variant.key} "
-                  f"({newest}: {expected} B)")  # fmt: skip
+            print(
+                f"triton {version} spills {record.stack} B a thread: {variant.key} "
+                f"({newest}: {expected} B)"
+            )
             if version not in tables:
                 found = [x for x in found if "spills" not in x]
                 found += [f"{record.stack} bytes of spills"] * (record.stack > expected + SLACK)
