@@ -195,14 +195,18 @@ def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
     assert [call.args[-1] for call in calls] == ["triton", "triton"]
 
 
-@needs_triton
-def test_interpreted_suite():
-    """test_triton_interpreted.py, in a process that interprets."""
+def interpreted(name: str) -> None:
+    """Runs a file of tests in a process that interprets."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", HERE / "test_triton_interpreted.py"],
+        [sys.executable, "-m", "pytest", "-q", HERE / name],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@needs_triton
+def test_interpreted_suite():
+    interpreted("test_triton_interpreted.py")
