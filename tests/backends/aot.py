@@ -38,7 +38,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import attnpool_kernels.backends.triton as backend
-from attnpool_kernels.backends.triton import tuning
+from attnpool_kernels.backends.triton import tile_table
+from attnpool_kernels.operands import Cotangents, Operands, Options, Result, Tangents
 
 SNAPSHOT = pathlib.Path(__file__).with_name("triton_resources.json")
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -108,7 +109,8 @@ class Launch:
 
         def describe(value: Any, path: tuple[int, ...], annotation: str, fixed: bool) -> Any:
             if isinstance(value, tuple):
-                return tuple(describe(x, (*path, i), "", fixed) for i, x in enumerate(value))
+                members = [describe(x, (*path, i), "", fixed) for i, x in enumerate(value)]
+                return value._make(members) if hasattr(value, "_make") else tuple(members)
             if value is None or (isinstance(value, int) and value == 1 and not fixed):
                 constants[path] = value
                 return "constexpr"
@@ -160,28 +162,28 @@ def on_launch(call: Callable[[Launch], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def as_device(capability: tuple[int, int], row: str, **changes: Any) -> Iterator[None]:
     """The tile table's view of a GPU, with changes to its entries; the tensors stay on the CPU."""
-    tile, precision = tuning.tile, tuning.precision
+    tile, precision = tile_table.tile, tile_table.precision
 
     def changed(pass_name, _, row, width, options):
         entry = tile(pass_name, capability, row, width, options)
         return None if entry is None else entry | changes
 
-    tuning.tile, tuning.precision = changed, lambda dtype: row
+    tile_table.tile, tile_table.precision = changed, lambda dtype: row
     try:
         yield
     finally:
-        tuning.tile, tuning.precision = tile, precision
+        tile_table.tile, tile_table.precision = tile, precision
 
 
 def launches(variant: Variant) -> list[Launch]:
     """The kernels of a pass; options: with bias, dropout and a cotangent of lse."""
     found: list[Launch] = []
-    few = variant.pass_name in tuning.FEW_PASSES
-    long = variant.pass_name in tuning.LONG_PASSES
-    rows = tuning.SPLIT + 16 if few else tuning.LONG if long else 16
+    few = variant.pass_name in tile_table.FEW_PASSES
+    long = variant.pass_name in tile_table.LONG_PASSES
+    rows = tile_table.SPLIT + 16 if few else tile_table.LONG if long else 16
     dtype, options = DTYPES[variant.row], variant.options
     k = torch.empty(rows, 16, variant.width, dtype=dtype)
-    q = k[: tuning.FEW] if few else k
+    q = k[: tile_table.FEW] if few else k
     out = k.new_empty(1, *q.shape) if few else torch.empty_like(k)
     kind = torch.float64 if variant.row == "fp64" else torch.float32
     lse, ptr = torch.empty(out.shape[:-1], dtype=kind), torch.tensor([0, rows])
@@ -189,24 +191,24 @@ def launches(variant: Variant) -> list[Launch]:
     pairs = torch.tensor([0, len(q) * rows]) if options else None
     seed = torch.zeros(1, dtype=torch.int64) if options else None
     dropout, dlse = (0.1, lse) if options else (0.0, None)
-    problem = (q, k, k, bias, None if few else ptr, ptr, pairs, seed)
-    known, scale = (*problem, out, lse, out, dlse), 0.125
+    x = Operands(q, k, k, bias, None if few else ptr, ptr, pairs, seed)
+    y, dy, given = Result(out, lse), Cotangents(out, dlse), Options(0.125, dropout)
     # gfx942 has a tensor core for exact float32
-    capability = tuning.GFX942 if variant.sm == GFX942 else divmod(variant.sm, 10)
+    capability = tile_table.GFX942 if variant.sm == GFX942 else divmod(variant.sm, 10)
     exact = {"PRECISION": "ieee"} if variant.sm == GFX942 else {}
     with as_device(capability, variant.row, **exact), on_launch(found.append):
         if "double_backward" in variant.pass_name:
-            backend.double_backward(*known, q, k, k, bias, scale, dropout)
+            backend.double_backward(x, y, dy, Tangents(q, k, k, bias), given)
         elif "backward" in variant.pass_name:
-            backend.backward(*known, scale, dropout, options)
+            backend.backward(x, y, dy, given, options)
         else:
-            backend.forward(*problem, scale, dropout)
+            backend.forward(x, given)
     found = [launch for launch in found if not launch.name.endswith("sum_parts_kernel")]
     if few:
         return found
     kernel = variant.pass_name.removesuffix("_long")
     kernel = {"forward": "forward_forward"}.get(kernel, kernel) + "_kernel"
-    shortest = tuning.LONG if long else 0
+    shortest = tile_table.LONG if long else 0
     found = [launch for launch in found if launch.name == kernel]
     return [launch for launch in found if launch.arguments.get("SHORTEST", 0) == shortest]
 
@@ -285,20 +287,20 @@ def variants() -> Iterator[Variant]:
     """
     widths = (32, 64, 128, 16, 256)
     everywhere = [(row, w, sm) for w, row, sm in itertools.product(widths, DTYPES, NVIDIA)]
-    amd = [(row, width, GFX942) for row in ("bf16", "fp32", "fp64") for width in tuning.WIDTHS]
+    amd = [(row, width, GFX942) for row in ("bf16", "fp32", "fp64") for width in tile_table.WIDTHS]
     for passes, options, where in (
-        (tuning.PASSES, False, everywhere),
-        (tuning.PASSES, True, everywhere),
-        (tuning.FEW_PASSES, True, everywhere),
-        (tuning.LONG_PASSES, False, everywhere),
-        (tuning.PASSES, False, amd),
+        (tile_table.PASSES, False, everywhere),
+        (tile_table.PASSES, True, everywhere),
+        (tile_table.FEW_PASSES, True, everywhere),
+        (tile_table.LONG_PASSES, False, everywhere),
+        (tile_table.PASSES, False, amd),
     ):
         for row, width, sm in where:
             for name in passes:
-                capability = tuning.GFX942 if sm == GFX942 else divmod(sm, 10)
+                capability = tile_table.GFX942 if sm == GFX942 else divmod(sm, 10)
                 if row == "fp64" and backend._version() < backend._FLOAT64:
                     continue
-                if tuning.tile(name, capability, row, width, options) is not None:
+                if tile_table.tile(name, capability, row, width, options) is not None:
                     yield Variant(sm, row, width, name, options)
 
 
@@ -386,7 +388,7 @@ def report() -> int:
     for variant in variants():
         if variant.key in entries and variant.sm != GFX942:
             registers, stack, shared, unit, _ = entries[variant.key]
-            tile = tuning.tile(
+            tile = tile_table.tile(
                 variant.pass_name, divmod(variant.sm, 10), variant.row, variant.width,
                 variant.options)  # fmt: skip
             warps = tile["num_warps"]

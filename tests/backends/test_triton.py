@@ -83,12 +83,12 @@ def test_triton_is_imported_by_a_call_only():
 
 @needs_triton
 def test_unknown_capability_falls_back_with_one_warning():
-    from attnpool_kernels.backends.triton import tuning
+    from attnpool_kernels.backends.triton import tile_table
 
-    tuning._known.cache_clear()
+    tile_table._known.cache_clear()
     with pytest.warns(UserWarning, match="no Triton tiles for sm_121, using those of sm_120"):
-        assert tuning.tile("forward", (12, 1), "bf16", 16, False) == (
-            tuning.tile("forward", (12, 0), "bf16", 16, False)
+        assert tile_table.tile("forward", (12, 1), "bf16", 16, False) == (
+            tile_table.tile("forward", (12, 0), "bf16", 16, False)
         )
 
 
@@ -97,21 +97,21 @@ def test_both_of_torchs_settings_of_tf32():
     """In a process of its own: torch remembers which one was used."""
     code = """
 import torch
-from attnpool_kernels.backends.triton import tuning
-rows, matmul = [tuning.precision(torch.float32)], torch.backends.cuda.matmul
+from attnpool_kernels.backends.triton import tile_table
+rows, matmul = [tile_table.precision(torch.float32)], torch.backends.cuda.matmul
 matmul.allow_tf32 = True
-rows.append(tuning.precision(torch.float32))
+rows.append(tile_table.precision(torch.float32))
 matmul.allow_tf32 = False
-rows.append(tuning.precision(torch.float32))
+rows.append(tile_table.precision(torch.float32))
 torch.set_float32_matmul_precision("high")
-rows.append(tuning.precision(torch.float32))
+rows.append(tile_table.precision(torch.float32))
 for setting in "ieee", "tf32":
     matmul.fp32_precision = setting
-    rows.append(tuning.precision(torch.float32))
+    rows.append(tile_table.precision(torch.float32))
 matmul.fp32_precision = "none"
-rows.append(tuning.precision(torch.float32))
+rows.append(tile_table.precision(torch.float32))
 torch.backends.fp32_precision = "tf32"
-rows.append(tuning.precision(torch.float32))
+rows.append(tile_table.precision(torch.float32))
 print(*rows)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -195,11 +195,18 @@ def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
     assert [call.args[-1] for call in calls] == ["triton", "triton"]
 
 
+def interpreted(name: str) -> None:
+    """Runs a file of tests in a process that interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", HERE / name],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
 @needs_triton
 def test_interpreted_suite():
-    """test_triton_interpreted.py, in a process that interprets."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", HERE / "test_triton_interpreted.py"],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpreted("test_triton_interpreted.py")

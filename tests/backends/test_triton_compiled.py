@@ -15,7 +15,8 @@ from simulated import simulated
 
 import attnpool_kernels.backends.triton as backend
 from attnpool_kernels import testing
-from attnpool_kernels.backends.triton import tuning
+from attnpool_kernels.backends.triton import tile_table
+from attnpool_kernels.operands import Operands, Options
 from attnpool_kernels.testing import Case
 
 EVERYTHING = Case(
@@ -70,7 +71,7 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "SLICE": 16}
     ids=["fp32", "bf16", "fp16", "bf16 as shipped", "fp32 as shipped"],
 )
 def test_compiled_kernels_in_the_simulator(monkeypatch, case, row, schedule, changes):
-    monkeypatch.setattr(tuning, "SPLIT", 16)  # the keys of the larger molecule in two parts
+    monkeypatch.setattr(tile_table, "SPLIT", 16)  # the keys of the larger molecule in two parts
     kernels = set()
 
     def run(batch):
@@ -85,8 +86,7 @@ def test_compiled_kernels_in_the_simulator(monkeypatch, case, row, schedule, cha
 
 def test_compiled_kernels_stay_inside_whatever_ptr_holds():
     batch = Case("garbage", (9, 4), heads=1, dim=16).make(torch.bfloat16)
-    batch.q_ptr = batch.k_ptr = torch.tensor([2**62, -(2**63), 7])
+    ptr = torch.tensor([2**62, -(2**63), 7])
+    x = Operands(batch.q, batch.k, batch.v, None, ptr, ptr, None, None)
     with simulated(90, "bf16"):
-        backend.forward(
-            batch.q, batch.k, batch.v, None, batch.q_ptr, batch.k_ptr, None, None, 1.0, 0.0
-        )
+        backend.forward(x, Options(1.0))

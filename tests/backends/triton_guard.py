@@ -101,8 +101,12 @@ class Guard:
         self.accesses = {"load": [], "store": []}
         self.launches += 1
 
-    def add_tensor(self, x: torch.Tensor) -> None:
-        if x.numel():
+    def add_tensors(self, x) -> None:
+        """A tensor, or those in a tuple of tuples."""
+        if isinstance(x, tuple):
+            for member in x:
+                self.add_tensors(member)
+        elif isinstance(x, torch.Tensor) and x.numel():
             last = sum((n - 1) * abs(step) for n, step in zip(x.shape, x.stride()))
             self.ranges.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
 
@@ -261,9 +265,7 @@ def _patch_launch(patch, g: Guard) -> None:
             if warps & (warps - 1) or not 1 <= warps <= 32:
                 raise GuardError(f"num_warps={warps}: not a power of two up to 32")
             g.start_launch()
-            for x in [*arguments, *keywords.values()]:
-                if isinstance(x, torch.Tensor):
-                    g.add_tensor(x)
+            g.add_tensors((*arguments, *keywords.values()))
             builder, order = interpreter.interpreter_builder, {}
             set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
 

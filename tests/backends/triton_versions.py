@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 NEEDS = {"3.6.0": ["numpy<2.4"]}  # its interpreter uses what later numpy removed
 PART = "error_budget and not float64 and (edges or everything or parts or long) or guard_sees"
+INTERPRETED = ("test_triton_interpreted", "test_triton_interpreted_bits")
 STEP, STEP_OF_ALL = 61, 19  # every 61st variant of the tile table is compiled
 SLACK = 256  # bytes a thread, a quarter of its registers
 MINUTES = 5  # for an installation, 200 MB
@@ -68,15 +69,19 @@ def run(folder: Path, command: list[str], **environment: str) -> tuple[int, str]
     threads = {"OMP_NUM_THREADS": "1"}
     cache = {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / ".cache")}
     found = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env=os.environ | threads | cache | environment,
-    )  # fmt: skip
+    )
     return found.returncode, found.stdout + found.stderr
 
 
-def tests(folder: Path, name: str, part: str, **environment: str) -> tuple[bool, str]:
+def tests(folder: Path, names: tuple, part: str, **environment: str) -> tuple[bool, str]:
     """(whether all passed, the count)."""
-    command = ["-m", "pytest", "-p", "no:cacheprovider", f"tests/backends/{name}.py"]
+    files = [f"tests/backends/{name}.py" for name in names]
+    command = ["-m", "pytest", "-p", "no:cacheprovider", *files]
     status, text = run(folder, command + (["-k", part] if part else []), **environment)
     if status:
         print(text[-4000:], flush=True)
@@ -91,8 +96,8 @@ def try_version(version: str, folder: Path, everything: bool) -> tuple[bool, str
     if imported.strip() != version:
         return False, f"{version:<8} not importable: {imported.strip()[-200:]}"
     part = "" if everything else PART
-    first, interpreted = tests(folder, "test_triton_interpreted", part, TRITON_INTERPRET="1")
-    second, simulated = tests(folder, "test_triton_compiled", "compiled_kernels")
+    first, interpreted = tests(folder, INTERPRETED, part, TRITON_INTERPRET="1")
+    second, simulated = tests(folder, ("test_triton_compiled",), "compiled_kernels")
     step = STEP_OF_ALL if everything else STEP
     status, report = run(folder, [str(Path(__file__).resolve()), "--sample", str(step)])
     print(report[-8000:].strip(), flush=True)
@@ -116,8 +121,10 @@ def sample(step: int) -> int:
         if record.stack:
             expected = tables[newest]["entries"].get(variant.key, [0, 0])[1]
             spills.append(record.stack)
-            print(f"triton {version} spills {record.stack} B a thread: {variant.key} "
-                  f"({newest}: {expected} B)")  # fmt: skip
+            print(
+                f"triton {version} spills {record.stack} B a thread: {variant.key} "
+                f"({newest}: {expected} B)"
+            )
             if version not in tables:
                 found = [x for x in found if "spills" not in x]
                 found += [f"{record.stack} bytes of spills"] * (record.stack > expected + SLACK)

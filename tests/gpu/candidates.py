@@ -45,7 +45,7 @@ FEW = ((16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 1), (16, 64, 2), (16, 64,
 KEYS = tuple(
     Key(row, width, name)
     for row, width in (("bf16", 64), ("bf16", 32), ("fp32", 64), ("fp32", 32))
-    for name in (*aot.tuning.PASSES, *aot.tuning.FEW_PASSES, *aot.tuning.LONG_PASSES)
+    for name in (*aot.tile_table.PASSES, *aot.tile_table.FEW_PASSES, *aot.tile_table.LONG_PASSES)
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def grid(key: Key) -> list[Tile]:
     first = tiles.shipped(key, (9, 0))
     if first is None:
         return []
-    few, long = key.name in aot.tuning.FEW_PASSES, key.name in aot.tuning.LONG_PASSES
+    few, long = key.name in aot.tile_table.FEW_PASSES, key.name in aot.tile_table.LONG_PASSES
     slices = min(key.width, 64 if key.row == "bf16" else 32)
     stages = 3 if long else first[4]
     chosen = FEW if few else LONG if long else SHORT
@@ -68,7 +68,7 @@ def measured(key: Key, tile: Tile) -> dict | None:
     with tiles.using({key: tile}):
         launches = aot.launches(variant)
     found: dict = {"tile": list(tile), "registers": 0, "spills": 0, "shared": 0, "repeated": 1.0}
-    atoms = LONG_ATOMS if key.name in aot.tuning.LONG_PASSES else ATOMS
+    atoms = LONG_ATOMS if key.name in aot.tile_table.LONG_PASSES else ATOMS
     work = dict.fromkeys(atoms, 0.0)
     for launch in launches:
         if "PRECISION" not in launch.arguments or launch.arguments.get("STATISTICS"):

@@ -100,7 +100,7 @@ def test_prewarm_finds_every_variant_of_the_blocks(compiler, monkeypatch, tmp_pa
 
 
 def test_a_file_of_tiles_can_be_taken_over(monkeypatch):
-    from attnpool_kernels.backends.triton import tuning
+    from attnpool_kernels.backends.triton import tile_table
     from gpu import tiles
 
     key, tile = tiles.Key("bf16", 64, "forward"), (16, 32, 64, 1, 3, 255)
@@ -111,11 +111,11 @@ def test_a_file_of_tiles_can_be_taken_over(monkeypatch):
         assert tiles.shipped(key, (9, 0)) == tile
         assert tiles.shipped(tiles.Key("bf16", 32, "forward"), (9, 0)) != tile
     assert tiles.shipped(key, (9, 0)) == original != tile
-    tuning.tile.cache_clear()
-    monkeypatch.setattr(tuning, "_CHIPS", tuning._CHIPS | tiles.take_over(text))
+    tile_table.tile.cache_clear()
+    monkeypatch.setattr(tile_table, "_CHIPS", tile_table._CHIPS | tiles.take_over(text))
     assert tiles.shipped(key, (9, 0)) == tile
     assert tiles.shipped(key, (8, 0)) == original
-    tuning.tile.cache_clear()
+    tile_table.tile.cache_clear()
 
 
 def test_candidates_are_tiles_of_the_table():
@@ -159,17 +159,17 @@ def test_pruning_reads_the_machine_code(monkeypatch):
 def tuned(as_cuda, monkeypatch):
     """Kernels whose time and result depend on the tile that the table holds."""
     import attnpool_kernels.backends.triton as backend
-    from attnpool_kernels.backends.triton import tuning
+    from attnpool_kernels.backends.triton import tile_table
 
     times = {16: 3e-4, 32: 5e-4, 64: 1e-4, 128: 1e-5}
     current = []
 
-    def forward(*x):
-        width = tuning.tile("forward", (9, 0), "fp32", 16, False)["BLOCK_M"]
+    def forward(x, options):
+        width = tile_table.tile("forward", (9, 0), "fp32", 16, False)["BLOCK_M"]
         current[:] = [times[width]]
         if width == 128:
             raise RuntimeError("out of resource: shared memory")
-        out, lse = cpu.forward(*x)
+        out, lse = cpu.forward(*x, *options)
         return (out + 1.0 if width == 64 else out), lse
 
     def seconds(calls, stream):

@@ -1,6 +1,6 @@
 """Tiles of the Triton kernels: candidates for a sweep, other tiles for a while, and a file of them.
 
-A tile is a tuple as in ``tuning``: BLOCK_M, BLOCK_N, SLICE, warps, stages[, most registers].
+A tile is a tuple as in ``tile_table``: BLOCK_M, BLOCK_N, SLICE, warps, stages[, most registers].
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnpool_kernels.backends.triton import tuning
+from attnpool_kernels.backends.triton import tile_table
 
 FILE = Path(__file__).with_name("candidates.json")
 Tile = tuple[int, ...]
@@ -43,7 +43,7 @@ def options(tile: Tile) -> dict[str, int | None]:
 
 def shipped(key: Key, capability: tuple[int, int] | None) -> Tile | None:
     """The entry of the table."""
-    entry = tuning.tile(key.name, capability, key.row, key.width, False)
+    entry = tile_table.tile(key.name, capability, key.row, key.width, False)
     if entry is None:
         return None
     found = [entry[name] for name in NAMES]
@@ -53,18 +53,18 @@ def shipped(key: Key, capability: tuple[int, int] | None) -> Tile | None:
 @contextlib.contextmanager
 def using(tiles: dict[Key, Tile]) -> Iterator[None]:
     """Other entries of the table inside."""
-    original = tuning.tile
+    original = tile_table.tile
 
     def tile(name, capability, row, width, with_options):
         entry = original(name, capability, row, width, with_options)
         other = tiles.get(Key(row, width, name))
         return entry if entry is None or other is None else entry | options(other)
 
-    tuning.tile = tile
+    tile_table.tile = tile
     try:
         yield
     finally:
-        tuning.tile = original
+        tile_table.tile = original
 
 
 def candidates() -> dict[Key, list[Tile]]:
@@ -78,8 +78,8 @@ def candidates() -> dict[Key, list[Tile]]:
 
 
 def lines(capability: tuple[int, int], chosen: dict[Key, tuple[Tile, float, float]]) -> str:
-    """Entries of ``tuning._CHIPS``, with the microseconds before and after."""
-    found = ["{  # for tuning._CHIPS: check with tests/backends/aot.py before it ships"]
+    """Entries of ``tile_table._CHIPS``, with the microseconds before and after."""
+    found = ["{  # for tile_table._CHIPS: check with tests/backends/aot.py before it ships"]
     for key, (tile, before, after) in chosen.items():
         place = (capability, key.row, key.width, key.name)
         found.append(f"    {place!r}: {tile!r},  # {1e6 * before:.1f} -> {1e6 * after:.1f} µs")

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from attnpool_kernels.backends.triton import tuning
+from attnpool_kernels.backends.triton import tile_table
 
 ROWS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 POOLS = 3  # times that a pool of processes may break
@@ -74,7 +74,7 @@ def collecting(capability: tuple[int, int]) -> Iterator[Collected]:
     """Collects what the kernels that are called inside would compile; nothing runs."""
     collected = Collected(target(capability))
     compile_, run = JITFunction._do_compile, JITFunction.run
-    tile, precision = tuning.tile, tuning.precision
+    tile, precision = tile_table.tile, tile_table.precision
     # `active` is made at the first use: asking for it would want a GPU
     before = getattr(driver, "_active", None)
 
@@ -88,13 +88,13 @@ def collecting(capability: tuple[int, int]) -> Iterator[Collected]:
 
     driver.set_active(_Device(collected.target))
     JITFunction._do_compile, JITFunction.run = collect, prepare
-    tuning.tile = lambda name, _, row, width, options: tile(name, capability, row, width, options)
-    tuning.precision = lambda dtype: ROWS[str(dtype).removeprefix("torch.")]
+    tile_table.tile = lambda name, _, *rest: tile(name, capability, *rest)
+    tile_table.precision = lambda dtype: ROWS[str(dtype).removeprefix("torch.")]
     try:
         yield collected
     finally:
         JITFunction._do_compile, JITFunction.run = compile_, run
-        tuning.tile, tuning.precision = tile, precision
+        tile_table.tile, tile_table.precision = tile, precision
         driver._active = before
 
 

@@ -14,6 +14,16 @@ import os
 
 import torch
 
+from ...operands import (
+    Cotangents,
+    Gradients,
+    Operands,
+    Options,
+    Result,
+    SecondGradients,
+    Tangents,
+)
+
 KIND = "kernel"
 OPERATORS = "attnpool_triton"
 
@@ -66,39 +76,40 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _module(pass_name: str, args: tuple):
+def _module(pass_name: str, x: Operands):
     """Where a pass is: few seeds have a schedule of their own, where there are tiles for it."""
-    from . import launch, tuning
+    from . import launch, tile_table
 
-    q, _, v, bias, q_ptr, _, _, seed, *_ = args
     module = f"_{pass_name}"
-    if q_ptr is None and q.shape[0] <= tuning.FEW:
-        options = bias is not None or seed is not None
-        if launch.tile(f"few_seeds_{pass_name}", q, v, options) is not None:
-            module = "_few_seeds_double" if pass_name == "double_backward" else "_few_seeds"
+    few = x.shared and x.q.shape[0] <= tile_table.FEW
+    if few and launch.tile(f"few_seeds_{pass_name}", x) is not None:
+        module = "_few_seeds_double" if pass_name == "double_backward" else "_few_seeds"
     return importlib.import_module(f"{__name__}.{module}")
 
 
-def _near(args: tuple) -> list:
-    """The arguments; a tensor whose units lie 2^31 elements apart or more is copied, because
-    the kernels count offsets inside a row in 32 bits."""
-    return [x.contiguous() if isinstance(x, torch.Tensor) and _spreads_far(x) else x for x in args]
+def _near(group):
+    """A tuple of tensors; one whose units lie 2^31 elements apart or more is copied, because the
+    kernels count offsets inside a row in 32 bits."""
+    return group._make(x.contiguous() if x is not None and _spreads_far(x) else x for x in group)
 
 
 def _spreads_far(x: torch.Tensor) -> bool:
     return x.dim() > 2 and (x.shape[-1] - 1) * x.stride(-1) >= 2**31
 
 
-def forward(*args):
-    """(out, lse); see attnpool_kernels.autograd for the arguments and the equations."""
-    return _module("forward", args).forward(*_near(args))
+def forward(x: Operands, options: Options) -> Result:
+    """See attnpool_kernels.autograd for the equations."""
+    return _module("forward", x).forward(_near(x), options)
 
 
-def backward(*args):
-    """(dq, dk, dv, dbias)."""
-    return _module("backward", args).backward(*_near(args))
+def backward(
+    x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
+) -> Gradients:
+    return _module("backward", x).backward(_near(x), _near(y), _near(dy), options, need_dbias)
 
 
-def double_backward(*args):
-    """(gq, gk, gv, gbias, gdout, gdlse)."""
-    return _module("double_backward", args).double_backward(*_near(args))
+def double_backward(
+    x: Operands, y: Result, dy: Cotangents, t: Tangents, options: Options
+) -> SecondGradients:
+    given = map(_near, (x, y, dy, t))
+    return _module("double_backward", x).double_backward(*given, options)

@@ -15,11 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ...operands import Cotangents, Gradients, Operands, Options, Result
 from . import launch
-from .tiles import (
+from .arguments import Dual, Molecule, Place, Rows, Statistics, Tile, Width, Widths
+from .primitives import (
     UNSPECIALIZED,
     add_bias,
     chunk_of,
+    find_molecule,
     find_query_tile,
     find_tile,
     keep_mask,
@@ -29,8 +32,8 @@ from .tiles import (
     load_row_values,
     load_rows,
     molecule_pairs,
-    molecule_rows,
     not_ours,
+    of_molecule,
     out_row,
     products,
     query_rows,
@@ -45,17 +48,36 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _query_kernel(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, sq, sk, sv, sb,
-    out, lse, dout, dlse, so, sl, sdo_b, sdo, sdl_b, sdl, dq, dk, dv, dbias, delta, norm,
-    B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
-    scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64, CHUNK: tl.int64,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-    SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
-):  # fmt: skip
-    ACC: tl.constexpr = lse.dtype.element_ty
+    x,
+    y,
+    dy,
+    gradients,
+    saved,
+    B: tl.int64,
+    H: tl.int32,
+    n_q: tl.int64,
+    n_k: tl.int64,
+    n_pairs: tl.int64,
+    scale: tl.float64,
+    threshold: tl.uint32,
+    keep_scale: tl.float64,
+    CHUNK: tl.int64,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr,
+):
+    ACC: tl.constexpr = y.lse.data.dtype.element_ty
+    WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, SLICE, PRECISION)
     head = (tl.program_id(0) % H).to(tl.int64)
-    part, q_row, first, rows = find_query_tile(tl.program_id(0) // H, q_ptr, B, n_q, BLOCK_M)
+    part, q_row, first, rows = find_query_tile(tl.program_id(0) // H, x.q_ptr, B, n_q, BLOCK_M)
     if (first >= rows) | not_ours(rows, SHORTEST, LONGEST):
         return
     c = tl.full((), scale, ACC)
@@ -63,51 +85,52 @@ def _query_kernel(
     one = tl.full((), 1.0, ACC)
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
+    at_m = Place(q_row, o_m, m_m, head)
     zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = tl.zeros((BLOCK_M, BD), ACC)
-    low, high = chunk_of(part, q_ptr, B, CHUNK)
+    low, high = chunk_of(part, x.q_ptr, B, CHUNK)
     for molecule in range(low, high):
-        o_row = out_row(q_ptr, molecule, q_row, n_q)
-        k_row, keys = molecule_rows(k_ptr, molecule, B, n_k)
-        pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
-        one_block = keys <= BLOCK_N
-        b_lse = load_row_values(lse, sl, o_row, head, o_m, m_m, float("-inf"))
-        p_do = dout + molecule * sdo_b
+        o_row = out_row(x.q_ptr, molecule, q_row, n_q)
+        of = find_molecule(x, molecule, B, n_k, n_pairs)
+        one_block = of.keys <= BLOCK_N
+        at_out = Place(o_row, o_m, m_m, head)
+        b_lse = load_row_values(y.lse, at_out, float("-inf"))
+        dout = of_molecule(dy.dout, molecule)
         m_o = o_m < tl.where(one_block, 0, rows)
-        b_o = load_rows(out, so, o_row, head, o_m, m_o, DV, BDV)
-        b_do = load_rows(p_do, sdo, q_row, head, o_m, m_o, DV, BDV)
+        # [BLOCK_M, BDV]
+        b_o = load_rows(y.out, Place(o_row, o_m, m_o, head), WIDTHS.v)
+        b_do = load_rows(dout, Place(q_row, o_m, m_o, head), WIDTHS.v)
         b_delta = tl.sum(b_o.to(ACC) * b_do.to(ACC), 1)
         b_dlse = tl.zeros((BLOCK_M,), ACC)
-        if dlse is not None:
-            b_dlse = load_row_values(dlse + molecule * sdl_b, sdl, q_row, head, o_m, m_m, 0.0)
+        if dy.dlse is not None:
+            b_dlse = load_row_values(of_molecule(dy.dlse, molecule), at_m, 0.0)
             b_dlse = tl.where(b_lse == float("-inf"), 0.0, b_dlse)
         b_norm = tl.full((BLOCK_M,), 1.0, ACC)
-        if renormalise(b_lse, q.dtype.element_ty) & (keys > BLOCK_N):
+        if renormalise(b_lse, x.q.data.dtype.element_ty) & (of.keys > BLOCK_N):
             total = tl.zeros((BLOCK_M,), ACC)
-            for first_k in range(0, keys, BLOCK_N):
+            for first_k in range(0, of.keys, BLOCK_N):
                 o_n = first_k + tl.arange(0, BLOCK_N)
-                m_n = o_n < keys
+                m_n = o_n < of.keys
+                at_n = Place(of.k_row, o_n, m_n, head)
                 s, _ = products(
-                    q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n,
-                    head, head, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
-                b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+                    Dual(x.q, None), at_m, Dual(x.k, None), at_n, zero, H, WIDTHS.qk, TILE
+                )
+                b_bias = load_bias(x.bias, of, at_m, o_n, head, c)
                 s = add_bias(s, c, b_bias, m_n[None, :])
                 total += tl.sum(weights(s, b_lse[:, None]), 1)
             b_norm = 1.0 / tl.where(total > 0, total, 1.0)
-        for first_k in range(0, keys, BLOCK_N):
+        for first_k in range(0, of.keys, BLOCK_N):
             o_n = first_k + tl.arange(0, BLOCK_N)
-            k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
-            m_n = o_n < keys
-            s, _ = products(
-                q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_at, o_n, m_n,
-                head, head_at, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
-            dp, _ = products(
-                p_do, sdo, None, None, q_row, o_m, m_m, v, sv, None, None, k_at, o_n, m_n,
-                head, head_at, H, zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
-            b_bias = load_bias(bias, sb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
+            k_at, head_at = later(of.k_row, first_k, H), later(head, first_k, H)
+            m_n = o_n < of.keys
+            at_n = Place(k_at, o_n, m_n, head_at)
+            # [BLOCK_M, BLOCK_N]
+            s, _ = products(Dual(x.q, None), at_m, Dual(x.k, None), at_n, zero, H, WIDTHS.qk, TILE)
+            dp, _ = products(Dual(dout, None), at_m, Dual(x.v, None), at_n, zero, H, WIDTHS.v, TILE)
+            b_bias = load_bias(x.bias, of, at_m, o_n, head_at, c)
             p = weights(add_bias(s, c, b_bias, m_n[None, :]), b_lse[:, None])
-            if seed is not None:
-                m_keep = keep_mask(seed, threshold, molecule, head_at, o_m, first_k, BLOCK_N)
+            if x.seed is not None:
+                m_keep = keep_mask(x.seed, threshold, molecule, head_at, o_m, first_k, BLOCK_N)
                 dp = tl.where(m_keep, dp * r, 0.0)
             if one_block:  # the whole row is at hand: both statistics from what is used below
                 total = tl.sum(p, 1)
@@ -115,56 +138,80 @@ def _query_kernel(
                 b_delta = tl.sum(p * b_norm[:, None] * dp, 1)
             p *= b_norm[:, None]
             ds = p * (dp - (b_delta - b_dlse)[:, None])
-            if dbias is not None:
-                store_pairs(dbias, pair, pairs, head_at, H, o_m, m_m, o_n, keys, ds)
-            ds = ds.to(k.dtype.element_ty)
-            b_k = load_rows(k, sk, k_at, head_at, o_n, m_n, D, BD)
+            if gradients.dbias is not None:
+                store_pairs(gradients.dbias, of, at_m, o_n, head_at, H, ds)
+            ds = ds.to(x.k.data.dtype.element_ty)
+            # [BLOCK_N, BD]
+            b_k = load_rows(x.k, at_n, WIDTHS.qk)
             acc = tl.dot(ds, b_k, acc, input_precision=PRECISION)
             if rows <= BLOCK_M:
-                if seed is not None:
+                if x.seed is not None:
                     p = tl.where(m_keep, p * r, 0.0)
-                q_at = later(q_row, first_k, H)
+                at_q = Place(later(q_row, first_k, H), o_m, m_m, head_at)
+                kept = Dual(tl.trans(p.to(x.v.data.dtype.element_ty)), None)
                 store_products(
-                    dv, k_at, o_n, m_n, tl.trans(p.to(v.dtype.element_ty)), p_do, sdo, None, None,
-                    None, q_at, o_m, m_m, head_at, H, one, DV, BDV, PRECISION)  # fmt: skip
+                    gradients.dv, at_n, kept, Dual(dout, None), at_q, one, H, WIDTHS.v, PRECISION
+                )
+                ds_t = Dual(tl.trans(ds), None)
                 store_products(
-                    dk, k_at, o_n, m_n, tl.trans(ds), q, sq, None, None, None, q_at, o_m, m_m,
-                    head_at, H, c, D, BD, PRECISION)  # fmt: skip
+                    gradients.dk, at_n, ds_t, Dual(x.q, None), at_q, c, H, WIDTHS.qk, PRECISION
+                )
         if rows > BLOCK_M:
-            store_row_values(delta, o_row, head, H, o_m, m_m, b_delta - b_dlse)
-            store_row_values(norm, o_row, head, H, o_m, m_m, b_norm)
-    if q_ptr is None:
+            store_row_values(saved.delta, at_out, H, b_delta - b_dlse)
+            store_row_values(saved.norm, at_out, H, b_norm)
+    if x.q_ptr is None:
         q_row = part * n_q
-    store_rows(dq, q_row, head, H, o_m, m_m, acc * c, D, BD)
+    store_rows(gradients.dq, Place(q_row, o_m, m_m, head), H, acc * c, WIDTHS.qk)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _key_kernel(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, sq, sk, sv, sb,
-    lse, dout, sl, sdo_b, sdo, dk, dv, delta, norm,
-    B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
-    scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-    COMPLETE: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
-):  # fmt: skip
-    ACC: tl.constexpr = lse.dtype.element_ty
+    x,
+    y,
+    dy,
+    gradients,
+    saved,
+    B: tl.int64,
+    H: tl.int32,
+    n_q: tl.int64,
+    n_k: tl.int64,
+    n_pairs: tl.int64,
+    scale: tl.float64,
+    threshold: tl.uint32,
+    keep_scale: tl.float64,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPLETE: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr,
+):
+    ACC: tl.constexpr = y.lse.data.dtype.element_ty
+    WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, SLICE, PRECISION)
     head = (tl.program_id(0) % H).to(tl.int64)
-    molecule, k_row, first_row, end = find_tile(tl.program_id(0) // H, k_ptr, B, n_k, BLOCK_N)
+    molecule, k_row, first_row, end = find_tile(tl.program_id(0) // H, x.k_ptr, B, n_k, BLOCK_N)
     if (first_row >= end) | not_ours(end - k_row, SHORTEST, LONGEST):
         return
-    q_row, rows = query_rows(q_ptr, molecule, B, n_q)
+    q_row, rows = query_rows(x.q_ptr, molecule, B, n_q)
     if (rows > 0) & (rows <= COMPLETE):
         return
     first = (first_row - k_row).to(tl.int32)
     keys = (end - k_row).to(tl.int32)
-    o_row = out_row(q_ptr, molecule, q_row, n_q)
-    pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
+    o_row = out_row(x.q_ptr, molecule, q_row, n_q)
+    pair, pairs = molecule_pairs(x.pair_ptr, molecule, B, n_pairs)
+    of = Molecule(molecule, k_row, keys, pair, pairs)
     c = tl.full((), scale, ACC)
     r = tl.full((), keep_scale, ACC)
     o_n = first + tl.arange(0, BLOCK_N)
     m_n = o_n < keys
-    p_do = dout + molecule * sdo_b
+    at_n = Place(k_row, o_n, m_n, head)
+    dout = of_molecule(dy.dout, molecule)
     zero = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     b_dk = tl.zeros((BLOCK_N, BD), ACC)
     b_dv = tl.zeros((BLOCK_N, BDV), ACC)
@@ -172,29 +219,29 @@ def _key_kernel(
         o_m = first_q + tl.arange(0, BLOCK_M)
         q_at, head_at = later(q_row, first_q, H), later(head, first_q, H)
         m_m = o_m < rows
-        s, _ = products(
-            k, sk, None, None, k_row, o_n, m_n, q, sq, None, None, q_at, o_m, m_m,
-            head, head_at, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
-        dp, _ = products(
-            v, sv, None, None, k_row, o_n, m_n, p_do, sdo, None, None, q_at, o_m, m_m,
-            head, head_at, H, zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
-        b_lse = load_row_values(lse, sl, o_row, head_at, o_m, m_m, float("-inf"))
-        b_delta = load_row_values(delta, sl, o_row, head_at, o_m, m_m, 0.0)
-        b_norm = load_row_values(norm, sl, o_row, head_at, o_m, m_m, 1.0)
-        b_bias = load_bias_of_keys(bias, sb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
+        at_m = Place(q_at, o_m, m_m, head_at)
+        at_out = Place(o_row, o_m, m_m, head_at)
+        # [BLOCK_N, BLOCK_M]
+        s, _ = products(Dual(x.k, None), at_n, Dual(x.q, None), at_m, zero, H, WIDTHS.qk, TILE)
+        dp, _ = products(Dual(x.v, None), at_n, Dual(dout, None), at_m, zero, H, WIDTHS.v, TILE)
+        b_lse = load_row_values(y.lse, at_out, float("-inf"))
+        b_delta = load_row_values(Rows(saved.delta, y.lse.strides), at_out, 0.0)
+        b_norm = load_row_values(Rows(saved.norm, y.lse.strides), at_out, 1.0)
+        b_bias = load_bias_of_keys(x.bias, of, at_m, o_n, head_at, c)
         p = weights(add_bias(s, c, b_bias, m_m[None, :]), b_lse[None, :]) * b_norm[None, :]
         kept = p
-        if seed is not None:
-            m_keep = tl.trans(keep_mask(seed, threshold, molecule, head_at, o_m, first, BLOCK_N))
+        if x.seed is not None:
+            m_keep = tl.trans(keep_mask(x.seed, threshold, molecule, head_at, o_m, first, BLOCK_N))
             dp = tl.where(m_keep, dp * r, 0.0)
             kept = tl.where(m_keep, p * r, 0.0)
         ds = p * (dp - b_delta[None, :])
-        b_do = load_rows(p_do, sdo, q_at, head_at, o_m, m_m, DV, BDV)
+        # [BLOCK_M, BDV], [BLOCK_M, BD]
+        b_do = load_rows(dout, at_m, WIDTHS.v)
         b_dv = tl.dot(kept.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_q = load_rows(q, sq, q_at, head_at, o_m, m_m, D, BD)
+        b_q = load_rows(x.q, at_m, WIDTHS.qk)
         b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    store_rows(dk, k_row, head, H, o_n, m_n, b_dk * c, D, BD)
-    store_rows(dv, k_row, head, H, o_n, m_n, b_dv, DV, BDV)
+    store_rows(gradients.dk, at_n, H, b_dk * c, WIDTHS.qk)
+    store_rows(gradients.dv, at_n, H, b_dv, WIDTHS.v)
 
 
 @triton.jit(do_not_specialize=["size", "parts"])
@@ -225,37 +272,34 @@ def sum_parts(partial: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def backward(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, scale, dropout, need_dbias
-):  # fmt: skip
-    """(dq, dk, dv, dbias); dbias is [0, H] unless asked for."""
-    common = launch.arguments(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
-    sdo_b, sdo = launch.row_strides(dout, q_ptr)
-    sdl_b, sdl = launch.row_strides(dlse, q_ptr)
-    dk, dv, dbias = launch.new(k), launch.new(v), launch.new_pairs(q, bias, need_dbias)
-    delta, norm = launch.new(lse), launch.new(lse)
-    common |= dict(lse=lse, sl=lse.stride()[-2:], dout=dout, sdo_b=sdo_b, sdo=sdo)
-    common |= dict(dk=dk, dv=dv, delta=delta, norm=norm)
-    heads, molecules = q.shape[1], common["B"]
-    options = bias is not None or seed is not None
-    query = launch.schedules("backward_query", q, v, q_ptr, q.shape[0], options)
-    key = launch.schedules("backward_key", q, v, q_ptr, k.shape[0], options)
-    complete = query[0]["BLOCK_M"]
-    chunk, parts = 1, molecules
-    if q_ptr is None:
-        tiles = launch.query_tiles(q, q_ptr, 1, complete)
-        chunk, parts = launch.chunks(molecules, tiles * heads)
-    dq = launch.new_query_gradient(q, q_ptr, parts)
-    with launch.on_device(q):
+    x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
+) -> Gradients:
+    dk, dv, dbias = launch.new(x.k), launch.new(x.v), launch.new_pairs(x, need_dbias)
+    saved = Statistics(launch.new(y.lse), launch.new(y.lse))
+    query = launch.schedules("backward_query", x, x.q.shape[0])
+    key = launch.schedules("backward_key", x, x.k.shape[0])
+    complete, heads = query[0]["BLOCK_M"], x.q.shape[1]
+    chunk, parts = launch.query_chunks(x, complete)
+    dq = launch.new_query_gradient(x, parts)
+    y, dy = launch.result(y), launch.cotangents(dy, x.shared)
+    gradients = Gradients(dq, dk, dv, dbias if dbias.numel() else None)
+    common = launch.arguments(x, options) | dict(saved=saved)
+    of_queries = common | dict(y=y, dy=dy, gradients=gradients, CHUNK=chunk)
+    of_keys = common | dict(
+        y=Result(None, y.lse),
+        dy=Cotangents(dy.dout, None),
+        gradients=gradients._replace(dq=None, dbias=None),
+        COMPLETE=complete,
+    )
+    with launch.on_device(x.q):
         for tile in query:
-            tiles = launch.query_tiles(q, q_ptr, parts, tile["BLOCK_M"])
-            if q.shape[0] and tiles:
-                _query_kernel[(tiles * heads,)](
-                    **common, out=out, so=out.stride()[-3:], dlse=dlse, sdl_b=sdl_b, sdl=sdl, dq=dq,
-                    dbias=dbias if dbias.numel() else None, CHUNK=chunk, **tile)  # fmt: skip
+            tiles = launch.query_tiles(x, parts, tile["BLOCK_M"])
+            if x.q.shape[0] and tiles:
+                _query_kernel[(tiles * heads,)](**of_queries, **tile)
         for tile in key:
-            tiles = launch.tiles_of(k.shape[0], molecules, tile["BLOCK_N"])
-            if k.shape[0]:
-                _key_kernel[(tiles * heads,)](**common, COMPLETE=complete, **tile)
-        if q_ptr is None:
-            dq = sum_parts(dq, q)
-    return dq, dk, dv, dbias
+            tiles = launch.tiles_of(x.k.shape[0], x.molecules, tile["BLOCK_N"])
+            if x.k.shape[0]:
+                _key_kernel[(tiles * heads,)](**of_keys, **tile)
+        if x.shared:
+            dq = sum_parts(dq, x.q)
+    return Gradients(dq, dk, dv, dbias)

@@ -19,10 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch, tuning
+from ...operands import Cotangents, Gradients, Operands, Options, Result
+from . import launch, tile_table
 from ._backward import sum_parts
 from ._forward import attend
-from .tiles import (
+from .arguments import Dual, Factors, Molecule, Place, Rows, Statistics, Tile, Width, Widths
+from .primitives import (
     UNSPECIALIZED,
     add_bias,
     find_segment,
@@ -34,6 +36,7 @@ from .tiles import (
     load_rows,
     molecule_pairs,
     molecule_rows,
+    of_molecule,
     products,
     store_pairs,
     store_products,
@@ -75,62 +78,91 @@ def part_in_slot(slot, k_ptr, B, n_k, SPLIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    q, k, v, bias, k_ptr, pair_ptr, seed, out, lse, outs, lses, sq, sk, sv, sb,
-    B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
-    scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    y,
+    parts,
+    B: tl.int64,
+    H: tl.int32,
+    n_q: tl.int64,
+    n_k: tl.int64,
+    n_pairs: tl.int64,
+    scale: tl.float64,
+    threshold: tl.uint32,
+    keep_scale: tl.float64,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
-):  # fmt: skip
-    ACC: tl.constexpr = lse.dtype.element_ty
+):
+    ACC: tl.constexpr = y.lse.dtype.element_ty
+    WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, SLICE, PRECISION)
     head = (tl.program_id(0) % H).to(tl.int64)
     molecule, k_row, first, last, keys, known = part_of(
-        tl.program_id(0) // H, k_ptr, B, n_k, SPLIT)  # fmt: skip
+        tl.program_id(0) // H, x.k_ptr, B, n_k, SPLIT
+    )
     if ((first > 0) & (first >= keys)) | (known == 0):
         return
-    pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
+    pair, pairs = molecule_pairs(x.pair_ptr, molecule, B, n_pairs)
+    of = Molecule(molecule, k_row, keys, pair, pairs)
     o_m = tl.arange(0, BLOCK_M)
     seeds = n_q.to(tl.int32)  # masks of 64 bits take twice the registers
     m_m = o_m < seeds
-    acc, b_lse = attend(
-        q, k, v, bias, seed, sq, sk, sv, sb, threshold, tl.full((), scale, ACC), molecule, head, H,
-        molecule * 0, o_m, m_m, k_row, first, last, keys, pair, pairs, D, DV, BD, BDV, BLOCK_M,
-        BLOCK_N, SLICE, PRECISION)  # fmt: skip
-    if seed is not None:
+    at_m = Place(molecule * 0, o_m, m_m, head)
+    c = tl.full((), scale, ACC)
+    acc, b_lse = attend(x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE)
+    if x.seed is not None:
         acc *= tl.full((), keep_scale, ACC)
     if keys <= SPLIT:
-        store_rows(out, molecule * n_q, head, H, o_m, m_m, acc, DV, BDV)
-        store_row_values(lse, molecule * n_q, head, H, o_m, m_m, b_lse)
+        at_out = Place(molecule * n_q, o_m, m_m, head)
+        store_rows(y.out, at_out, H, acc, WIDTHS.v)
+        store_row_values(y.lse, at_out, H, b_lse)
     else:
-        row = slot_of(k_row, first, SPLIT) * n_q
-        store_rows(outs, row, head, H, o_m, m_m, acc, DV, BDV)
-        store_row_values(lses, row, head, H, o_m, m_m, b_lse)
+        at_part = Place(slot_of(k_row, first, SPLIT) * n_q, o_m, m_m, head)
+        store_rows(parts.out, at_part, H, acc, WIDTHS.v)
+        store_row_values(parts.lse, at_part, H, b_lse)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _merge_kernel(
-    k_ptr, out, lse, outs, lses, B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64,
-    DV: tl.constexpr, BDV: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
+    k_ptr,
+    y,
+    parts,
+    B: tl.int64,
+    H: tl.int32,
+    n_q: tl.int64,
+    n_k: tl.int64,
+    DV: tl.constexpr,
+    BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Merges the parts of a molecule in order: outputs weighted by exp(lse), or plain sums."""
+    WIDTH: tl.constexpr = Width(DV, BDV)
     head = (tl.program_id(0) % H).to(tl.int64)
-    molecule, k_row, _, keys = part_in_slot(
-        tl.program_id(0) // H * 2 + 1, k_ptr, B, n_k, SPLIT)  # fmt: skip
+    slot = tl.program_id(0) // H * 2 + 1
+    molecule, k_row, _, keys = part_in_slot(slot, k_ptr, B, n_k, SPLIT)
     if keys == 0:
         return
-    ACC: tl.constexpr = outs.dtype.element_ty
+    ACC: tl.constexpr = parts.out.dtype.element_ty
     o_m = tl.arange(0, BLOCK_M)
     seeds = n_q.to(tl.int32)  # masks of 64 bits take twice the registers
     m_m = o_m < seeds
     acc = tl.zeros((BLOCK_M, BDV), ACC)
     largest = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
-    so = (H.to(tl.int64) * DV, DV, 1)
+    outs = Rows(parts.out, (H.to(tl.int64) * DV, DV, 1))
     for at in range(0, keys, SPLIT):
-        row = slot_of(k_row, at, SPLIT) * n_q
-        b_o = load_rows(outs, so, row, head, o_m, m_m, DV, BDV)
-        if lses is not None:
-            b_lse = load_row_values(lses, (H.to(tl.int64), 1), row, head, o_m, m_m, float("-inf"))
+        at_part = Place(slot_of(k_row, at, SPLIT) * n_q, o_m, m_m, head)
+        b_o = load_rows(outs, at_part, WIDTH)
+        if parts.lse is not None:
+            lses = Rows(parts.lse, (H.to(tl.int64), 1))
+            b_lse = load_row_values(lses, at_part, float("-inf"))
             new_largest = tl.maximum(largest, b_lse)
             shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             shrink, share = tl.exp(largest - shift), tl.exp(b_lse - shift)
@@ -139,65 +171,82 @@ def _merge_kernel(
             largest = new_largest
         else:
             acc += b_o
-    if lses is not None:
+    if parts.lse is not None:
         empty = total == 0
         acc = acc / tl.where(empty, 1.0, total)[:, None]
         b_lse = tl.where(empty, float("-inf"), largest + tl.log(tl.where(empty, 1.0, total)))
-        store_row_values(lse, molecule * n_q, head, H, o_m, m_m, b_lse)
-    store_rows(out, molecule * n_q, head, H, o_m, m_m, acc, DV, BDV)
+        store_row_values(y.lse, Place(molecule * n_q, o_m, m_m, head), H, b_lse)
+    store_rows(y.out, Place(molecule * n_q, o_m, m_m, head), H, acc, WIDTH)
 
 
 @triton.jit
-def merged(statistic, k_row, keys, n_q, head, H, o_m, m_m, SPLIT: tl.constexpr):
+def load_part(x, at, heads):
+    """[rows] of a statistic of one part, from a contiguous scratch tensor; 0 outside the mask."""
+    return load_row_values(Rows(x, (heads, 1)), at, 0.0)
+
+
+@triton.jit
+def merged(x, of, at_m, n_q, H, SPLIT: tl.constexpr):
     """Sum of a row statistic over the parts of a molecule, in order."""
-    total = tl.zeros((o_m.shape[0],), statistic.dtype.element_ty)
-    for at in range(0, keys, SPLIT):
-        row = slot_of(k_row, at, SPLIT) * n_q
-        total += load_row_values(statistic, (H.to(tl.int64), 1), row, head, o_m, m_m, 0.0)
+    total = tl.zeros((at_m.offsets.shape[0],), x.dtype.element_ty)
+    for at in range(0, of.keys, SPLIT):
+        row = slot_of(of.k_row, at, SPLIT) * n_q
+        at_part = Place(row, at_m.offsets, at_m.mask, at_m.head)
+        total += load_part(x, at_part, H.to(tl.int64))
     return total
 
 
 @triton.jit
-def _block(
-    q, k, v, bias, seed, p_do, sq, sk, sv, sb, sdo, b_lse, threshold, c, r, molecule, head,
-    head_at, H, o_m, m_m, k_row, o_n, m_n, first_k, keys, pair, pairs, zero,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _block(x, dout, of, at_m, at_n, first_k, b_lse, by, zero, H, widths, tile):
     """(P, P∘R, dP) of the seeds and a block of keys, before P is divided by its row sum."""
-    row = molecule * 0
-    s, _ = products(
-        q, sq, None, None, row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n,
-        head, head_at, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
-    dp, _ = products(
-        p_do, sdo, None, None, row, o_m, m_m, v, sv, None, None, k_row, o_n, m_n,
-        head, head_at, H, zero, DV, BDV, SLICE, PRECISION)  # fmt: skip
-    b_bias = load_bias(bias, sb, pair, pairs, head_at, o_m, m_m, o_n, keys, c)
-    p = weights(add_bias(s, c, b_bias, m_n[None, :]), b_lse[:, None])
+    # [BLOCK_M, BLOCK_N]
+    s, _ = products(Dual(x.q, None), at_m, Dual(x.k, None), at_n, zero, H, widths.qk, tile)
+    dp, _ = products(Dual(dout, None), at_m, Dual(x.v, None), at_n, zero, H, widths.v, tile)
+    b_bias = load_bias(x.bias, of, at_m, at_n.offsets, at_n.head, by.c)
+    p = weights(add_bias(s, by.c, b_bias, at_n.mask[None, :]), b_lse[:, None])
     kept = p
-    if seed is not None:
-        m_keep = keep_mask(seed, threshold, molecule, head, o_m, first_k, BLOCK_N)
-        dp = tl.where(m_keep, dp * r, 0.0)
-        kept = tl.where(m_keep, p * r, 0.0)
+    if x.seed is not None:
+        o_m, head = at_m.offsets, at_m.head
+        m_keep = keep_mask(x.seed, by.threshold, of.index, head, o_m, first_k, tile.n)
+        dp = tl.where(m_keep, dp * by.r, 0.0)
+        kept = tl.where(m_keep, p * by.r, 0.0)
     return p, kept, dp
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_kernel(
-    q, k, v, bias, k_ptr, pair_ptr, seed, sq, sk, sv, sb, lse, dout, dlse, sl, sdo_b, sdo, sdl_b,
-    sdl, dq, dk, dv, dbias, totals, deltas,
-    B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
-    scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64, CHUNK: tl.int64,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, STATISTICS: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    dy,
+    gradients,
+    parts,
+    B: tl.int64,
+    H: tl.int32,
+    n_q: tl.int64,
+    n_k: tl.int64,
+    n_pairs: tl.int64,
+    scale: tl.float64,
+    threshold: tl.uint32,
+    keep_scale: tl.float64,
+    CHUNK: tl.int64,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):
     """Gradients of CHUNK parts; with STATISTICS only Σ P and Σ P∘dP of the part in a slot."""
-    ACC: tl.constexpr = lse.dtype.element_ty
+    ACC: tl.constexpr = y.lse.data.dtype.element_ty
+    WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, SLICE, PRECISION)
     head = (tl.program_id(0) % H).to(tl.int64)
     at = (tl.program_id(0) // H).to(tl.int64)
-    c = tl.full((), scale, ACC)
-    r = tl.full((), keep_scale, ACC)
+    by = Factors(tl.full((), scale, ACC), tl.full((), keep_scale, ACC), threshold)
     one = tl.full((), 1.0, ACC)
     o_m = tl.arange(0, BLOCK_M)
     seeds = n_q.to(tl.int32)  # masks of 64 bits take twice the registers
@@ -209,18 +258,23 @@ def _backward_kernel(
         high = tl.minimum(low + CHUNK, n_k // SPLIT + B + 2)
     for tile in range(low, high):
         if STATISTICS:
-            molecule, k_row, first, keys = part_in_slot(at, k_ptr, B, n_k, SPLIT)
+            molecule, k_row, first, keys = part_in_slot(at, x.k_ptr, B, n_k, SPLIT)
             last = tl.minimum(first + SPLIT, keys)
             known = keys > 0
         else:
+            # low + ...: the interpreter's loop variables are plain integers
             molecule, k_row, first, last, keys, known = part_of(
-                low + (tile - low), k_ptr, B, n_k, SPLIT)  # fmt: skip
+                low + (tile - low), x.k_ptr, B, n_k, SPLIT
+            )
         live = tl.where(known, last, 0)  # rows of no molecule: not read, gradient 0
-        pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
+        pair, pairs = molecule_pairs(x.pair_ptr, molecule, B, n_pairs)
+        of = Molecule(molecule, k_row, keys, pair, pairs)
         m_m = o_m < tl.where(known, seeds, 0)
         row = molecule * n_q
-        b_lse = load_row_values(lse, sl, row, head, o_m, m_m, float("-inf"))
-        p_do = dout + molecule * sdo_b
+        q_row = molecule * 0
+        at_m = Place(q_row, o_m, m_m, head)
+        b_lse = load_row_values(y.lse, Place(row, o_m, m_m, head), float("-inf"))
+        dout = of_molecule(dy.dout, molecule)
         total = tl.zeros((BLOCK_M,), ACC)
         b_delta = tl.zeros((BLOCK_M,), ACC)
         one_block = keys <= BLOCK_N
@@ -229,122 +283,122 @@ def _backward_kernel(
         for first_k in range(first, end, BLOCK_N):
             o_n = first_k + tl.arange(0, BLOCK_N)
             k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
-            p, kept, dp = _block(
-                q, k, v, bias, seed, p_do, sq, sk, sv, sb, sdo, b_lse, threshold, c, r, molecule,
-                head, head_at, H, o_m, m_m, k_at, o_n, o_n < live, first_k, keys, pair, pairs,
-                zero, D, DV, BD, BDV, BLOCK_N, SLICE, PRECISION)  # fmt: skip
+            at_n = Place(k_at, o_n, o_n < live, head_at)
+            p, kept, dp = _block(x, dout, of, at_m, at_n, first_k, b_lse, by, zero, H, WIDTHS, TILE)
             total += tl.sum(p, 1)
             b_delta += tl.sum(p * dp, 1)
         if STATISTICS:
-            slot = at * n_q
-            store_row_values(totals, slot, head, H, o_m, m_m, total)
-            store_row_values(deltas, slot, head, H, o_m, m_m, b_delta)
+            at_slot = Place(at * n_q, o_m, m_m, head)
+            store_row_values(parts.total, at_slot, H, total)
+            store_row_values(parts.delta, at_slot, H, b_delta)
         else:
             if keys > SPLIT:
-                total = merged(totals, k_row, keys, n_q, head, H, o_m, m_m, SPLIT)
-                b_delta = merged(deltas, k_row, keys, n_q, head, H, o_m, m_m, SPLIT)
+                total = merged(parts.total, of, at_m, n_q, H, SPLIT)
+                b_delta = merged(parts.delta, of, at_m, n_q, H, SPLIT)
             b_dlse = tl.zeros((BLOCK_M,), ACC)
-            if dlse is not None:
-                b_dlse = load_row_values(
-                    dlse + molecule * sdl_b, sdl, molecule * 0, head, o_m, m_m, 0.0)  # fmt: skip
+            if dy.dlse is not None:
+                b_dlse = load_row_values(of_molecule(dy.dlse, molecule), at_m, 0.0)
                 b_dlse = tl.where(b_lse == float("-inf"), 0.0, b_dlse)
             for first_k in range(first, last, BLOCK_N):
                 o_n = first_k + tl.arange(0, BLOCK_N)
                 k_at, head_at = later(k_row, first_k, H), later(head, first_k, H)
-                m_n = o_n < last
+                at_n = Place(k_at, o_n, o_n < last, head_at)
+                at_live = Place(k_at, o_n, o_n < live, head_at)
                 p, kept, dp = _block(
-                    q, k, v, bias, seed, p_do, sq, sk, sv, sb, sdo, b_lse, threshold, c, r,
-                    molecule, head, head_at, H, o_m, m_m, k_at, o_n, o_n < live, first_k, keys,
-                    pair, pairs, zero, D, DV, BD, BDV, BLOCK_N, SLICE, PRECISION)  # fmt: skip
+                    x, dout, of, at_m, at_live, first_k, b_lse, by, zero, H, WIDTHS, TILE
+                )
                 if one_block:
                     total = tl.sum(p, 1)
                     b_delta = tl.sum(p * dp, 1)
                 b_norm = 1.0 / tl.where(total > 0, total, 1.0)
                 ds = p * b_norm[:, None] * (dp - (b_delta * b_norm - b_dlse)[:, None])
-                if dbias is not None:
-                    store_pairs(dbias, pair, pairs, head_at, H, o_m, m_m, o_n, keys, ds)
-                ds = ds.to(k.dtype.element_ty)
-                b_k = load_rows(k, sk, k_at, head_at, o_n, o_n < live, D, BD)
+                if gradients.dbias is not None:
+                    store_pairs(gradients.dbias, of, at_m, o_n, head_at, H, ds)
+                ds = ds.to(x.k.data.dtype.element_ty)
+                # [BLOCK_N, BD]
+                b_k = load_rows(x.k, at_live, WIDTHS.qk)
                 acc = tl.dot(ds, b_k, acc, input_precision=PRECISION)
-                q_at = later(molecule * 0, first_k, H)
+                at_q = Place(later(q_row, first_k, H), o_m, m_m, head_at)
                 kept *= b_norm[:, None]
+                ps = Dual(tl.trans(kept.to(x.v.data.dtype.element_ty)), None)
                 store_products(
-                    dv, k_at, o_n, m_n, tl.trans(kept.to(v.dtype.element_ty)), p_do, sdo, None,
-                    None, None, q_at, o_m, m_m, head_at, H, one, DV, BDV,
-                    PRECISION)  # fmt: skip
+                    gradients.dv, at_n, ps, Dual(dout, None), at_q, one, H, WIDTHS.v, PRECISION
+                )
+                ds_t = Dual(tl.trans(ds), None)
                 store_products(
-                    dk, k_at, o_n, m_n, tl.trans(ds), q, sq, None, None, None, q_at, o_m,
-                    m_m, head_at, H, c, D, BD, PRECISION)  # fmt: skip
+                    gradients.dk, at_n, ds_t, Dual(x.q, None), at_q, by.c, H, WIDTHS.qk, PRECISION
+                )
     if not STATISTICS:
-        store_rows(dq, at * n_q, head, H, o_m, o_m < seeds, acc * c, D, BD)
+        at_dq = Place(at * n_q, o_m, o_m < seeds, head)
+        store_rows(gradients.dq, at_dq, H, acc * by.c, WIDTHS.qk)
 
 
-def few_tiles(n_k: int, molecules: int) -> int:
+def few_tiles(x: Operands) -> int:
     """Parts of all molecules and of the rows of none, surplus ones included."""
-    return n_k // tuning.SPLIT + molecules + 2
+    return x.k.shape[0] // tile_table.SPLIT + x.molecules + 2
 
 
-def scratch(like: torch.Tensor, n_k: int) -> torch.Tensor:
+def scratch(like: torch.Tensor, x: Operands) -> torch.Tensor:
     """A slot for every part of a molecule of several, each of the shape of one of like."""
-    shape = (2 * (n_k // tuning.SPLIT + 1), *like.shape[1:])
+    shape = (2 * (x.k.shape[0] // tile_table.SPLIT + 1), *like.shape[1:])
     return torch.empty(shape, dtype=launch.accumulation(like.dtype), device=like.device)
 
 
-def arguments(*problem) -> dict:
-    """Those of every pass, and a tile's worth of seeds: (q, k, v, bias, q_ptr, ...)."""
-    found = launch.arguments(*problem)
-    del found["q_ptr"]
-    return found | dict(SPLIT=tuning.SPLIT)
+def arguments(x: Operands, options: Options) -> dict:
+    """Those of every pass, and the keys of a part."""
+    return launch.arguments(x, options) | dict(SPLIT=tile_table.SPLIT)
 
 
-def merge(common: dict, tile: dict, x, parts, lse=None, lses=None) -> None:
-    """x, or (x, lse), of molecules of several parts from those of the parts."""
-    names = ("k_ptr", "B", "H", "n_q", "n_k", "DV", "BDV", "SPLIT")
-    grid = (parts.shape[0] // 2 * common["H"],)
+def merge(common: dict, tile: dict, y: Result, parts: Result) -> None:
+    """y of molecules of several parts from those of the parts; lse may be None in both."""
+    grid = (parts.out.shape[0] // 2 * common["H"],)
+    names = ("B", "H", "n_q", "n_k", "DV", "BDV", "SPLIT")
     _merge_kernel[grid](
-        out=x, lse=lse, outs=parts, lses=lses, **{name: common[name] for name in names},
-        BLOCK_M=tile["BLOCK_M"], num_warps=tile["num_warps"],
-        enable_fp_fusion=True)  # fmt: skip
+        k_ptr=common["x"].k_ptr,
+        y=y,
+        parts=parts,
+        **{name: common[name] for name in names},
+        BLOCK_M=tile["BLOCK_M"],
+        num_warps=tile["num_warps"],
+        enable_fp_fusion=True,
+    )
 
 
-def forward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
-    """(out, lse) of seed pooling."""
-    molecules, heads = k_ptr.numel() - 1, q.shape[1]
-    out = torch.empty((molecules, *q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(out.shape[:-1], dtype=launch.accumulation(q.dtype), device=q.device)
-    if out.numel() == 0:
-        return out, lse
-    common = arguments(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
-    tile = launch.tile("few_seeds_forward", q, v, bias is not None or seed is not None)
-    outs, lses = scratch(out, k.shape[0]), scratch(lse, k.shape[0])
-    with launch.on_device(q):
-        grid = (few_tiles(k.shape[0], molecules) * heads,)
-        _forward_kernel[grid](**common, out=out, lse=lse, outs=outs, lses=lses, **tile)
-        if k.shape[0] > tuning.SPLIT:
-            merge(common, tile, out, outs, lse, lses)
-    return out, lse
+def forward(x: Operands, options: Options) -> Result:
+    y = launch.new_result(x)
+    if y.out.numel() == 0:
+        return y
+    common = arguments(x, options)
+    tile = launch.tile("few_seeds_forward", x)
+    parts = Result(scratch(y.out, x), scratch(y.lse, x))
+    with launch.on_device(x.q):
+        grid = (few_tiles(x) * x.q.shape[1],)
+        _forward_kernel[grid](**common, y=y, parts=parts, **tile)
+        if x.k.shape[0] > tile_table.SPLIT:
+            merge(common, tile, y, parts)
+    return y
 
 
 def backward(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, dout, dlse, scale, dropout, need_dbias
-):  # fmt: skip
-    """(dq, dk, dv, dbias); dbias is [0, H] unless asked for. out is not needed."""
-    common = arguments(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
-    sdo_b, sdo = launch.row_strides(dout, q_ptr)
-    sdl_b, sdl = launch.row_strides(dlse, q_ptr)
-    dk, dv, dbias = launch.new(k), launch.new(v), launch.new_pairs(q, bias, need_dbias)
-    heads, molecules = q.shape[1], common["B"]
-    tile = launch.tile("few_seeds_backward", q, v, bias is not None or seed is not None)
-    totals, deltas = (scratch(lse, k.shape[0]) for _ in range(2))
-    chunk, parts = launch.chunks(few_tiles(k.shape[0], molecules), heads)
-    dq = launch.new_query_gradient(q, q_ptr, parts)
-    common |= dict(lse=lse, sl=lse.stride()[-2:], dout=dout, sdo_b=sdo_b, sdo=sdo, dlse=dlse)
-    common |= dict(sdl_b=sdl_b, sdl=sdl, dq=dq, dk=dk, dv=dv, totals=totals, deltas=deltas)
-    common |= dict(dbias=dbias if dbias.numel() else None, CHUNK=chunk)
-    with launch.on_device(q):
-        if k.shape[0] > tuning.SPLIT:
-            grid = (len(totals) * heads,)
+    x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
+) -> Gradients:
+    """out is not needed."""
+    dk, dv, dbias = launch.new(x.k), launch.new(x.v), launch.new_pairs(x, need_dbias)
+    heads, tile = x.q.shape[1], launch.tile("few_seeds_backward", x)
+    chunk, programs = launch.chunks(few_tiles(x), heads)
+    dq = launch.new_query_gradient(x, programs)
+    parts = Statistics(delta=scratch(y.lse, x), total=scratch(y.lse, x))
+    common = arguments(x, options) | dict(
+        y=Result(None, launch.result(y).lse),
+        dy=launch.cotangents(dy, x.shared),
+        gradients=Gradients(dq, dk, dv, dbias if dbias.numel() else None),
+        parts=parts,
+        CHUNK=chunk,
+    )
+    with launch.on_device(x.q):
+        if x.k.shape[0] > tile_table.SPLIT:
+            grid = (len(parts.total) * heads,)
             _backward_kernel[grid](**common, STATISTICS=True, **tile)
-        _backward_kernel[(parts * heads,)](**common, STATISTICS=False, **tile)
-        dq = sum_parts(dq, q)
-    return dq, dk, dv, dbias
+        _backward_kernel[(programs * heads,)](**common, STATISTICS=False, **tile)
+        dq = sum_parts(dq, x.q)
+    return Gradients(dq, dk, dv, dbias)

@@ -5,20 +5,20 @@ in steps of BLOCK_N and keeps the running maximum, the sum and the weighted valu
 molecule covers are the same program with no keys: output 0, lse -inf.
 """
 
-import torch
 import triton
 import triton.language as tl
 
+from ...operands import Operands, Options, Result
 from . import launch
-from .tiles import (
+from .arguments import Dual, Place, Tile, Width, Widths
+from .primitives import (
     UNSPECIALIZED,
     add_bias,
+    find_molecule,
     find_query_tile,
     keep_mask,
     load_bias,
     load_rows,
-    molecule_pairs,
-    molecule_rows,
     not_ours,
     out_row,
     products,
@@ -28,25 +28,21 @@ from .tiles import (
 
 
 @triton.jit
-def attend(
-    q, k, v, bias, seed, sq, sk, sv, sb, threshold, c, molecule, head, H, q_row, o_m, m_m, k_row,
-    first, last, keys, pair, pairs,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(output, lse) of a tile of queries over the keys first to last of a molecule."""
-    zero = tl.zeros((BLOCK_M, BLOCK_N), c.dtype)
-    largest = tl.full((BLOCK_M,), float("-inf"), c.dtype)
-    total = tl.zeros((BLOCK_M,), c.dtype)
-    acc = tl.zeros((BLOCK_M, BDV), c.dtype)
-    for first_k in range(first, last, BLOCK_N):
-        o_n = first_k + tl.arange(0, BLOCK_N)
+def attend(x, of, at_m, first, last, c, threshold, H, widths, tile):
+    """(output, lse) of a block of queries over the keys first to last of a molecule."""
+    zero = tl.zeros((tile.m, tile.n), c.dtype)
+    largest = tl.full((tile.m,), float("-inf"), c.dtype)
+    total = tl.zeros((tile.m,), c.dtype)
+    acc = tl.zeros((tile.m, widths.v.padded), c.dtype)
+    for first_k in range(first, last, tile.n):
+        o_n = first_k + tl.arange(0, tile.n)
         m_n = o_n < last
-        s, _ = products(
-            q, sq, None, None, q_row, o_m, m_m, k, sk, None, None, k_row, o_n, m_n,
-            head, head, H, zero, D, BD, SLICE, PRECISION)  # fmt: skip
-        b_v = load_rows(v, sv, k_row, head, o_n, m_n, DV, BDV)
-        b_bias = load_bias(bias, sb, pair, pairs, head, o_m, m_m, o_n, keys, c)
+        at_n = Place(of.k_row, o_n, m_n, at_m.head)
+        # [BLOCK_M, BLOCK_N]
+        s, _ = products(Dual(x.q, None), at_m, Dual(x.k, None), at_n, zero, H, widths.qk, tile)
+        # [BLOCK_N, BDV]
+        b_v = load_rows(x.v, at_n, widths.v)
+        b_bias = load_bias(x.bias, of, at_m, o_n, at_m.head, c)
         s = add_bias(s, c, b_bias, m_n[None, :])
         new_largest = tl.maximum(largest, tl.max(s, 1))
         # a row of -inf so far subtracts 0: its weights are exp(-inf) = 0 and never NaN
@@ -54,11 +50,13 @@ def attend(
         p = tl.exp(s - shift[:, None])
         shrink = tl.exp(largest - shift)
         total = total * shrink + tl.sum(p, 1)
-        if seed is not None:
-            m_keep = keep_mask(seed, threshold, molecule, head, o_m, first_k, BLOCK_N)
+        if x.seed is not None:
+            m_keep = keep_mask(
+                x.seed, threshold, of.index, at_m.head, at_m.offsets, first_k, tile.n
+            )
             p = tl.where(m_keep, p, 0.0)
         p = p.to(b_v.dtype)
-        acc = tl.dot(p, b_v, acc * shrink[:, None], input_precision=PRECISION)
+        acc = tl.dot(p, b_v, acc * shrink[:, None], input_precision=tile.precision)
         largest = new_largest
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -67,46 +65,56 @@ def attend(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, out, lse, sq, sk, sv, sb,
-    B: tl.int64, H: tl.int32, n_q: tl.int64, n_k: tl.int64, n_pairs: tl.int64,
-    scale: tl.float64, threshold: tl.uint32, keep_scale: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-    SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
-):  # fmt: skip
-    ACC: tl.constexpr = lse.dtype.element_ty
+    x,
+    y,
+    B: tl.int64,
+    H: tl.int32,
+    n_q: tl.int64,
+    n_k: tl.int64,
+    n_pairs: tl.int64,
+    scale: tl.float64,
+    threshold: tl.uint32,
+    keep_scale: tl.float64,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr,
+):
+    ACC: tl.constexpr = y.lse.dtype.element_ty
+    WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, SLICE, PRECISION)
     head = (tl.program_id(0) % H).to(tl.int64)
-    molecule, q_row, first, rows = find_query_tile(tl.program_id(0) // H, q_ptr, B, n_q, BLOCK_M)
+    molecule, q_row, first, rows = find_query_tile(tl.program_id(0) // H, x.q_ptr, B, n_q, BLOCK_M)
     if (first >= rows) | not_ours(rows, SHORTEST, LONGEST):
         return
-    o_row = out_row(q_ptr, molecule, q_row, n_q)
-    k_row, keys = molecule_rows(k_ptr, molecule, B, n_k)
-    pair, pairs = molecule_pairs(pair_ptr, molecule, B, n_pairs)
+    o_row = out_row(x.q_ptr, molecule, q_row, n_q)
+    of = find_molecule(x, molecule, B, n_k, n_pairs)
     c = tl.full((), scale, ACC)
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
-    acc, b_lse = attend(
-        q, k, v, bias, seed, sq, sk, sv, sb, threshold, c, molecule, head, H, q_row, o_m, m_m,
-        k_row, 0, keys, keys, pair, pairs, D, DV, BD, BDV, BLOCK_M, BLOCK_N, SLICE, PRECISION,
-    )  # fmt: skip
-    if seed is not None:
+    at_m = Place(q_row, o_m, m_m, head)
+    acc, b_lse = attend(x, of, at_m, 0, of.keys, c, threshold, H, WIDTHS, TILE)
+    if x.seed is not None:
         acc *= tl.full((), keep_scale, ACC)
-    store_rows(out, o_row, head, H, o_m, m_m, acc, DV, BDV)
-    store_row_values(lse, o_row, head, H, o_m, m_m, b_lse)
+    at_out = Place(o_row, o_m, m_m, head)
+    store_rows(y.out, at_out, H, acc, WIDTHS.v)
+    store_row_values(y.lse, at_out, H, b_lse)
 
 
-def forward(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout):
-    """(out, lse) of set attention, or of seed pooling where q_ptr is None."""
-    molecules, heads = k_ptr.numel() - 1, q.shape[1]
-    shape = launch.out_shape(q, v, q_ptr, molecules)
-    out = torch.empty(shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(shape[:-1], dtype=launch.accumulation(q.dtype), device=q.device)
-    if out.numel() == 0:
-        return out, lse
-    options = bias is not None or seed is not None
-    arguments = launch.arguments(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout)
-    with launch.on_device(q):
-        for tile in launch.schedules("forward", q, v, q_ptr, q.shape[0], options):
-            tiles = launch.query_tiles(q, q_ptr, molecules, tile["BLOCK_M"])
-            _forward_kernel[(tiles * heads,)](**arguments, out=out, lse=lse, **tile)
-    return out, lse
+def forward(x: Operands, options: Options) -> Result:
+    """Of set attention, or of seed pooling where x.q_ptr is None."""
+    y = launch.new_result(x)
+    if y.out.numel() == 0:
+        return y
+    common = launch.arguments(x, options)
+    with launch.on_device(x.q):
+        for tile in launch.schedules("forward", x, x.q.shape[0]):
+            tiles = launch.query_tiles(x, x.molecules, tile["BLOCK_M"])
+            _forward_kernel[(tiles * x.q.shape[1],)](**common, y=y, **tile)
+    return y

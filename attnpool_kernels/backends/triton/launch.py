@@ -7,21 +7,30 @@ import math
 import torch
 import triton
 
-from . import tuning
+from ...operands import Cotangents, Operands, Options, Result, Tangents
+from . import tile_table
+from .arguments import Batched, Rows
 
 _PROGRAMS = 2048  # wanted at least, where programs can be made larger or smaller at will
 
 
-def arguments(q, k, v, bias, q_ptr, k_ptr, pair_ptr, seed, scale, dropout) -> dict:
+def arguments(x: Operands, options: Options) -> dict:
     """Arguments that every pass takes, by name."""
     return dict(
-        q=q, k=k, v=v, bias=bias, q_ptr=q_ptr, k_ptr=k_ptr, pair_ptr=pair_ptr, seed=seed,
-        sq=q.stride(), sk=k.stride(), sv=v.stride(), sb=strides(bias),
-        B=k_ptr.numel() - 1, H=q.shape[1], n_q=q.shape[0], n_k=k.shape[0],
-        n_pairs=0 if bias is None else bias.shape[0], scale=float(scale),
-        threshold=math.floor(dropout * 2.0**32), keep_scale=1.0 / (1.0 - dropout),
-        D=q.shape[-1], DV=v.shape[-1], BD=padded(q.shape[-1]), BDV=padded(v.shape[-1]),
-    )  # fmt: skip
+        x=x._replace(q=rows(x.q), k=rows(x.k), v=rows(x.v), bias=rows(x.bias)),
+        B=x.molecules,
+        H=x.q.shape[1],
+        n_q=x.q.shape[0],
+        n_k=x.k.shape[0],
+        n_pairs=0 if x.bias is None else x.bias.shape[0],
+        scale=float(options.scale),
+        threshold=math.floor(options.dropout * 2.0**32),
+        keep_scale=1.0 / (1.0 - options.dropout),
+        D=x.q.shape[-1],
+        DV=x.v.shape[-1],
+        BD=padded(x.q.shape[-1]),
+        BDV=padded(x.v.shape[-1]),
+    )
 
 
 def padded(width: int) -> int:
@@ -29,50 +38,69 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def strides(x: torch.Tensor | None) -> tuple[int, ...] | None:
-    return None if x is None else x.stride()
+def rows(x: torch.Tensor | None) -> Rows | None:
+    return None if x is None else Rows(x, x.stride())
 
 
-def row_strides(x: torch.Tensor | None, q_ptr: torch.Tensor | None):
-    """(stride of the molecule, strides of the rest) of a tensor shaped as out or lse.
+def result(y: Result) -> Result:
+    """Rows of out and lse; molecules with shared seeds follow each other as if they were packed."""
+    return Result(Rows(y.out, y.out.stride()[-3:]), Rows(y.lse, y.lse.stride()[-2:]))
 
-    Without shared seeds there is no axis of molecules: its stride is 0.
-    """
+
+def cotangents(dy: Cotangents, shared: bool) -> Cotangents:
+    return Cotangents(batched(dy.dout, shared), batched(dy.dlse, shared))
+
+
+def batched(x: torch.Tensor | None, shared: bool) -> Batched | None:
+    """Of a tensor shaped as out or lse; without shared seeds it has no axis of molecules."""
     if x is None:
-        return 0, None
-    return (x.stride(0), x.stride()[1:]) if q_ptr is None else (0, x.stride())
+        return None
+    return Batched(x, x.stride(0), x.stride()[1:]) if shared else Batched(x, 0, x.stride())
 
 
-def tile(pass_name: str, q: torch.Tensor, v: torch.Tensor, options: bool) -> dict | None:
-    """Block sizes, precision and compiler options of a pass for these tensors; see tuning."""
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    width = padded(max(q.shape[-1], v.shape[-1]))
-    return tuning.tile(pass_name, capability, tuning.precision(q.dtype), width, options)
+def tangents(t: Tangents) -> Tangents:
+    return Tangents(*map(rows, t))
 
 
-def schedules(pass_name: str, q, v, q_ptr, rows: int, options: bool) -> list[dict]:
+def tile(pass_name: str, x: Operands) -> dict | None:
+    """Block sizes, precision and compiler options of a pass; see tile_table."""
+    capability = torch.cuda.get_device_capability(x.q.device) if x.q.is_cuda else None
+    width = padded(max(x.q.shape[-1], x.v.shape[-1]))
+    row = tile_table.precision(x.q.dtype)
+    return tile_table.tile(pass_name, capability, row, width, has_options(x))
+
+
+def has_options(x: Operands) -> bool:
+    """Whether there is a bias or dropout: both take registers."""
+    return x.bias is not None or x.seed is not None
+
+
+def schedules(pass_name: str, x: Operands, number: int) -> list[dict]:
     """Tiles of the launches of a pass, each with the sizes of molecules it serves.
 
     Which tiles a molecule gets depends on its own size, not on its batch, so its bits do not
-    either. rows: of the tiled axis; a batch of fewer rows than LONG has no long molecule.
+    either. number: rows of the tiled axis; a batch of fewer than LONG has no long molecule.
     """
-    short = tile(pass_name, q, v, options)
-    long = None if options or q_ptr is None else tile(f"{pass_name}_long", q, v, options)
+    short = tile(pass_name, x)
+    long = None if has_options(x) or x.shared else tile(f"{pass_name}_long", x)
     if long is None:
         return [short | dict(SHORTEST=0, LONGEST=0)]
-    found = [short | dict(SHORTEST=0, LONGEST=tuning.LONG)]
-    return found + [long | dict(SHORTEST=tuning.LONG, LONGEST=0)] * (rows >= tuning.LONG)
+    found = [short | dict(SHORTEST=0, LONGEST=tile_table.LONG)]
+    if number >= tile_table.LONG:
+        found.append(long | dict(SHORTEST=tile_table.LONG, LONGEST=0))
+    return found
 
 
-def tiles_of(rows: int, molecules: int, block: int) -> int:
-    """Tiles of a packed axis that covers every molecule and every other row; see tiles.py."""
-    return rows // block + molecules + 2
+def tiles_of(number: int, molecules: int, block: int) -> int:
+    """Tiles of a packed axis that covers every molecule and every other row; see primitives."""
+    return number // block + molecules + 2
 
 
-def query_tiles(q: torch.Tensor, q_ptr: torch.Tensor | None, molecules: int, block: int) -> int:
-    if q_ptr is None:
-        return triton.cdiv(q.shape[0], block) * molecules
-    return tiles_of(q.shape[0], molecules, block)
+def query_tiles(x: Operands, parts: int, block: int) -> int:
+    """Tiles of the queries; parts: the molecules, or what serves several of them with seeds."""
+    if x.shared:
+        return triton.cdiv(x.q.shape[0], block) * parts
+    return tiles_of(x.q.shape[0], parts, block)
 
 
 def chunks(units: int, others: int) -> tuple[int, int]:
@@ -81,15 +109,16 @@ def chunks(units: int, others: int) -> tuple[int, int]:
     return chunk, triton.cdiv(units, chunk)
 
 
+def query_chunks(x: Operands, block: int) -> tuple[int, int]:
+    """(molecules per program of a tile of queries, programs)."""
+    if not x.shared:
+        return 1, x.molecules
+    return chunks(x.molecules, query_tiles(x, 1, block) * x.q.shape[1])
+
+
 def on_device(x: torch.Tensor) -> torch.cuda.device_of:
     """Makes the device of x current, where Triton launches; does nothing for a CPU tensor."""
     return torch.cuda.device_of(x)
-
-
-def out_shape(q: torch.Tensor, v: torch.Tensor, q_ptr: torch.Tensor | None, molecules: int):
-    """[N_q, H, D_v], or [B, S, H, D_v] with shared seeds."""
-    lead = (molecules,) if q_ptr is None else ()
-    return (*lead, *q.shape[:2], v.shape[-1])
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -101,16 +130,24 @@ def new(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def new_query_gradient(q, q_ptr, parts: int) -> torch.Tensor:
+def new_result(x: Operands) -> Result:
+    shape, device = (*x.rows, x.q.shape[1]), x.q.device
+    return Result(
+        torch.empty((*shape, x.v.shape[-1]), dtype=x.q.dtype, device=device),
+        torch.empty(shape, dtype=accumulation(x.q.dtype), device=device),
+    )
+
+
+def new_query_gradient(x: Operands, parts: int) -> torch.Tensor:
     """Gradient of q, or the partial sums [parts, S, H, D] of the gradient of shared seeds."""
-    if q_ptr is not None:
-        return new(q)
-    return torch.empty((parts, *q.shape), dtype=accumulation(q.dtype), device=q.device)
+    if not x.shared:
+        return new(x.q)
+    return torch.empty((parts, *x.q.shape), dtype=accumulation(x.q.dtype), device=x.q.device)
 
 
-def new_pairs(q: torch.Tensor, bias: torch.Tensor | None, wanted: bool) -> torch.Tensor:
+def new_pairs(x: Operands, wanted: bool) -> torch.Tensor:
     """Gradient of bias; [0, H] unless it is wanted."""
-    if bias is None or not wanted:
-        dtype = q.dtype if bias is None else bias.dtype
-        return torch.empty((0, q.shape[1]), dtype=dtype, device=q.device)
-    return new(bias)
+    if x.bias is None or not wanted:
+        dtype = x.q.dtype if x.bias is None else x.bias.dtype
+        return torch.empty((0, x.q.shape[1]), dtype=dtype, device=x.q.device)
+    return new(x.bias)

@@ -3,7 +3,7 @@
 Candidates were pruned by their machine code beforehand (gpu.candidates). Each is checked against
 the result of the shipped tile, timed by graph replay on typical shapes, and the fastest of an entry
 is kept while the entries behind it are tried. ``tiles.txt`` in the output folder holds what won, as
-entries of ``tuning._CHIPS``, after every entry.
+entries of ``tile_table._CHIPS``, after every entry.
 """
 
 from __future__ import annotations

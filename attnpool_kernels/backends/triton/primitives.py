@@ -18,6 +18,8 @@ Offsets of rows and pairs are 64-bit; positions inside one molecule are 32-bit.
 import triton
 import triton.language as tl
 
+from .arguments import Molecule, Place, Rows
+
 PIVOTS = tl.constexpr(32)  # boundaries tried at once: one per lane of a warp
 
 # sizes and factors that change from batch to batch: never a reason to compile again
@@ -156,6 +158,14 @@ def molecule_pairs(pair_ptr, molecule, B, n_pairs):
 
 
 @triton.jit
+def find_molecule(x, index, B, n_k, n_pairs):
+    """Keys and pairs of a molecule; none for rows that no molecule covers."""
+    k_row, keys = molecule_rows(x.k_ptr, index, B, n_k)
+    pair, pairs = molecule_pairs(x.pair_ptr, index, B, n_pairs)
+    return Molecule(index, k_row, keys, pair, pairs)
+
+
+@triton.jit
 def later(x, step, H):
     """x, which a loop over step takes for new in every turn. What follows from it, addresses above
     all, would else be computed before the loop and hold registers through all of it."""
@@ -170,159 +180,157 @@ def unknown(bound, H):
 
 
 @triton.jit
-def load_slice(
-    x, strides, row, head, o_row, m_row, first_d, WIDTH: tl.constexpr, TILE: tl.constexpr
-):
-    """[rows, TILE] of x[row + o_row, head, first_d:]; 0 outside m_row and beyond WIDTH."""
+def of_molecule(x, molecule):
+    """Rows of a Batched tensor, counted from the first of the molecule with seeds."""
+    return Rows(x.data + molecule * x.step, x.strides)
+
+
+@triton.jit
+def load_slice(x, at, first_d, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """[rows, TILE] of x[at, first_d:]; 0 outside the mask and beyond WIDTH."""
     o_d = first_d + tl.arange(0, TILE)
-    p_x = x + head * strides[1] + ((row + o_row) * strides[0])[:, None]
-    p_x += (o_d * strides[2])[None, :]
-    m_x = m_row[:, None]
+    # [rows, TILE]
+    p_x = x.data + at.head * x.strides[1] + ((at.row + at.offsets) * x.strides[0])[:, None]
+    p_x += (o_d * x.strides[2])[None, :]
+    m_x = at.mask[:, None]
     if WIDTH % TILE != 0:
         m_x = m_x & (o_d < WIDTH)[None, :]
     return tl.load(p_x, mask=m_x, other=0.0)
 
 
 @triton.jit
-def load_rows(x, strides, row, head, o_row, m_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """[rows, PADDED] of x[row + o_row, head]; 0 outside m_row and beyond WIDTH."""
-    return load_slice(x, strides, row, head, o_row, m_row, 0, WIDTH, PADDED)
+def load_rows(x, at, width):
+    """[rows, width.padded] of x[at]; 0 outside the mask and beyond the width."""
+    return load_slice(x, at, 0, width.used, width.padded)
 
 
 @triton.jit
-def store_slice(
-    x, row, head, H, o_row, m_row, first_d, value, WIDTH: tl.constexpr, TILE: tl.constexpr
-):
-    """x[row + o_row, head, first_d:] = value [rows, TILE] for a contiguous x [*, H, WIDTH]."""
+def store_slice(x, at, H, first_d, value, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """x[at, first_d:] = value [rows, TILE] for a contiguous x [*, H, WIDTH]."""
     o_d = first_d + tl.arange(0, TILE)
-    p_x = x + ((row + o_row[:, None].to(tl.int64)) * H + head) * WIDTH + o_d[None, :]
-    m_x = m_row[:, None] & (o_d < WIDTH)[None, :]
+    # [rows, TILE]
+    p_x = x + ((at.row + at.offsets[:, None].to(tl.int64)) * H + at.head) * WIDTH + o_d[None, :]
+    m_x = at.mask[:, None] & (o_d < WIDTH)[None, :]
     tl.store(p_x, value.to(x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
-def store_rows(x, row, head, H, o_row, m_row, value, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """x[row + o_row, head, :WIDTH] = value for a contiguous x [*, H, WIDTH]."""
-    store_slice(x, row, head, H, o_row, m_row, 0, value, WIDTH, PADDED)
+def store_rows(x, at, H, value, width):
+    """x[at] = value [rows, width.padded] for a contiguous x [*, H, width.used]."""
+    store_slice(x, at, H, 0, value, width.used, width.padded)
 
 
 @triton.jit
-def load_row_values(x, strides, row, head, o_row, m_row, other):
-    """[rows] of x[row + o_row, head]; other outside m_row."""
-    p_x = x + head * strides[1] + (row + o_row) * strides[0]
-    return tl.load(p_x, mask=m_row, other=other)
+def load_row_values(x, at, other):
+    """[rows] of x[at]; other outside the mask."""
+    p_x = x.data + at.head * x.strides[1] + (at.row + at.offsets) * x.strides[0]
+    return tl.load(p_x, mask=at.mask, other=other)
 
 
 @triton.jit
-def store_row_values(x, row, head, H, o_row, m_row, value):
-    """x[row + o_row, head] = value for a contiguous x [*, H]."""
-    tl.store(x + (row + o_row.to(tl.int64)) * H + head, value, mask=m_row)
+def store_row_values(x, at, H, value):
+    """x[at] = value [rows] for a contiguous x [*, H]."""
+    tl.store(x + (at.row + at.offsets.to(tl.int64)) * H + at.head, value, mask=at.mask)
 
 
 @triton.jit
-def load_bias(x, strides, pair, pairs, head, o_m, m_m, o_n, keys, c):
-    """[queries, keys] of x[pair + query * keys + key, head] in the type of c; None without x."""
+def load_bias(x, of, at_m, o_n, head, c):
+    """[queries, keys] of the bias of a molecule in the type of c; None without x."""
     if x is None:
         b_x = None
     else:
-        o_mn = o_m[:, None].to(tl.int64) * keys + o_n[None, :]
-        m_mn = m_m[:, None] & (o_n < keys)[None, :] & (o_mn < pairs)
-        p_x = x + (pair + o_mn) * strides[0] + head * strides[1]
+        o_mn = at_m.offsets[:, None].to(tl.int64) * of.keys + o_n[None, :]
+        m_mn = at_m.mask[:, None] & (o_n < of.keys)[None, :] & (o_mn < of.pairs)
+        p_x = x.data + (of.pair + o_mn) * x.strides[0] + head * x.strides[1]
         b_x = tl.load(p_x, mask=m_mn, other=0.0).to(c.dtype)
     return b_x
 
 
 @triton.jit
-def load_bias_of_keys(x, strides, pair, pairs, head, o_m, m_m, o_n, keys, c):
+def load_bias_of_keys(x, of, at_m, o_n, head, c):
     """load_bias, transposed: [keys, queries]."""
     if x is None:
         b_x = None
     else:
-        o_nm = o_m[None, :].to(tl.int64) * keys + o_n[:, None]
-        m_nm = m_m[None, :] & (o_n < keys)[:, None] & (o_nm < pairs)
-        p_x = x + (pair + o_nm) * strides[0] + head * strides[1]
+        o_nm = at_m.offsets[None, :].to(tl.int64) * of.keys + o_n[:, None]
+        m_nm = at_m.mask[None, :] & (o_n < of.keys)[:, None] & (o_nm < of.pairs)
+        p_x = x.data + (of.pair + o_nm) * x.strides[0] + head * x.strides[1]
         b_x = tl.load(p_x, mask=m_nm, other=0.0).to(c.dtype)
     return b_x
 
 
 @triton.jit
-def store_pairs(x, pair, pairs, head, H, o_m, m_m, o_n, keys, value):
-    """x[pair + query * keys + key, head] = value for a contiguous x [*, H]."""
-    o_mn = o_m[:, None].to(tl.int64) * keys + o_n[None, :]
-    m_mn = m_m[:, None] & (o_n < keys)[None, :] & (o_mn < pairs)
-    tl.store(x + (pair + o_mn) * H + head, value.to(x.dtype.element_ty), mask=m_mn)
+def store_pairs(x, of, at_m, o_n, head, H, value):
+    """Writes value [queries, keys] to the pairs of a molecule in a contiguous x [*, H]."""
+    o_mn = at_m.offsets[:, None].to(tl.int64) * of.keys + o_n[None, :]
+    m_mn = at_m.mask[:, None] & (o_n < of.keys)[None, :] & (o_mn < of.pairs)
+    tl.store(x + (of.pair + o_mn) * H + head, value.to(x.dtype.element_ty), mask=m_mn)
 
 
 @triton.jit
-def products(
-    x, sx, x_dot, sx_dot, x_row, o_x, m_x, y, sy, y_dot, sy_dot, y_row, o_y, m_y, head, head_at, H,
-    zero, WIDTH: tl.constexpr, PADDED: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(x y^T, x_dot y^T + x y_dot^T) over rows x_row + o_x and y_row + o_y; None counts as zero.
+def products(x, at_x, y, at_y, zero, H, width, tile):
+    """(x y^T, x' y^T + x y'^T) of the rows at_x and at_y, x' and y' being the tangents.
 
-    zero is a [o_x, o_y] accumulator. The width is walked in slices, which are loaded where they are
-    used, so that wide or precise operands need not all stay in registers. A single slice of x is
-    loaded once, outside of the caller's loop over y, by the compiler: head_at is later(head).
+    zero is an accumulator [rows of x, rows of y]. The width is walked in slices, which are loaded
+    where they are used, so that wide or precise operands need not all stay in registers. A single
+    slice of x is loaded once, outside of the caller's loop over y, by the compiler: at_y holds
+    later(row) and later(head).
     """
     xy = zero
     dot = zero
-    if SLICE >= PADDED:
-        b_x = load_rows(x, sx, x_row, head, o_x, m_x, WIDTH, PADDED)
-        b_y = load_rows(y, sy, y_row, head_at, o_y, m_y, WIDTH, PADDED)
-        xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=PRECISION)
-        if x_dot is not None:
-            b_xd = load_rows(x_dot, sx_dot, x_row, head, o_x, m_x, WIDTH, PADDED)
-            dot = tl.dot(b_xd, tl.trans(b_y), dot, input_precision=PRECISION)
-        if y_dot is not None:
-            b_yd = load_rows(y_dot, sy_dot, y_row, head_at, o_y, m_y, WIDTH, PADDED)
-            dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=PRECISION)
+    if tile.slice >= width.padded:
+        # [rows of x, BD], [rows of y, BD]
+        b_x = load_rows(x.value, at_x, width)
+        b_y = load_rows(y.value, at_y, width)
+        xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=tile.precision)
+        if x.tangent is not None:
+            b_xd = load_rows(x.tangent, at_x, width)
+            dot = tl.dot(b_xd, tl.trans(b_y), dot, input_precision=tile.precision)
+        if y.tangent is not None:
+            b_yd = load_rows(y.tangent, at_y, width)
+            dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=tile.precision)
     else:
-        for d in range(0, unknown(WIDTH, H), SLICE):
-            b_x = load_slice(x, sx, x_row, head_at, o_x, m_x, d, WIDTH, SLICE)
-            b_y = load_slice(y, sy, y_row, head_at, o_y, m_y, d, WIDTH, SLICE)
-            xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=PRECISION)
-            if x_dot is not None:
-                b_xd = load_slice(x_dot, sx_dot, x_row, head_at, o_x, m_x, d, WIDTH, SLICE)
-                dot = tl.dot(b_xd, tl.trans(b_y), dot, input_precision=PRECISION)
-            if y_dot is not None:
-                b_yd = load_slice(y_dot, sy_dot, y_row, head_at, o_y, m_y, d, WIDTH, SLICE)
-                dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=PRECISION)
+        now = Place(at_x.row, at_x.offsets, at_x.mask, at_y.head)
+        for d in range(0, unknown(width.used, H), tile.slice):
+            # [rows of x, SLICE], [rows of y, SLICE]
+            b_x = load_slice(x.value, now, d, width.used, tile.slice)
+            b_y = load_slice(y.value, at_y, d, width.used, tile.slice)
+            xy = tl.dot(b_x, tl.trans(b_y), xy, input_precision=tile.precision)
+            if x.tangent is not None:
+                b_xd = load_slice(x.tangent, now, d, width.used, tile.slice)
+                dot = tl.dot(b_xd, tl.trans(b_y), dot, input_precision=tile.precision)
+            if y.tangent is not None:
+                b_yd = load_slice(y.tangent, at_y, d, width.used, tile.slice)
+                dot = tl.dot(b_x, tl.trans(b_yd), dot, input_precision=tile.precision)
     return xy, dot
 
 
 @triton.jit
 def product_slice(
-    a, y, sy, a_dot, y_dot, sy_dot, y_row, o_y, m_y, head, first_d, c,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """[rows of a, TILE] of c (a y + a_dot y_dot) from first_d on; y_dot None counts as zero."""
-    b_y = load_slice(y, sy, y_row, head, o_y, m_y, first_d, WIDTH, TILE)
-    ay = tl.dot(a.to(b_y.dtype), b_y, input_precision=PRECISION, out_dtype=c.dtype)
-    if y_dot is not None:
-        b_yd = load_slice(y_dot, sy_dot, y_row, head, o_y, m_y, first_d, WIDTH, TILE)
-        ay = tl.dot(a_dot.to(b_yd.dtype), b_yd, ay, input_precision=PRECISION)
+    a, y, at_y, first_d, c, WIDTH: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """[rows of a, TILE] of c (a y + a' y') from first_d on, a' and y' being the tangents."""
+    # [rows of y, TILE]
+    b_y = load_slice(y.value, at_y, first_d, WIDTH, TILE)
+    ay = tl.dot(a.value.to(b_y.dtype), b_y, input_precision=PRECISION, out_dtype=c.dtype)
+    if y.tangent is not None:
+        b_yd = load_slice(y.tangent, at_y, first_d, WIDTH, TILE)
+        ay = tl.dot(a.tangent.to(b_yd.dtype), b_yd, ay, input_precision=PRECISION)
     return ay * c
 
 
 @triton.jit
-def store_products(
-    x, row, o_x, m_x, a, y, sy, a_dot, y_dot, sy_dot, y_row, o_y, m_y, head, H, c,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x[row + o_x, head] = c (a y + a_dot y_dot) for a contiguous x [*, H, WIDTH], some columns at
-    a time: wide operands take registers, and most of all those of float64 without a tensor core."""
+def store_products(x, at_x, a, y, at_y, c, H, width, PRECISION: tl.constexpr):
+    """x[at_x] = c (a y + a' y') for a contiguous x [*, H, width.used], some columns at a time:
+    wide operands take registers, and most of all those of float64 without a tensor core."""
     PART: tl.constexpr = 16 if c.dtype == tl.float64 else 64
-    if PADDED <= PART:
-        value = product_slice(
-            a, y, sy, a_dot, y_dot, sy_dot, y_row, o_y, m_y, head, 0, c, WIDTH, PADDED, PRECISION
-        )
-        store_slice(x, row, head, H, o_x, m_x, 0, value, WIDTH, PADDED)
+    if width.padded <= PART:
+        value = product_slice(a, y, at_y, 0, c, width.used, width.padded, PRECISION)
+        store_slice(x, at_x, H, 0, value, width.used, width.padded)
     else:
-        for d in range(0, unknown(WIDTH, H), PART):
-            value = product_slice(
-                a, y, sy, a_dot, y_dot, sy_dot, y_row, o_y, m_y, head, d, c, WIDTH, PART, PRECISION
-            )
-            store_slice(x, row, head, H, o_x, m_x, d, value, WIDTH, PART)
+        for d in range(0, unknown(width.used, H), PART):
+            value = product_slice(a, y, at_y, d, c, width.used, PART, PRECISION)
+            store_slice(x, at_x, H, d, value, width.used, PART)
 
 
 @triton.jit

@@ -114,11 +114,11 @@ _LONG_HALF = {
     32: ((64, 32, 64, 2, 3), (32, 64, 64, 4, 2), (32, 32, 64, 4, 2)),
     64: ((64, 32, 64, 2, 3), (32, 64, 64, 4, 2, 255), (32, 32, 64, 4, 2)),
     128: ((32, 64, 64, 4, 2), (32, 32, 64, 8, 2, 255), (32, 32, 64, 4, 2)),
-}  # fmt: skip
+}
 _LONG_FLOAT32 = {
     32: ((32, 64, 32, 4, 2), (32, 32, 16, 4, 2, 255), (32, 32, 32, 4, 2)),
     64: ((32, 32, 32, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 4, 2, 255)),
-}  # fmt: skip
+}
 
 # few seeds: one row of tensor-core tiles
 _FEW_HALF = {
@@ -127,21 +127,21 @@ _FEW_HALF = {
     64: ((16, 32, 64, 2, 2), (16, 32, 64, 8, 1, 255), (16, 16, 32, 8, 1, 255)),
     128: ((16, 32, 64, 4, 1, 255), (16, 32, 64, 4, 1), (16, 16, 64, 8, 1, 255)),
     256: ((16, 32, 64, 4, 1), (16, 32, 64, 8, 1, 255), (16, 16, 16, 8, 1, 255)),
-}  # fmt: skip
+}
 _FEW_FLOAT32 = {
     16: ((16, 32, 32, 2, 1, 255), (16, 16, 16, 4, 1, 255), (16, 8, 8, 8, 1, 255)),
     32: ((16, 32, 32, 2, 1, 255), (16, 16, 32, 4, 1, 255), (16, 16, 16, 8, 1, 255)),
     64: ((16, 32, 32, 4, 1, 255), (16, 32, 32, 8, 1, 255), (16, 8, 16, 8, 1, 255)),
     128: ((16, 32, 32, 4, 1), (16, 32, 32, 8, 1, 255), (16, 16, 8, 8, 1, 255)),
     256: ((16, 16, 16, 8, 1), (16, 32, 32, 8, 1, 255), (16, 8, 32, 8, 1, 255)),
-}  # fmt: skip
+}
 _FEW_FLOAT64 = {
     16: ((16, 16, 16, 4, 1), (16, 16, 16, 8, 1, 255), (16, 16, 8, 8, 1, 255)),
     32: ((16, 16, 16, 4, 1), (16, 16, 16, 8, 1, 255), (16, 16, 16, 8, 1, 255)),
     64: ((16, 16, 16, 4, 1), (16, 8, 8, 8, 1, 255), (16, 16, 16, 8, 1, 255)),
     128: ((16, 16, 16, 4, 1), (16, 16, 16, 8, 1, 255), (16, 8, 8, 8, 1, 255)),
     256: ((16, 16, 16, 8, 1, 255), (16, 16, 16, 8, 1, 255), (16, 8, 8, 8, 1, 255)),
-}  # fmt: skip
+}
 
 # (capability, row, width, pass): where the tiles above would spill, or miss gfx942's tensor core.
 # None: no tile that was tried does not, and the kernels of other queries serve few seeds too.
@@ -178,13 +178,19 @@ def _by_pass(columns: dict, few: dict, long: dict) -> dict:
 _HALF_TABLE = _by_pass(_HALF, _FEW_HALF, _LONG_HALF)
 _FLOAT32_TABLE = _by_pass(_FLOAT32, _FEW_FLOAT32, _LONG_FLOAT32)
 _TABLES = {
-    "fp16": _HALF_TABLE, "bf16": _HALF_TABLE, "fp32": _FLOAT32_TABLE, "tf32": _FLOAT32_TABLE,
+    "fp16": _HALF_TABLE,
+    "bf16": _HALF_TABLE,
+    "fp32": _FLOAT32_TABLE,
+    "tf32": _FLOAT32_TABLE,
     "fp64": _by_pass(_FLOAT64, _FEW_FLOAT64, {}),
-}  # fmt: skip
+}
 _OPTIONS = {
-    "fp16": _HALF_OPTIONS, "bf16": _HALF_OPTIONS, "fp32": _FLOAT32_OPTIONS,
-    "tf32": _FLOAT32_OPTIONS, "fp64": _FLOAT64_OPTIONS,
-}  # fmt: skip
+    "fp16": _HALF_OPTIONS,
+    "bf16": _HALF_OPTIONS,
+    "fp32": _FLOAT32_OPTIONS,
+    "tf32": _FLOAT32_OPTIONS,
+    "fp64": _FLOAT64_OPTIONS,
+}
 
 _ROWS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 _PRECISION = {"fp32": "tf32x3", "tf32": "tf32"}  # of tl.dot; float32 accuracy from three products
