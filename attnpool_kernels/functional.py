@@ -18,7 +18,7 @@ from .dropout import draw_seed
 from .operands import Operands, Options
 from .problem import Problem
 from .ragged import Ragged, Sets, check_contents, check_kind, last_of
-from .tracing import PLAIN, unreadable
+from .tracing import PLAIN, autocasting, unreadable
 
 __all__ = ["BackendError", "Problem", "explain", "seed_pool", "set_attention"]
 
@@ -269,7 +269,7 @@ def _checked(name: str, given: _Given) -> tuple[Operands, Options, Sets]:
         raise ValueError(
             f"{name}, k and v must be on one device, got {device}, {k.device} and {v.device}"
         )
-    if _autocasting(device.type):
+    if autocasting(device.type):
         q, k, v = (_autocast(x) for x in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise TypeError(
@@ -385,11 +385,6 @@ def _check_shapes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             )
     if name == "seeds" and q.shape[0] == 0:
         raise ValueError(f"seeds must hold at least 1 seed, got {tuple(q.shape)}")
-
-
-def _autocasting(device: str) -> bool:
-    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    return known and torch.is_autocast_enabled(device)
 
 
 def _autocast(x: Tensor) -> Tensor:

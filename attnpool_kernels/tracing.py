@@ -36,3 +36,9 @@ def watched() -> bool:
         or torch.jit.is_tracing()
         or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)

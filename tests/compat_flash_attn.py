@@ -43,9 +43,11 @@ TESTS = (
 )
 OFF = {"causal": False, "local": False, "alibi": False, "softcap": 0.0}
 NOT_OURS = (
-    "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_with_kvcache",
-)  # fmt: skip
+)
 
 
 class CudaIsCpu(TorchFunctionMode):
@@ -199,10 +201,19 @@ def run(checkout: Path, selection: Selection, options: tuple[str, ...]) -> int:
         mock.patch("torch.cuda.get_device_properties", return_value=properties),
     ):
         status = pytest.main(
-            [str(file), "-c", os.devnull, "--rootdir", str(file.parent), "-p", "no:cacheprovider",
-             "-q", *options],
+            [
+                str(file),
+                "-c",
+                os.devnull,
+                "--rootdir",
+                str(file.parent),
+                "-p",
+                "no:cacheprovider",
+                "-q",
+                *options,
+            ],
             plugins=[selection],
-        )  # fmt: skip
+        )
     return int(status)
 
 

@@ -22,11 +22,17 @@ ALLOWED = {
     "ops": {"backends", "operands"},
     "autograd": {"ops", "backends", "operands", "problem", "ragged", "tracing"},
     "functional": {
-        "autograd", "dispatch", "dropout", "operands", "problem", "ragged", "tracing",
+        "autograd",
+        "dispatch",
+        "dropout",
+        "operands",
+        "problem",
+        "ragged",
+        "tracing",
     },
     "testing": {"functional", "ragged", "dropout", "backends", "operands"},
     "compat": {"functional", "ragged", "dropout", "tracing"},
-}  # fmt: skip
+}
 SHARED = {"library", "needs", "packing"}  # what backends have in common
 # part of the benchmarks -> parts that it may import, at the top or inside functions
 BENCHMARKS = {

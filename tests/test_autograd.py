@@ -203,9 +203,12 @@ def test_strange_strides_of_the_incoming_gradient(native):
     out = set_attention(q, k, v, PTR, backend=native)
     dense = torch.randn(9, 2, 4)
     for dout in (
-        torch.ones(1).expand(9, 2, 4), dense.flip(0).flip(0), dense.transpose(0, 2).transpose(0, 2),
-        torch.cat([dense, dense], 2)[..., 2:6], dense[:, :1].expand(9, 2, 4),
-    ):  # fmt: skip
+        torch.ones(1).expand(9, 2, 4),
+        dense.flip(0).flip(0),
+        dense.transpose(0, 2).transpose(0, 2),
+        torch.cat([dense, dense], 2)[..., 2:6],
+        dense[:, :1].expand(9, 2, 4),
+    ):
         given = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
         plain = torch.autograd.grad(out, (q, k, v), dout.contiguous(), retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(given, plain))

@@ -318,10 +318,14 @@ def test_the_verdict_is_that_of_another_machine(tmp_path, capability, instructio
         tests=str(ROOT / "tests"), path=str(tmp_path / "found.pt"), threads=threads
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ
         | {"ATEN_CPU_CAPABILITY": capability, "MKL_ENABLE_INSTRUCTIONS": instructions},
-    )  # fmt: skip
+    )
     again = json.loads(done.stdout)
     for name, ratio in ratios(LARGE, torch.float32, found).items():
         assert again[name] == pytest.approx(list(ratio), rel=1e-6), name

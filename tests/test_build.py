@@ -41,8 +41,12 @@ def build(source):
             environment.pop(name, None)
         done = subprocess.run(
             [sys.executable, "setup.py", "build", "--build-base", "build"],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
         return done, list(tmp_path.rglob("*.so"))
 
     return run
@@ -127,9 +131,12 @@ assert not torch.cuda.is_initialized()
 def make_wheel(source: Path, **environment: str) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps"]
     done = subprocess.run(
-        [*command, "-w", "dist"], cwd=source, capture_output=True, text=True,
+        [*command, "-w", "dist"],
+        cwd=source,
+        capture_output=True,
+        text=True,
         env=os.environ | {"ATTNPOOL_BUILD": "cuda"} | environment,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (wheel,) = (source / "dist").glob("*.whl")
     return wheel
@@ -143,9 +150,10 @@ needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not in
 def test_wheel_with_the_cuda_library(source, whole):
     """whole: as `make wheel` makes it, minutes; else one architecture and one instance a pass."""
     small = {
-        "ATTNPOOL_CUDA_ARCHS": "90", "CXXFLAGS": "-O0",
+        "ATTNPOOL_CUDA_ARCHS": "90",
+        "CXXFLAGS": "-O0",
         "NVCCFLAGS": "-DATTN_ONLY_TYPE=float -DATTN_ONLY_WIDTH=32",
-    }  # fmt: skip
+    }
     wheel = make_wheel(source, **({} if whole else small))
     folder = source / "unpacked"
     check_wheel(wheel, folder)

@@ -34,12 +34,23 @@ def test_signature_is_that_of_flash_attn():
     known = {name: x.default for name, x in inspect.signature(varlen).parameters.items()}
     empty = inspect.Parameter.empty
     assert list(known.items()) == [
-        ("q", empty), ("k", empty), ("v", empty), ("cu_seqlens_q", empty), ("cu_seqlens_k", empty),
-        ("max_seqlen_q", empty), ("max_seqlen_k", empty), ("dropout_p", 0.0),
-        ("softmax_scale", None), ("causal", False), ("window_size", (-1, -1)), ("softcap", 0.0),
-        ("alibi_slopes", None), ("deterministic", False), ("return_attn_probs", False),
+        ("q", empty),
+        ("k", empty),
+        ("v", empty),
+        ("cu_seqlens_q", empty),
+        ("cu_seqlens_k", empty),
+        ("max_seqlen_q", empty),
+        ("max_seqlen_k", empty),
+        ("dropout_p", 0.0),
+        ("softmax_scale", None),
+        ("causal", False),
+        ("window_size", (-1, -1)),
+        ("softcap", 0.0),
+        ("alibi_slopes", None),
+        ("deterministic", False),
+        ("return_attn_probs", False),
         ("block_table", None),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("k_heads", [1, 2, 4])
@@ -204,9 +215,11 @@ def test_flash_attn_kvcache():
 def harness(*arguments, **environment):
     return subprocess.run(
         [sys.executable, str(HARNESS), *map(str, arguments)],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-    )  # fmt: skip
+    )
 
 
 def test_harness_selects_runs_and_reports(tmp_path):

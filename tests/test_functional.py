@@ -243,9 +243,12 @@ def test_boundaries_of_every_kind_give_the_same_bits(native):
     assert not spaced.is_contiguous()
     batch = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2])
     for ptr in (
-        PTR.int(), spaced, Ragged.from_ptr(PTR), Ragged.from_counts([3, 0, 5]),
+        PTR.int(),
+        spaced,
+        Ragged.from_ptr(PTR),
+        Ragged.from_counts([3, 0, 5]),
         Ragged.from_batch(batch),
-    ):  # fmt: skip
+    ):
         assert torch.equal(set_attention(q, k, v, ptr, backend=native), expected)
     mixed = set_attention(q, k, v, PTR.int(), PTR.long(), backend=native)
     assert torch.equal(mixed, expected)

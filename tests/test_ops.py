@@ -10,9 +10,19 @@ import torch
 from attnpool_kernels import Ragged, ops, seed_pool, set_attention, testing
 from attnpool_kernels.backends import load
 
-CASES = [case for case in testing.CASES if case.name in {
-    "empty among them", "other keys", "four seeds", "bias", "dropout of seeds", "no molecules",
-}]  # fmt: skip
+CASES = [
+    case
+    for case in testing.CASES
+    if case.name
+    in {
+        "empty among them",
+        "other keys",
+        "four seeds",
+        "bias",
+        "dropout of seeds",
+        "no molecules",
+    }
+]
 
 
 def arguments(case, native, dtype=torch.float32):

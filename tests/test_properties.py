@@ -101,9 +101,18 @@ def test_molecules_do_not_see_each_other(kernels, case, threads, seed):
                 setattr(alone, name, getattr(batch, name)[part].clone())
         found = out_of(alone, kernels)
         results = {
-            "out": rows, "lse": rows, "dq": rows, "dk": keys, "dv": keys, "dbias": pairs,
-            "gq": rows, "gk": keys, "gv": keys, "gbias": pairs, "gdout": rows,
-        }  # fmt: skip
+            "out": rows,
+            "lse": rows,
+            "dq": rows,
+            "dk": keys,
+            "dv": keys,
+            "dbias": pairs,
+            "gq": rows,
+            "gk": keys,
+            "gv": keys,
+            "gbias": pairs,
+            "gdout": rows,
+        }
         for name, part in results.items():
             if name in found:
                 assert torch.equal(found[name], whole[name][part]), f"{name} of molecule {i}"

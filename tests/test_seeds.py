@@ -43,8 +43,11 @@ def draws(tmp_path, *options, **environment):
     write_tests(tmp_path, DRAWS)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", *options, tmp_path],
-        env=os.environ | PATHS | environment, cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | PATHS | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [x for x in done.stdout.splitlines() if "DRAWN" in x]
     return line.split("DRAWN")[1].split()
@@ -76,7 +79,10 @@ def test_a_failure_under_one_combination_is_the_status(tmp_path):
     write_tests(tmp_path, test)
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "portable.py", "--sample", tmp_path],
-        env=os.environ | PATHS, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | PATHS,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "1 of 2 combinations passed" in done.stdout, done.stdout
     assert "failed: MKL_ENABLE_INSTRUCTIONS=AVX512" in done.stdout

@@ -150,11 +150,16 @@ ROUTES = {
 }
 # What torch itself cannot do, for any operator: it raises there, in words that differ by version.
 MAY_REFUSE = {
-    ("compile aot_eager", "second"), ("compile aot_eager", "force inside"),
-    ("compile inductor", "second"), ("compile inductor", "force inside"),
-    ("AOTAutograd", "second"), ("functionalize", "force inside"),
-    ("export", "force inside"), ("strict export", "force inside"), ("jit.trace", "force inside"),
-}  # fmt: skip
+    ("compile aot_eager", "second"),
+    ("compile aot_eager", "force inside"),
+    ("compile inductor", "second"),
+    ("compile inductor", "force inside"),
+    ("AOTAutograd", "second"),
+    ("functionalize", "force inside"),
+    ("export", "force inside"),
+    ("strict export", "force inside"),
+    ("jit.trace", "force inside"),
+}
 
 
 def leaves(weights):
@@ -269,9 +274,13 @@ def test_checks_still_happen_while_recording():
         make_fx(lambda x, ptr: run(x, Ragged(ptr)))(x, torch.tensor([0, 5, 3]))
 
 
-@pytest.mark.parametrize(("backend", "words"), [
-    ("sdpa", "cannot be recorded by make_fx"), ("reference", "recorded by make_fx"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("sdpa", "cannot be recorded by make_fx"),
+        ("reference", "recorded by make_fx"),
+    ],
+)
 def test_composites_refuse_to_be_recorded_with_gradients(backend, words):
     """torch's graph detaches what these need: their recorded gradients would be wrong."""
     energy, weights = attention_energy(backend)

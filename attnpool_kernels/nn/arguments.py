@@ -11,8 +11,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..functional import _autocasting
 from ..ragged import Ragged
+from ..tracing import autocasting
 
 
 def positive(name: str, value: object) -> int:
@@ -79,7 +79,7 @@ def check_rows(name: str, x: object, width: int | None, like: Tensor | None = No
         raise ValueError(f"{name} must have shape [N, {wanted}], got {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
-    if like is not None and x.dtype != like.dtype and not _autocasting(x.device.type):
+    if like is not None and x.dtype != like.dtype and not autocasting(x.device.type):
         raise TypeError(
             f"{name} must have the dtype of the module's parameters, {like.dtype}, got {x.dtype}"
         )

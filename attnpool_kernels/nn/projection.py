@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Linear, Module
 from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..functional import _autocasting
-
-_PLAIN = (Parameter, Tensor)
+from ..tracing import PLAIN, autocasting
 
 
 def bare(layer: Module) -> bool:
@@ -35,8 +33,8 @@ def bare(layer: Module) -> bool:
         and not (layer._backward_pre_hooks or layer._backward_hooks)
         and not _has_any_global_hook()
         and "forward" not in layer.__dict__
-        and type(layer.weight) in _PLAIN
-        and type(layer.bias) in _PLAIN
+        and type(layer.weight) in PLAIN
+        and type(layer.bias) in PLAIN
     )
 
 
@@ -79,7 +77,7 @@ def relu_linear(x: Tensor, layer: Module) -> Tensor:
 
 
 def _plain(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or _autocasting(x.device.type):
+    if torch.compiler.is_compiling() or autocasting(x.device.type):
         return True
     functorch = torch._C._functorch
     return functorch.peek_interpreter_stack() is not None or (

@@ -210,11 +210,7 @@ def _memory(
             times = max(1, READ // size)
 
             def read(x=x, times=times) -> float:
-<<<<<<< HEAD:benchmarks/measuring/rates.py
                 return torch.ops.attnpool._read(x, names[0], times)
-=======
-                return torch.ops.attnpool._read(x, widths[0], times)
->>>>>>> e8a57c9~1:benchmarks/rates.py
 
             best = max(best, running() * _highest(read, part))
         else:

@@ -48,13 +48,20 @@ GFX942 = 942
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, GFX942: 64}
 NVIDIA = tuple(sm for sm in SHARED_LIMIT if sm != GFX942)
 TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 DTYPES = {
-    "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "fp16": torch.float16,
     "tf32": torch.float32,
-}  # fmt: skip
+}
 WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
 SAMPLE = 149  # every 149th variant where nothing has changed
 
@@ -298,7 +305,7 @@ def variants() -> Iterator[Variant]:
         for row, width, sm in where:
             for name in passes:
                 capability = tile_table.GFX942 if sm == GFX942 else divmod(sm, 10)
-                if row == "fp64" and backend._version() < backend._FLOAT64:
+                if row == "fp64" and backend.version() < backend._FLOAT64:
                     continue
                 if tile_table.tile(name, capability, row, width, options) is not None:
                     yield Variant(sm, row, width, name, options)
@@ -356,8 +363,10 @@ def check(everything: bool, jobs: int) -> int:
         bad += len(found)
         for finding in found:
             print(f"FINDING {variant.key}: {finding} {record.line()}", flush=True)
-    print(f"triton {triton.__version__}: {len(chosen)} variants, {len(lacking)} not in the table, "
-          f"{len(outdated)} stale, {bad} findings")  # fmt: skip
+    print(
+        f"triton {triton.__version__}: {len(chosen)} variants, {len(lacking)} not in the table, "
+        f"{len(outdated)} stale, {bad} findings"
+    )
     return bad + len(outdated)
 
 
@@ -389,15 +398,24 @@ def report() -> int:
         if variant.key in entries and variant.sm != GFX942:
             registers, stack, shared, unit, _ = entries[variant.key]
             tile = tile_table.tile(
-                variant.pass_name, divmod(variant.sm, 10), variant.row, variant.width,
-                variant.options)  # fmt: skip
+                variant.pass_name,
+                divmod(variant.sm, 10),
+                variant.row,
+                variant.width,
+                variant.options,
+            )
             warps = tile["num_warps"]
             blocks = min(
-                65536 // (max(registers, 24) * 32 * warps), 32, warps_limit[variant.sm] // warps,
-                SHARED_LIMIT[variant.sm] * 1024 // (shared + 1024))  # fmt: skip
-            print(f"{variant.key:50s} {tile['BLOCK_M']:3d} x {tile['BLOCK_N']:3d} {warps} warps "
-                  f"{registers:4d} registers {shared:6d} B shared {unit:9s} {blocks:3d} blocks = "
-                  f"{blocks * warps:3d} warps of a multiprocessor; {stack} B spilled")  # fmt: skip
+                65536 // (max(registers, 24) * 32 * warps),
+                32,
+                warps_limit[variant.sm] // warps,
+                SHARED_LIMIT[variant.sm] * 1024 // (shared + 1024),
+            )
+            print(
+                f"{variant.key:50s} {tile['BLOCK_M']:3d} x {tile['BLOCK_N']:3d} {warps} warps "
+                f"{registers:4d} registers {shared:6d} B shared {unit:9s} {blocks:3d} blocks = "
+                f"{blocks * warps:3d} warps of a multiprocessor; {stack} B spilled"
+            )
     return 0
 
 

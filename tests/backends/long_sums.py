@@ -39,12 +39,17 @@ def near_equal(
     batch, n = max(molecules, 1), max(molecules, 1) * keys
     rows = (molecules, queries) if molecules else (queries,)
     return {
-        "q": near(0.3, queries), "k": near(0.3, n), "v": near(3.3, n), "dout": near(3.3, *rows),
-        "ddq": near(3.3, queries), "ddk": near(3.3, n), "ddv": near(3.3, n),
+        "q": near(0.3, queries),
+        "k": near(0.3, n),
+        "v": near(3.3, n),
+        "dout": near(3.3, *rows),
+        "ddq": near(3.3, queries),
+        "ddk": near(3.3, n),
+        "ddv": near(3.3, n),
         "dlse": near(30, *rows)[..., 0],
         "q_ptr": None if molecules else torch.tensor([0, queries]),
         "k_ptr": torch.arange(batch + 1) * keys,
-    }  # fmt: skip
+    }
 
 
 def run(problem: dict[str, Any], kernels: ModuleType | Any) -> dict[str, Tensor]:
@@ -92,11 +97,17 @@ def errors(problem: dict[str, Any], found: dict[str, Tensor]) -> dict[str, float
     z = u * (dp - delta) + w * (g - y)
     by_keys = [x.transpose(1, 2) for x in (w, ds, u, z)]
     truth = {
-        "out": w @ v, "lse": lse, "dq": c * ds @ k, "dk": c * by_keys[1] @ q,
-        "dv": by_keys[0] @ dout, "gq": c * (ds @ b + z @ k),
-        "gk": c * (by_keys[1] @ a + by_keys[3] @ q), "gv": by_keys[2] @ dout,
-        "gdout": u @ v + w @ cv, "gdlse": t_mean.squeeze(2),
-    }  # fmt: skip
+        "out": w @ v,
+        "lse": lse,
+        "dq": c * ds @ k,
+        "dk": c * by_keys[1] @ q,
+        "dv": by_keys[0] @ dout,
+        "gq": c * (ds @ b + z @ k),
+        "gk": c * (by_keys[1] @ a + by_keys[3] @ q),
+        "gv": by_keys[2] @ dout,
+        "gdout": u @ v + w @ cv,
+        "gdlse": t_mean.squeeze(2),
+    }
     if shared:
         truth |= {name: truth[name].sum(0, keepdim=True) for name in ("dq", "gq")}
     size = {name: p[name].abs().max().item() for name in ("q", "k", "v", "dout", "ddq")}
@@ -106,13 +117,17 @@ def errors(problem: dict[str, Any], found: dict[str, Tensor]) -> dict[str, float
     tops["z"] = 2 * tops["t"] * (tops["ds"] + 2 * tops["dp"]) + 2 * g.abs().max().item()
     seeds = molecules if shared else 1
     terms = {
-        "out": size["v"], "lse": lse.abs().max().item(), "gdlse": tops["t"],
-        "dq": seeds * c * tops["ds"] * size["k"], "dk": tops["p"] * c * tops["ds"] * size["q"],
-        "dv": tops["p"] * size["dout"], "gv": tops["p"] * 2 * tops["t"] * size["dout"],
+        "out": size["v"],
+        "lse": lse.abs().max().item(),
+        "gdlse": tops["t"],
+        "dq": seeds * c * tops["ds"] * size["k"],
+        "dk": tops["p"] * c * tops["ds"] * size["q"],
+        "dv": tops["p"] * size["dout"],
+        "gv": tops["p"] * 2 * tops["t"] * size["dout"],
         "gq": seeds * c * (tops["ds"] * size["b"] + tops["z"] * size["k"]),
         "gk": tops["p"] * c * (tops["ds"] * size["ddq"] + tops["z"] * size["q"]),
         "gdout": 2 * tops["t"] * size["v"] + size["c"],
-    }  # fmt: skip
+    }
     result = {}
     for name, expected in truth.items():
         x = found[name].double().reshape(expected.shape)

@@ -69,10 +69,23 @@ def packed(name, q, k, v, cu_q, cu_k, max_q, max_k, scale):
 
 
 def flash_attn_2(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False, block_table=None,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     arguments = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
     out, lse = packed("flash_attn 2", *arguments)
@@ -80,18 +93,40 @@ def flash_attn_2(
 
 
 def flash_attn_3(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
-    seqused_k=None, softmax_scale=None, causal=False, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
+    return_attn_probs=False,
+):
     arguments = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
     out, lse = packed("flash_attn 3", *arguments)
     return (out, lse) if return_attn_probs else out
 
 
 def flash_attn_4(
-    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    min_seqlen_k=None, softmax_scale=None, causal=False, deterministic=False, return_lse=False,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
+    return_lse=False,
+):
     assert qv is None and return_lse
     arguments = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
     return packed("flash_attn 4", *arguments)
@@ -103,9 +138,19 @@ class AuxRequest:
 
 
 def varlen_attn(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-    window_size=(-1, -1), enable_gqa=False,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
     assert return_aux.lse
     return packed("varlen", query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
 

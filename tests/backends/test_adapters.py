@@ -46,9 +46,11 @@ def stand_in(request, monkeypatch):
 
 def attend(batch, inputs, backend, return_lse=False):
     options = {
-        "bias": inputs[3] if len(inputs) > 3 else None, "scale": batch.scale, "backend": backend,
+        "bias": inputs[3] if len(inputs) > 3 else None,
+        "scale": batch.scale,
+        "backend": backend,
         "return_lse": return_lse,
-    }  # fmt: skip
+    }
     if batch.q_ptr is None:
         return seed_pool(*inputs[:3], batch.k_ptr, **options)
     return set_attention(*inputs[:3], batch.q_ptr, batch.k_ptr, **options)
@@ -200,8 +202,9 @@ def test_garbage_boundaries_stay_inside():
             q_ptr[1], k_ptr[2] = 2**63 - 1, -(2**63)
         batch = packing.pack(Operands(q, k, k, None, q_ptr, k_ptr, None, None), None)
         for rows, ptr, longest in (
-            (batch.q, batch.q_ptr, batch.longest_q), (batch.k, batch.k_ptr, batch.longest_k),
-        ):  # fmt: skip
+            (batch.q, batch.q_ptr, batch.longest_q),
+            (batch.k, batch.k_ptr, batch.longest_k),
+        ):
             counts = ptr.diff()
             assert ptr[0] == 0 and ptr[-1] == rows.shape[0] and bool((counts > 0).all())
             assert longest == (counts.max() if len(counts) else 0)
@@ -307,9 +310,10 @@ def test_second_derivative_is_ours_where_a_native_kernel_can_serve(stand_in):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in PLAIN if case.name in ("bias", "empty among them", "four seeds")],
+    "case",
+    [case for case in PLAIN if case.name in ("bias", "empty among them", "four seeds")],
     ids=lambda case: case.name,
-)  # fmt: skip
+)
 def test_sdpa_to_second_order(case):
     needs_native()
     case = replace(case, lse=False)

@@ -68,8 +68,10 @@ def test_parts_of_a_large_molecule():
 
 
 def test_parts_of_large_molecules_in_a_large_batch():
-    """A molecule is cut into parts in any batch. More than 8 a thread would share tasks if they were
-    small; those that did had gradients of zero."""
+    """A molecule is cut into parts in any batch.
+
+    More than 8 per thread would share tasks if they were small; those that did had zero gradients.
+    """
     torch.set_num_threads(1)
     case = Case("many parts", (2100,) * 17, q_counts=(64,) * 17, heads=1, dim=4, lse=True)
     batch = case.make(torch.float32)
@@ -228,9 +230,18 @@ def test_half_types_in_and_out(width, dtype):
 def garbage():
     low, high = -(2**63), 2**63 - 1
     return [
-        [1, 2, 6], [0, 4, 3], [0, -1, 6], [0, 3, 7], [0, low, 6], [0, high, 6], [0, high, low],
-        [low, 0, 6], [high, high, high], [0, 3, high], [-1, 0, 6],
-    ]  # fmt: skip
+        [1, 2, 6],
+        [0, 4, 3],
+        [0, -1, 6],
+        [0, 3, 7],
+        [0, low, 6],
+        [0, high, 6],
+        [0, high, low],
+        [low, 0, 6],
+        [high, high, high],
+        [0, 3, high],
+        [-1, 0, 6],
+    ]
 
 
 @pytest.mark.parametrize("ptr", garbage(), ids=str)
@@ -273,30 +284,63 @@ def test_wrong_pair_offsets_raise():
 def test_wrong_arguments_raise():
     x, ptr, lse = torch.zeros(6, 2, 4), torch.tensor([0, 2, 6]), torch.zeros(6, 2)
     good = {
-        "q": x, "k": x, "v": x, "bias": None, "q_ptr": ptr, "k_ptr": ptr, "pair_ptr": None,
+        "q": x,
+        "k": x,
+        "v": x,
+        "bias": None,
+        "q_ptr": ptr,
+        "k_ptr": ptr,
+        "pair_ptr": None,
         "seed": None,
-    }  # fmt: skip
+    }
     more = {"out": x, "lse": lse, "dout": x, "dlse": lse}
     third = {"ddq": x, "ddk": x, "ddv": x, "ddbias": None}
     bias, pair_ptr = torch.zeros(20, 2), torch.tensor([0, 4, 20])
     wrong = [
-        {"q": x[0]}, {"q": x[:, :1]}, {"q": x[:, :, :3]}, {"q": x.long()}, {"q": x.half()},
-        {"k": x[:5]}, {"k": x[None]}, {"v": x[:5]}, {"v": x[:, :1]}, {"v": x[:, :, :0]},
-        {"q": x[:, :, :0], "k": x[:, :, :0]}, {"q": torch.zeros(6, 2, 257)},
-        {"k_ptr": ptr.float()}, {"k_ptr": ptr[:2]}, {"k_ptr": ptr[:0]}, {"k_ptr": ptr[None]},
-        {"k_ptr": ptr.int()}, {"q_ptr": ptr.repeat(2)[::2]}, {"bias": bias},
-        {"pair_ptr": pair_ptr}, {"bias": bias[:, :1], "pair_ptr": pair_ptr},
-        {"bias": bias.double(), "pair_ptr": pair_ptr}, {"bias": bias[0], "pair_ptr": pair_ptr},
-        {"bias": bias, "pair_ptr": pair_ptr.int()}, {"bias": bias, "pair_ptr": pair_ptr[:2]},
-        {"seed": torch.zeros(1, dtype=torch.int64)}, {"k": x.to("meta")}, {"dropout": 0.5},
-        {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")},
+        {"q": x[0]},
+        {"q": x[:, :1]},
+        {"q": x[:, :, :3]},
+        {"q": x.long()},
+        {"q": x.half()},
+        {"k": x[:5]},
+        {"k": x[None]},
+        {"v": x[:5]},
+        {"v": x[:, :1]},
+        {"v": x[:, :, :0]},
+        {"q": x[:, :, :0], "k": x[:, :, :0]},
+        {"q": torch.zeros(6, 2, 257)},
+        {"k_ptr": ptr.float()},
+        {"k_ptr": ptr[:2]},
+        {"k_ptr": ptr[:0]},
+        {"k_ptr": ptr[None]},
+        {"k_ptr": ptr.int()},
+        {"q_ptr": ptr.repeat(2)[::2]},
+        {"bias": bias},
+        {"pair_ptr": pair_ptr},
+        {"bias": bias[:, :1], "pair_ptr": pair_ptr},
+        {"bias": bias.double(), "pair_ptr": pair_ptr},
+        {"bias": bias[0], "pair_ptr": pair_ptr},
+        {"bias": bias, "pair_ptr": pair_ptr.int()},
+        {"bias": bias, "pair_ptr": pair_ptr[:2]},
+        {"seed": torch.zeros(1, dtype=torch.int64)},
+        {"k": x.to("meta")},
+        {"dropout": 0.5},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"dropout": float("nan")},
         {"dropout": 0.5, "seed": torch.zeros(2, dtype=torch.int64)},
         {"dropout": 0.5, "seed": torch.zeros(1)},
-    ]  # fmt: skip
+    ]
     wrong_more = [
-        {"out": x[:5]}, {"out": x.half()}, {"lse": lse.double()}, {"lse": lse[:5]}, {"lse": x},
-        {"dout": x[:, :, :3]}, {"dlse": lse[:, :1]}, {"dlse": lse.half()},
-    ]  # fmt: skip
+        {"out": x[:5]},
+        {"out": x.half()},
+        {"lse": lse.double()},
+        {"lse": lse[:5]},
+        {"lse": x},
+        {"dout": x[:, :, :3]},
+        {"dlse": lse[:, :1]},
+        {"dlse": lse.half()},
+    ]
     wrong_third = [{"ddq": x[:5]}, {"ddk": x[0]}, {"ddv": x.double()}, {"ddbias": bias}]
     options = {"scale": 1.0, "dropout": 0.0}
     assert OPS.attention(**good, **options)[0].shape == x.shape
@@ -314,8 +358,15 @@ def test_wrong_arguments_raise():
 def test_absent_cotangents_are_zero(width):
     batch = Case("absent", (6, 140), heads=2, dim=8, bias="pair").make(torch.float64)
     problem = (
-        batch.q, batch.k, batch.v, batch.bias, batch.q_ptr, batch.k_ptr, batch.pair_ptr, None,
-    )  # fmt: skip
+        batch.q,
+        batch.k,
+        batch.v,
+        batch.bias,
+        batch.q_ptr,
+        batch.k_ptr,
+        batch.pair_ptr,
+        None,
+    )
     out, lse = cpu.forward(*problem, 0.5, 0.0)
     known = (*problem, out, lse, batch.dout, None)
     cotangents = [batch.ddq, batch.ddk, batch.ddv, batch.ddbias]

@@ -79,11 +79,19 @@ def test_a_molecule_has_the_same_bits_alone_and_in_a_batch(module, dtype, seeds)
         o_rows = rows if seeds is None else slice(1, 2)
         ptr = torch.tensor([0, counts[1]])
         alone = replace(
-            batch, case=replace(case, counts=counts[1:2]), q=batch.q[q_rows], k=batch.k[rows],
-            v=batch.v[rows], q_ptr=None if seeds else ptr, k_ptr=ptr, dout=batch.dout[o_rows],
-            dlse=batch.dlse[o_rows], ddq=batch.ddq[q_rows], ddk=batch.ddk[rows],
+            batch,
+            case=replace(case, counts=counts[1:2]),
+            q=batch.q[q_rows],
+            k=batch.k[rows],
+            v=batch.v[rows],
+            q_ptr=None if seeds else ptr,
+            k_ptr=ptr,
+            dout=batch.dout[o_rows],
+            dlse=batch.dlse[o_rows],
+            ddq=batch.ddq[q_rows],
+            ddk=batch.ddk[rows],
             ddv=batch.ddv[rows],
-        )  # fmt: skip
+        )
         found = testing.run_kernels(alone, kernels)
         of_rows = {"out": o_rows, "lse": o_rows, "gdout": o_rows, "gdlse": o_rows}
         cut = {name: x[of_rows.get(name, rows)] for name, x in together.items()}

@@ -74,7 +74,7 @@ def test_every_barrier_and_every_wait_is_needed():
 
 
 def test_every_kernel_needs_each_place_of_the_walk_that_they_share():
-    """copies.cuh: in this build the places of Walk are named after the kernel they are inlined in."""
+    """copies.cuh: here the places of Walk are named after the kernel they are inlined in."""
     text = (cuda_host.ROOT / "csrc" / "cuda" / "copies.cuh").read_text()
     body = text[text.index("bool arrive(") : text.index("return more;")]
     named = body.replace("GROUP_THREADS)", "GROUP_THREADS, __PRETTY_FUNCTION__)")

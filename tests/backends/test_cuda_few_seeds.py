@@ -21,16 +21,34 @@ SMALL = 32  # keys of a part
 SIZES = testing.Case("sizes", (0, 1, 17, 64, 33), seeds=3, heads=2, dim=24, nobody=37)
 CASES = [
     SIZES,
-    testing.Case("bias", (5, 0, 70, 130), seeds=8, heads=1, dim=40, value_dim=64, bias="pair",
-                 lse=True),
+    testing.Case(
+        "bias", (5, 0, 70, 130), seeds=8, heads=1, dim=40, value_dim=64, bias="pair", lse=True
+    ),
     testing.Case("wide", (5, 100), seeds=1, heads=2, dim=128, value_dim=72, dropout=0.3),
-    testing.Case("forbidden", (20, 40, 1, 66), seeds=5, heads=2, dim=16, bias="mask", lse=True,
-                 dropout=0.2, layout="fused"),
-    testing.Case("float32 bias", (32, 31, 96), seeds=2, heads=3, dim=48, bias="float32",
-                 layout="transposed", index=torch.int32),
+    testing.Case(
+        "forbidden",
+        (20, 40, 1, 66),
+        seeds=5,
+        heads=2,
+        dim=16,
+        bias="mask",
+        lse=True,
+        dropout=0.2,
+        layout="fused",
+    ),
+    testing.Case(
+        "float32 bias",
+        (32, 31, 96),
+        seeds=2,
+        heads=3,
+        dim=48,
+        bias="float32",
+        layout="transposed",
+        index=torch.int32,
+    ),
     testing.Case("large logits", (18, 31, 90), seeds=4, heads=2, dim=16, logits=30.0, lse=True),
     testing.Case("only nobody", (), seeds=4, heads=2, dim=8, nobody=70),
-]  # fmt: skip
+]
 PARTS = replace(SIZES, counts=(70, 1, 100, 0, 32, 33, 64, 5), bias="pair", lse=True)
 
 
@@ -76,10 +94,16 @@ def test_a_molecule_has_the_same_bits_alone_and_in_a_batch(module, dtype):
         first = sum(case.counts[:molecule])
         rows, own = slice(first, first + count), slice(molecule, molecule + 1)
         alone = replace(
-            batch, case=replace(case, counts=(count,)), k=batch.k[rows], v=batch.v[rows],
-            k_ptr=torch.tensor([0, count]), dout=batch.dout[own], dlse=batch.dlse[own],
-            ddk=batch.ddk[rows], ddv=batch.ddv[rows],
-        )  # fmt: skip
+            batch,
+            case=replace(case, counts=(count,)),
+            k=batch.k[rows],
+            v=batch.v[rows],
+            k_ptr=torch.tensor([0, count]),
+            dout=batch.dout[own],
+            dlse=batch.dlse[own],
+            ddk=batch.ddk[rows],
+            ddv=batch.ddv[rows],
+        )
         found = testing.run_kernels(alone, kernels)
         of_molecule = ("out", "lse", "gdout", "gdlse")
         cut = {name: x[own if name in of_molecule else rows] for name, x in together.items()}

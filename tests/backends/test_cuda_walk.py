@@ -23,19 +23,42 @@ pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.miss
 # Named after the widths of the kernels.
 CASES = [
     testing.Case(
-        "32", (97, 20, 70, 65), q_counts=(70, 97, 40, 65), heads=1, dim=20, value_dim=32,
-        bias="pair", dropout=0.2, lse=True, nobody=2,
+        "32",
+        (97, 20, 70, 65),
+        q_counts=(70, 97, 40, 65),
+        heads=1,
+        dim=20,
+        value_dim=32,
+        bias="pair",
+        dropout=0.2,
+        lse=True,
+        nobody=2,
     ),
     testing.Case(
-        "64", (97, 70), q_counts=(81, 33), heads=1, dim=64, value_dim=40, bias="mask",
-        dropout=0.2, lse=True,
+        "64",
+        (97, 70),
+        q_counts=(81, 33),
+        heads=1,
+        dim=64,
+        value_dim=40,
+        bias="mask",
+        dropout=0.2,
+        lse=True,
     ),
     testing.Case(
-        "128", (67, 9), q_counts=(75, 40), heads=1, dim=100, value_dim=128, bias="pair",
-        dropout=0.2, lse=True, layout="fused",
+        "128",
+        (67, 9),
+        q_counts=(75, 40),
+        heads=1,
+        dim=100,
+        value_dim=128,
+        bias="pair",
+        dropout=0.2,
+        lse=True,
+        layout="fused",
     ),
     testing.Case("seeds", (70, 130), seeds=66, heads=1, dim=72, bias="pair", lse=True),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

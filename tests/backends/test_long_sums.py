@@ -135,8 +135,15 @@ def test_an_infinite_value_stays_infinite(width, keys):
 def test_bits_of_long_molecules_alone_and_with_any_threads(width, seeds):
     """Long sums too depend on the molecule alone."""
     counts = (3, 2500, 4200)
-    case = testing.Case("long", counts, q_counts=None if seeds else (5, 70, 66), heads=2, dim=4,
-                        seeds=seeds, lse=True)  # fmt: skip
+    case = testing.Case(
+        "long",
+        counts,
+        q_counts=None if seeds else (5, 70, 66),
+        heads=2,
+        dim=4,
+        seeds=seeds,
+        lse=True,
+    )
     batch = case.make(torch.float32)
     together = testing.run_kernels(batch, cpu)
     torch.set_num_threads(3)
@@ -149,11 +156,19 @@ def test_bits_of_long_molecules_alone_and_with_any_threads(width, seeds):
         rows = slice(i, i + 1) if seeds else own
         of_q = slice(None) if seeds else own
         alone = replace(
-            batch, case=replace(case, counts=(n,), q_counts=None if seeds else (m,)),
-            q=batch.q[of_q], ddq=batch.ddq[of_q], dout=batch.dout[rows], dlse=batch.dlse[rows],
-            k=batch.k[keys], v=batch.v[keys], ddk=batch.ddk[keys], ddv=batch.ddv[keys],
-            q_ptr=None if seeds else torch.tensor([0, m]), k_ptr=torch.tensor([0, n]),
-        )  # fmt: skip
+            batch,
+            case=replace(case, counts=(n,), q_counts=None if seeds else (m,)),
+            q=batch.q[of_q],
+            ddq=batch.ddq[of_q],
+            dout=batch.dout[rows],
+            dlse=batch.dlse[rows],
+            k=batch.k[keys],
+            v=batch.v[keys],
+            ddk=batch.ddk[keys],
+            ddv=batch.ddv[keys],
+            q_ptr=None if seeds else torch.tensor([0, m]),
+            k_ptr=torch.tensor([0, n]),
+        )
         for name, x in testing.run_kernels(alone, cpu).items():
             if seeds and name in ("dq", "gq"):
                 continue  # sums over the molecules

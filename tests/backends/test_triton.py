@@ -26,18 +26,18 @@ H100 = {"device": "cuda", "dtype": torch.float32, "head_dim": 32, "value_dim": 3
         ({}, None),
         ({"capability": (9, 0), "grad_order": 2, "deterministic": True, "bias": True}, None),
         ({"dtype": torch.float64, "seeds": 4, "dropout": True}, None),
-        ({"device": "cpu"}, "device cpu: needs cuda"),
+        ({"device": "cpu"}, "tensors on cpu: needs cuda"),
         ({"capability": (7, 5)}, "sm_75: needs sm_80"),
         ({"dtype": torch.float8_e4m3fn}, "needs float16"),
-        ({"head_dim": 257}, "head dim 257"),
-        ({"value_dim": 300}, "value dim 300"),
+        ({"head_dim": 257}, "head dimension 257"),
+        ({"value_dim": 300}, "value dimension 300"),
         ({"grad_order": 3}, "second order"),
     ],
 )
 @needs_triton
 def test_reasons(change, reason, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if change.get("dtype") == torch.float64 and backend._version() < backend._FLOAT64:
+    if change.get("dtype") == torch.float64 and backend.version() < backend._FLOAT64:
         reason = "float64: tl.dot needs triton"
     found = backend.why_not(Problem(**(H100 | change)))
     assert found == [] if reason is None else len(found) == 1 and reason in found[0]
@@ -59,7 +59,7 @@ def test_every_reason_is_listed(monkeypatch):
 def test_a_version_that_is_too_old_is_a_reason(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: "3.5.1")
-    caches = backend._why_no_triton, backend._version
+    caches = backend._why_no_triton, backend.version
     for cached in caches:
         cached.cache_clear()
     try:
@@ -71,7 +71,7 @@ def test_a_version_that_is_too_old_is_a_reason(monkeypatch):
 
 @needs_triton
 def test_float64_needs_a_triton_that_accumulates_it(monkeypatch):
-    monkeypatch.setattr(backend, "_version", lambda: (3, 7))
+    monkeypatch.setattr(backend, "version", lambda: (3, 7))
     found = backend.why_not(Problem(**(H100 | {"dtype": torch.float64})))
     assert found == ["float64: tl.dot needs triton >= 3.9"]
 

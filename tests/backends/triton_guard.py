@@ -28,7 +28,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from attnpool_kernels.backends.triton import _version
+from attnpool_kernels.backends.triton import version
 
 RED_ZONE = 4096  # bytes
 BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
@@ -201,7 +201,7 @@ def _patch_numbers(patch) -> None:
     def dot(_):
         def create_dot(self, a, b, acc, input_precision, max_imprecise):
             left, right = (bf16_to_f32(x.data) if is_bf16(x.dtype) else x.data for x in (a, b))
-            least = 16 if _version() < (3, 9) else 256 // a.dtype.scalar.primitive_bitwidth
+            least = 16 if version() < (3, 9) else 256 // a.dtype.scalar.primitive_bitwidth
             if left.shape[-1] < least:
                 raise GuardError(f"tl.dot of depth {left.shape[-1]}: Triton wants {least} here")
             kind = acc.data.dtype

@@ -18,10 +18,21 @@ LIBRARIES = sorted(Path(attnpool_kernels.__file__).parent.glob("_C_cpu*.so"))
 def test_a_program_without_python_calls_the_operator(tmp_path):
     home = Path(torch.__file__).parent
     command = [
-        "g++", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        "-isystem", home / "include", PROGRAM, "-o", tmp_path / "program", "-L", home / "lib",
-        f"-Wl,-rpath,{home / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10",
-    ]  # fmt: skip
+        "g++",
+        "-std=c++20",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        "-isystem",
+        home / "include",
+        PROGRAM,
+        "-o",
+        tmp_path / "program",
+        "-L",
+        home / "lib",
+        f"-Wl,-rpath,{home / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     subprocess.run(command, check=True)
     done = subprocess.run([tmp_path / "program", LIBRARIES[0]], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,9 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Of each example the packages besides torch; the test below knows whether that is all.
-NEEDS = {"pyg_gin": ["torch_geometric"], "pyg_schnet": ["torch_geometric"],
-         "schnetpack_forces": ["schnetpack"], "plain_torch": [],
-         "md_forces": ["torch_geometric", "ase"]}  # fmt: skip
+NEEDS = {
+    "pyg_gin": ["torch_geometric"],
+    "pyg_schnet": ["torch_geometric"],
+    "schnetpack_forces": ["schnetpack"],
+    "plain_torch": [],
+    "md_forces": ["torch_geometric", "ase"],
+}
 SMALL = """
 import json, runpy, sys
 sys.modules |= dict.fromkeys(sys.argv[2:])  # as if these were not installed
@@ -34,9 +38,13 @@ def run(path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     blocked = [] if NEEDS[path.stem] else ["torch_geometric", "ase", "lightning", "schnetpack"]
     return subprocess.run(
-        [sys.executable, "-c", SMALL, str(path), *blocked], cwd=path.parent, env=environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", SMALL, str(path), *blocked],
+        cwd=path.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -37,16 +37,25 @@ REPEATED = 1.5  # products that warps compute more than once, over those that ar
 ATOMS, LONG_ATOMS = (18, 55), (1024, 4096)
 # BLOCK_M, BLOCK_N, warps
 SHORT = (
-    (16, 16, 1), (16, 32, 1), (16, 64, 1), (16, 64, 2), (32, 16, 2), (32, 32, 1), (32, 32, 2),
-    (32, 64, 2), (64, 32, 2), (64, 32, 4), (64, 64, 4),
-)  # fmt: skip
+    (16, 16, 1),
+    (16, 32, 1),
+    (16, 64, 1),
+    (16, 64, 2),
+    (32, 16, 2),
+    (32, 32, 1),
+    (32, 32, 2),
+    (32, 64, 2),
+    (64, 32, 2),
+    (64, 32, 4),
+    (64, 64, 4),
+)
 LONG = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8))
 FEW = ((16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 1), (16, 64, 2), (16, 64, 4))
 KEYS = tuple(
     Key(row, width, name)
     for row, width in (("bf16", 64), ("bf16", 32), ("fp32", 64), ("fp32", 32))
     for name in (*aot.tile_table.PASSES, *aot.tile_table.FEW_PASSES, *aot.tile_table.LONG_PASSES)
-)  # fmt: skip
+)
 
 
 def grid(key: Key) -> list[Tile]:
@@ -137,9 +146,10 @@ def pruned(entries: list[dict]) -> list[dict]:
     good = [
         entry
         for entry in entries[1:]
-        if entry["spills"] <= SPILLS and entry["repeated"] <= REPEATED
+        if entry["spills"] <= SPILLS
+        and entry["repeated"] <= REPEATED
         and entry["shared"] <= aot.SHARED_LIMIT[SM] * 1024
-    ]  # fmt: skip
+    ]
     return sorted(good, key=cost)[:KEPT]
 
 

@@ -95,9 +95,11 @@ def unpack(text: str) -> tuple[Settings, list[Case]]:
     found = json.loads(text)
     settings = Settings(**found["settings"])
     settings = replace(
-        settings, out=Path(settings.out), cache=Path(settings.cache),
+        settings,
+        out=Path(settings.out),
+        cache=Path(settings.cache),
         backends=tuple(settings.backends),
-    )  # fmt: skip
+    )
     cases = [
         Case(**case | {"environment": tuple(map(tuple, case["environment"]))})
         for case in found["cases"]

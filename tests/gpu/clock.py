@@ -109,10 +109,13 @@ def rates(shape: Shape, what: str, dtype: torch.dtype, device: str, seconds: flo
     size, flops = shape.bytes(what, dtype), shape.flops(what)
     floor = size / copy_rate(device)
     return {
-        "shape": shape.facts(), "floor": floor, "ratio": seconds / floor,
+        "shape": shape.facts(),
+        "floor": floor,
+        "ratio": seconds / floor,
         "copy_gb_s": copy_rate(device) / 1e9,
-        "gb_s": size / seconds / 1e9, "tflop_s": flops / seconds / 1e12,
-    }  # fmt: skip
+        "gb_s": size / seconds / 1e9,
+        "tflop_s": flops / seconds / 1e12,
+    }
 
 
 @cache

@@ -38,9 +38,17 @@ from gpu.runner import Journal, Runner  # noqa: E402
 
 # Correctness and kernel times come first: what is cut off should be what matters least.
 ORDER = (
-    "environment", "smoke", "prewarm", "correctness", "speed", "rivals", "adapters", "invariants",
-    "sanitizers", "sweep",
-)  # fmt: skip
+    "environment",
+    "smoke",
+    "prewarm",
+    "correctness",
+    "speed",
+    "rivals",
+    "adapters",
+    "invariants",
+    "sanitizers",
+    "sweep",
+)
 ASKED_FOR = ("sweep",)  # only where --blocks names them
 ROWS = "evidence.jsonl"
 LONGEST = 24 * 3600.0  # seconds that can be asked for

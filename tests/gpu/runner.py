@@ -178,9 +178,13 @@ class Runner:
             said = output.tell()  # by the processes before
             process = subprocess.Popen(
                 [sys.executable, str(self.script), "--child", str(theirs), str(os.getpid())],
-                stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=(theirs,),
-                env=self._environment(first, settings), start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs,),
+                env=self._environment(first, settings),
+                start_new_session=True,
+            )
         os.close(theirs)
         self._groups.add(process.pid)
         try:
@@ -262,9 +266,14 @@ class Runner:
         self.journal.write(own | row | {"versions": versions})
 
     def _end(
-        self, case: Case, status: str, text: str, seconds: float, versions: dict[str, Any],
+        self,
+        case: Case,
+        status: str,
+        text: str,
+        seconds: float,
+        versions: dict[str, Any],
         facts: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The last row of a case: its own status, or the worst of its rows."""
         rows = [row for row in self.journal.rows if row["key"] == case.key]
         worst = max((status, *(row["status"] for row in rows)), key=STATUSES.index)

@@ -66,9 +66,13 @@ class Shape:
 
     def facts(self) -> dict[str, int | float | None]:
         return {
-            "sets": len(self.sizes), "rows": self.rows, "longest": max(self.sizes),
-            "heads": self.heads, "dim": self.dim, "seeds": self.seeds,
-        }  # fmt: skip
+            "sets": len(self.sizes),
+            "rows": self.rows,
+            "longest": max(self.sizes),
+            "heads": self.heads,
+            "dim": self.dim,
+            "seeds": self.seeds,
+        }
 
 
 def equal(atoms: int, molecules: int, heads: int, dim: int) -> Shape:

@@ -69,9 +69,14 @@ def _cpu_kernels():
 
 
 STEPS = (
-    invariants.captured, invariants.replays, invariants.unsynchronised, invariants.side_stream,
-    invariants.repeats, invariants.alone, invariants.large,
-)  # fmt: skip
+    invariants.captured,
+    invariants.replays,
+    invariants.unsynchronised,
+    invariants.side_stream,
+    invariants.repeats,
+    invariants.alone,
+    invariants.large,
+)
 
 
 @pytest.mark.parametrize("seeds", [None, 4])
@@ -216,9 +221,13 @@ def test_times_of_a_card(monkeypatch):
 
 def test_the_machine_is_described(cuda, monkeypatch, tmp_path):
     facts = types.SimpleNamespace(
-        name="a card", major=9, minor=0, multi_processor_count=132, total_memory=80e9,
+        name="a card",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        total_memory=80e9,
         L2_cache_size=50e6,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
     row = environment.machine(Settings("cuda", tmp_path, tmp_path))
     assert row["capability"] == "9.0" and row["memory_gb"] == 80 and row["l2_mb"] == 50
@@ -281,9 +290,12 @@ def test_sanitizers_by_a_stand_in(tool, summary, code, status, tmp_path, monkeyp
     seen = tmp_path / "seen"
     program = tmp_path / "compute-sanitizer"
     text = TOOL.format(
-        help="--kernel-regex arg  --kernel-regex-exclude arg", seen=seen, python=sys.executable,
-        summary=summary, code=code,
-    )  # fmt: skip
+        help="--kernel-regex arg  --kernel-regex-exclude arg",
+        seen=seen,
+        python=sys.executable,
+        summary=summary,
+        code=code,
+    )
     program.write_text(text)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

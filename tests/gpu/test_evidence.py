@@ -82,9 +82,12 @@ class Machine:
         command = [sys.executable, "tests/gpu/evidence.py", "--device", "cpu", "--cores", "1"]
         return subprocess.Popen(
             [*no_network(), *command, "--out", str(out), *arguments],
-            cwd=self.tree, env=known | environment, stdout=subprocess.PIPE, text=True,
+            cwd=self.tree,
+            env=known | environment,
+            stdout=subprocess.PIPE,
+            text=True,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        )
 
     def run(self, out: Path, *arguments: str, **environment: str) -> tuple[int, str]:
         process = self.start(out, *arguments, **environment)
@@ -99,10 +102,20 @@ def rows_in(folder: Path) -> list[dict]:
 def tracked() -> list[str]:
     """Files that would travel: those that git knows or would not ignore."""
     found = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "attnpool_kernels", "benchmarks", "csrc",
-         "tests"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            "git",
+            "ls-files",
+            "-co",
+            "--exclude-standard",
+            "attnpool_kernels",
+            "benchmarks",
+            "csrc",
+            "tests",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if found.returncode:
         pytest.skip("not in a checkout: which files would travel is not known")
     return [name for name in found.stdout.splitlines() if (ROOT / name).is_file()]
@@ -172,10 +185,18 @@ def test_faults_cost_their_case_only(rehearsal, machine):
     code, text, rows = rehearsal
     status = {row["name"]: row["status"] for row in rows if row["block"] == "planted"}
     assert status == {
-        "before": "ok", "segfault": "crashed", "after": "ok", "exit": "crashed",
-        "exception": "failed", "library": "missing", "dead GPU": "failed", "behind": "ok",
-        "wrong": "wrong", "hang": "hang", "graph": "needs cuda",
-    }  # fmt: skip
+        "before": "ok",
+        "segfault": "crashed",
+        "after": "ok",
+        "exit": "crashed",
+        "exception": "failed",
+        "library": "missing",
+        "dead GPU": "failed",
+        "behind": "ok",
+        "wrong": "wrong",
+        "hang": "hang",
+        "graph": "needs cuda",
+    }
     assert code == 1
     own = {row["name"]: row for row in rows if row["block"] == "planted" and row["what"] == "case"}
     assert own["segfault"]["text"].startswith("SIGSEGV: ")

@@ -166,8 +166,10 @@ def test_passes_alone_give_what_they_give_together(shape):
         for name, x in expected.items():
             torch.testing.assert_close(found[name], x)
     empty = shapes.without_values(shape, torch.float64)
-    for one, other in zip((*batch.inputs, batch.dout, *batch.cotangents),
-                          (*empty.inputs, empty.dout, *empty.cotangents)):  # fmt: skip
+    for one, other in zip(
+        (*batch.inputs, batch.dout, *batch.cotangents),
+        (*empty.inputs, empty.dout, *empty.cotangents),
+    ):
         assert one.shape == other.shape and one.dtype == other.dtype
     assert torch.equal(batch.ptr, empty.ptr)
 
@@ -226,8 +228,10 @@ def test_one_pass_that_fails_does_not_cost_the_others(as_cuda, monkeypatch):
     with pytest.raises(RuntimeError, match="planted"):
         speed.timed(SMALL, torch.float32, "cuda", "cuda", rows.append)
     assert [(row["what"], row.get("status", "ok")) for row in rows] == [
-        ("forward", "ok"), ("backward", "failed"), ("double_backward", "ok"),
-    ]  # fmt: skip
+        ("forward", "ok"),
+        ("backward", "failed"),
+        ("double_backward", "ok"),
+    ]
     assert rows[2]["seconds"] > 0 and "the public call" in rows[2]["text"]
 
 

@@ -80,10 +80,10 @@ def test_prewarm_finds_every_variant_of_the_blocks(compiler, monkeypatch, tmp_pa
     asked = []
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     monkeypatch.setattr(
-        compiler, "compiled", lambda jobs, *_: asked.extend(jobs) or [
-            compiler.Compiled(job.name, 0.1) for job in jobs
-        ],
-    )  # fmt: skip
+        compiler,
+        "compiled",
+        lambda jobs, *_: asked.extend(jobs) or [compiler.Compiled(job.name, 0.1) for job in jobs],
+    )
     chosen = settings(tmp_path, "cpu")
     (case,) = prewarm.cases(chosen)
     (row,) = rows_of(prewarm, case, chosen)
@@ -180,9 +180,10 @@ def tuned(as_cuda, monkeypatch):
     monkeypatch.setattr(clock, "kernels", seconds)
     tiles = [(16, 16, 16, 1, 1), (64, 16, 16, 1, 1), (128, 16, 16, 1, 1)]
     monkeypatch.setattr(sweep_block, "REHEARSED", {"fp32 16 forward": tiles})
-    monkeypatch.setattr("gpu.tiles.candidates", lambda: {
-        __import__("gpu.tiles").tiles.Key("fp32", 16, "forward"): tiles
-    })  # fmt: skip
+    monkeypatch.setattr(
+        "gpu.tiles.candidates",
+        lambda: {__import__("gpu.tiles").tiles.Key("fp32", 16, "forward"): tiles},
+    )
     monkeypatch.setattr(sweep_block, "_shapes", lambda *_: [SMALL])
 
 

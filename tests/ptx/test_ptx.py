@@ -93,11 +93,13 @@ def test_barriers_of_groups_that_do_not_wait_for_each_other():
         ("mov.b64 %rd6, n; cvta.param.u64 %rd6, %rd6; ld.b32 %r3, [%rd6]", lambda i: 64),
         ("mov.b64 %rd6, n; ld.param.b32 %r3, [%rd6+0]", lambda i: 64),
         ("mov.b32 %r3, 5; { .reg .b32 %r<9>; mov.b32 %r3, 6; }", lambda i: 5),
-        ("{ .reg .b32 a; .reg .b32 b<2>; mov.b32 a, 1; add.s32 b1, a, %r2; mov.b32 %r3, b1; }",
-         lambda i: i + 1),
+        (
+            "{ .reg .b32 a; .reg .b32 b<2>; mov.b32 a, 1; add.s32 b1, a, %r2; mov.b32 %r3, b1; }",
+            lambda i: i + 1,
+        ),
         ("{ cvt.u16.u32 %h1, %r2;} { mov.b32 %r3, {0,%h1};}", lambda i: i << 16),
     ],
-)  # fmt: skip
+)
 def test_single_instructions(body, expected):
     head = HEAD.replace(".reg .b64", ".reg .b16 %h<4>; .reg .b64")
     x, y = torch.zeros(64), torch.zeros(64, dtype=torch.int32)

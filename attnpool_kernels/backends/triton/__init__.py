@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 
@@ -23,37 +24,28 @@ from ...operands import (
     SecondGradients,
     Tangents,
 )
+from ...problem import Problem
+from ..needs import Needs
 
 KIND = "kernel"
 OPERATORS = "attnpool_triton"
 
+NEEDS = Needs(devices=("cuda",), widest=256, capability=(8, 0))
+
 _OLDEST = (3, 6)
 _FLOAT64 = (3, 9)  # 3.6 and 3.7 accumulate a float64 tl.dot in float32, 3.8 is untried
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WIDEST = 256
 
 
-def why_not(problem) -> list[str]:
+def why_not(problem: Problem) -> list[str]:
     """Every reason against running a problem, from its facts alone."""
-    reasons = []
-    if missing := _why_no_triton():
-        reasons.append(missing)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if problem.device != "cuda" and not (interpreted and problem.device == "cpu"):
-        reasons.append(f"device {problem.device}: needs cuda")
+    missing = _why_no_triton()
+    reasons = [missing] if missing else []
+    interpreted = problem.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    reasons += (replace(NEEDS, devices=("cpu",)) if interpreted else NEEDS).reasons(problem)
     if problem.device == "cuda" and torch.version.hip is not None:
         reasons.append("an AMD GPU: compiles for gfx942, but never ran there")
-    if problem.capability is not None and problem.capability < (8, 0):
-        reasons.append("sm_{}{}: needs sm_80 or newer".format(*problem.capability))
-    if problem.dtype == torch.float64 and not missing and _version() < _FLOAT64:
+    if problem.dtype == torch.float64 and not missing and version() < _FLOAT64:
         reasons.append(f"float64: tl.dot needs triton >= {_dotted(_FLOAT64)}")
-    if problem.dtype not in _DTYPES:
-        reasons.append(f"{problem.dtype}: needs float16, bfloat16, float32 or float64")
-    for name, width in (("head dim", problem.head_dim), ("value dim", problem.value_dim)):
-        if not 1 <= width <= _WIDEST:
-            reasons.append(f"{name} {width}: needs 1 to {_WIDEST}")
-    if problem.grad_order > 2:
-        reasons.append(f"derivatives to second order only, got grad_order={problem.grad_order}")
     return reasons
 
 
@@ -61,19 +53,20 @@ def why_not(problem) -> list[str]:
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if _version() < _OLDEST:
+    if version() < _OLDEST:
         return f"needs triton >= {_dotted(_OLDEST)}, got {importlib.metadata.version('triton')}"
     return None
 
 
 @functools.cache
-def _version() -> tuple[int, ...]:
-    version = importlib.metadata.version("triton")  # importing it would take half a second
-    return tuple(int(part) for part in version.split(".")[:2])
+def version() -> tuple[int, ...]:
+    """Of the installed Triton, (major, minor)."""
+    found = importlib.metadata.version("triton")  # importing it would take half a second
+    return tuple(int(part) for part in found.split(".")[:2])
 
 
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+def _dotted(parts: tuple[int, ...]) -> str:
+    return ".".join(map(str, parts))
 
 
 def _module(pass_name: str, x: Operands):
@@ -109,7 +102,7 @@ def backward(
 
 
 def double_backward(
-    x: Operands, y: Result, dy: Cotangents, t: Tangents, options: Options
+    x: Operands, y: Result, dy: Cotangents, tangents: Tangents, options: Options
 ) -> SecondGradients:
-    given = map(_near, (x, y, dy, t))
+    given = map(_near, (x, y, dy, tangents))
     return _module("double_backward", x).double_backward(*given, options)

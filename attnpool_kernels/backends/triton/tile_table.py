@@ -16,7 +16,7 @@ import warnings
 
 import torch
 
-from . import _version
+from . import version
 
 PASSES = (
     "forward",
@@ -220,7 +220,7 @@ def tile(
     if entry is None:
         return None
     block_m, block_n, part, warps, stages, *most = entry
-    if _version() < (3, 9):  # there a tl.dot of any type has a depth of 16 or more
+    if version() < (3, 9):  # there a tl.dot of any type has a depth of 16 or more
         block_n, part = max(block_n, 16), max(part, 16)
     return dict(
         BLOCK_M=block_m,

@@ -31,14 +31,18 @@ def PARALLEL(settings: Settings) -> int:
 def cases(settings: Settings) -> list[Case]:
     return [
         Case(
-            NAME, name, library, dtype, seconds=90.0,
+            NAME,
+            name,
+            library,
+            dtype,
+            seconds=90.0,
             shard=f"{library} {dtype}" if settings.device == "cuda" else "all",
         )
         for library, dtypes in LIBRARIES.items()
         if settings.wants(library)
         for dtype in (dtypes if settings.device == "cuda" else dtypes[-1:])
         for name in (FEW if settings.device == "cpu" or library == "flex" else CASES)
-    ]  # fmt: skip
+    ]
 
 
 def run(case: Case, settings: Settings, emit: Emit) -> None:

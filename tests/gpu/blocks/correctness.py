@@ -25,12 +25,16 @@ def cases(settings: Settings) -> list[Case]:
                 far = name.startswith("far ")
                 found.append(
                     Case(
-                        NAME, name, backend, dtype, seconds=90.0 if far else 60.0,
+                        NAME,
+                        name,
+                        backend,
+                        dtype,
+                        seconds=90.0 if far else 60.0,
                         # its storage is up to 17 GB: one after another
                         shard="far" if far else shard,
                         after="prewarm" if backend == "triton" else "",
                     )
-                )  # fmt: skip
+                )
     return found
 
 

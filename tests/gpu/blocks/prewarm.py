@@ -57,11 +57,19 @@ def run(case: Case, settings: Settings, emit: Emit) -> None:
         if one.error:
             failed += 1
             emit({"what": one.name, "status": "failed", "text": one.error})
-    emit({
-        "what": "variants", "status": "ok" if done == len(jobs) else "no time",
-        "target": collected.target.arch, "variants": len(jobs), "compiled": done - failed,
-        "failed": failed, "core_seconds": took, "slowest": slowest, "processes": settings.cores,
-    })  # fmt: skip
+    emit(
+        {
+            "what": "variants",
+            "status": "ok" if done == len(jobs) else "no time",
+            "target": collected.target.arch,
+            "variants": len(jobs),
+            "compiled": done - failed,
+            "failed": failed,
+            "core_seconds": took,
+            "slowest": slowest,
+            "processes": settings.cores,
+        }
+    )
 
 
 def of_the_card() -> tuple[int, int]:

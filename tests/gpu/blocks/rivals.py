@@ -15,15 +15,27 @@ WEIGHT = 10.0
 MODULE = "module, "
 # of gpu.shapes, for bfloat16; those of float32 are fewer
 HALF = (
-    "1024 x 18 atoms, 8x64", "1024 x 55 atoms, 8x64", "QM7b x 1024, 8x32", "QMugs-like x 512, 8x32",
-    "10000 neighbour sets, 8x16", "16 queries, one set of 100000, 8x64", "one set of 4096, 8x64",
-    "1024 x 15 atoms, 8x32", "4 seeds, QM7b x 1024, 8x32", "one set of 16384, 8x64",
-    "10000 neighbour sets, 10x64", "128 x 18 atoms, 8x64", "4096 x 32 atoms, 8x64",
-)  # fmt: skip
+    "1024 x 18 atoms, 8x64",
+    "1024 x 55 atoms, 8x64",
+    "QM7b x 1024, 8x32",
+    "QMugs-like x 512, 8x32",
+    "10000 neighbour sets, 8x16",
+    "16 queries, one set of 100000, 8x64",
+    "one set of 4096, 8x64",
+    "1024 x 15 atoms, 8x32",
+    "4 seeds, QM7b x 1024, 8x32",
+    "one set of 16384, 8x64",
+    "10000 neighbour sets, 10x64",
+    "128 x 18 atoms, 8x64",
+    "4096 x 32 atoms, 8x64",
+)
 SINGLE = (
-    "1024 x 18 atoms, 8x64", "1024 x 55 atoms, 8x64", "QM7b x 1024, 8x32",
-    "10000 neighbour sets, 8x16", "one set of 4096, 8x64",
-)  # fmt: skip
+    "1024 x 18 atoms, 8x64",
+    "1024 x 55 atoms, 8x64",
+    "QM7b x 1024, 8x32",
+    "10000 neighbour sets, 8x16",
+    "one set of 4096, 8x64",
+)
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -37,12 +49,16 @@ def cases(settings: Settings) -> list[Case]:
         for place, name in enumerate(names):
             found += [
                 Case(
-                    NAME, f"{name}: {who}", dtype=dtype, seconds=30.0,
-                    shard=f"{dtype} {place // 5}", needs_cuda=not _anywhere(who),
+                    NAME,
+                    f"{name}: {who}",
+                    dtype=dtype,
+                    seconds=30.0,
+                    shard=f"{dtype} {place // 5}",
+                    needs_cuda=not _anywhere(who),
                     after="prewarm" if cuda and "triton" in who else "",
                 )
                 for who in (*mine, *rivals.RIVALS)
-            ]  # fmt: skip
+            ]
         found += [
             Case(
                 NAME, f"{MODULE}{kind}: {who}", dtype=dtype, seconds=40.0, shard=f"{dtype} modules"

@@ -36,12 +36,18 @@ def PARALLEL(settings: Settings) -> int:
 def cases(settings: Settings) -> list[Case]:
     return [
         Case(
-            NAME, tool, backend, needs_cuda=True, seconds=240.0,
+            NAME,
+            tool,
+            backend,
+            needs_cuda=True,
+            seconds=240.0,
             after="prewarm" if backend == "triton" else "",
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         )
-        for backend in BACKENDS if settings.wants(backend) for tool in TOOLS
-    ]  # fmt: skip
+        for backend in BACKENDS
+        if settings.wants(backend)
+        for tool in TOOLS
+    ]
 
 
 def run(case: Case, settings: Settings, emit: Emit) -> None:
@@ -123,9 +129,12 @@ def output_of(command: list[str], limit: float) -> tuple[int | None, str]:
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             preexec_fn=end_with_parent,
-        )  # fmt: skip
+        )
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:

@@ -19,14 +19,17 @@ def cases(settings: Settings) -> list[Case]:
     small = settings.device == "cpu"  # without CUDA nothing can die of a kernel
     return [
         Case(
-            NAME, f"{step} of {family}", backend, dtype,
+            NAME,
+            f"{step} of {family}",
+            backend,
+            dtype,
             shard="all" if small else f"{family} {step} {dtype}",
         )
         for dtype in (("float32",) if small else DTYPES)
         for backend in kernels(settings)
         for family in FAMILIES
         for step in PASSES
-    ]  # fmt: skip
+    ]
 
 
 def run(case: Case, settings: Settings, emit: Emit) -> None:

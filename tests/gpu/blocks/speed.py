@@ -24,12 +24,17 @@ def cases(settings: Settings) -> list[Case]:
             for backend in kernels(settings):
                 found += [
                     Case(
-                        NAME, shape.name, backend, dtype, seconds=30.0, shard=f"{dtype} {start}",
+                        NAME,
+                        shape.name,
+                        backend,
+                        dtype,
+                        seconds=30.0,
+                        shard=f"{dtype} {start}",
                         needs_cuda=backend != "cpu",
                         after="prewarm" if cuda and backend == "triton" else "",
                     )
                     for shape in every[start : start + SHARD]
-                ]  # fmt: skip
+                ]
     if not cuda:  # the whole list would be rows that say "needs cuda"
         found += [
             Case(NAME, "graph replay", backend, needs_cuda=True, shard="graphs")

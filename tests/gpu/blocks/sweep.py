@@ -43,15 +43,21 @@ def cases(settings: Settings) -> list[Case]:
             Case(NAME, COMPILE, seconds=60.0),
             Case(NAME, f"{MEASURE} fp32 16 forward", "triton", "float32", seconds=60.0),
             Case(NAME, "graph replay", "triton", needs_cuda=True),
-        ]  # fmt: skip
+        ]
     found = [Case(NAME, COMPILE, seconds=150.0)]
     for row, width in ROWS:
         for group in GROUPS:
             if _entries(row, width, group, settings.device):
                 found.append(
-                    Case(NAME, f"{MEASURE} {row} {width} {group}", "triton",
-                         {"bf16": "bfloat16", "fp32": "float32"}[row], seconds=60.0, shard="all")
-                )  # fmt: skip
+                    Case(
+                        NAME,
+                        f"{MEASURE} {row} {width} {group}",
+                        "triton",
+                        {"bf16": "bfloat16", "fp32": "float32"}[row],
+                        seconds=60.0,
+                        shard="all",
+                    )
+                )
     return found
 
 
@@ -124,11 +130,15 @@ def compile_all(settings: Settings, emit: Emit) -> None:
     failed = [one for one in done if one.error]
     for one in failed:  # a tile that does not compile is one that does not win
         emit({"what": one.name, "status": "refused", "text": one.error})
-    emit({
-        "what": "variants", "variants": len(jobs), "compiled": len(done) - len(failed),
-        "status": "ok" if len(done) == len(jobs) else "no time",
-        "core_seconds": sum(one.seconds for one in done),
-    })  # fmt: skip
+    emit(
+        {
+            "what": "variants",
+            "variants": len(jobs),
+            "compiled": len(done) - len(failed),
+            "status": "ok" if len(done) == len(jobs) else "no time",
+            "core_seconds": sum(one.seconds for one in done),
+        }
+    )
 
 
 def measure(row: str, width: int, group: str, settings: Settings, emit: Emit) -> None:
@@ -175,10 +185,15 @@ def measure(row: str, width: int, group: str, settings: Settings, emit: Emit) ->
                     continue
                 right = error <= ALLOWED[row]  # not of NaN
                 mean = math.prod(took) ** (1 / len(took))
-                emit(said | {
-                    "status": "ok" if right else "wrong", "difference": error, "seconds": mean,
-                    "of": {shape.name: x for shape, x in zip(shapes, took)},
-                })  # fmt: skip
+                emit(
+                    said
+                    | {
+                        "status": "ok" if right else "wrong",
+                        "difference": error,
+                        "seconds": mean,
+                        "of": {shape.name: x for shape, x in zip(shapes, took)},
+                    }
+                )
                 if right:
                     times[tile] = mean
             if original not in times:
