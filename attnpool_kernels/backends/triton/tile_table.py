@@ -154,6 +154,7 @@ _CHIPS = {
     ((8, 9), "fp32", 256, "few_seeds_double_backward"): None,
     ((9, 0), "bf16", 128, "few_seeds_double_backward"): (16, 32, 64, 4, 1, 255),
     ((9, 0), "fp16", 128, "few_seeds_double_backward"): (16, 32, 64, 4, 1, 255),
+    ((9, 0), "fp32", 256, "few_seeds_double_backward"): None,
     ((9, 0), "fp64", 256, "few_seeds_double_backward"): None,
     (GFX942, "bf16", 128, "double_backward_query"): (32, 16, 32, 8, 1),
     (GFX942, "fp32", 128, "backward_key"): (32, 16, 32, 8, 1),
