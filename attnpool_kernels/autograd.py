@@ -28,6 +28,7 @@ autograd. All residuals go through ``save_for_backward``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -267,5 +268,7 @@ def _native(x: Operands, options: Options) -> str | None:
     return None
 
 
-# Imports the compiler when it is called, which only happens inside of one.
-_outside_of_graphs = torch._disable_dynamo(_first_order)
+# torch.compiler.disable with a reason, which would import the compiler now and not when it calls.
+_outside_of_graphs: Any = torch._disable_dynamo(_first_order)
+_outside_of_graphs._torchdynamo_disable = True
+_outside_of_graphs._torchdynamo_disable_msg = "adapters read sizes on the host"

@@ -131,7 +131,12 @@ def adopt(namespace: str) -> None:
     own = library_of(namespace)
 
     def shapes(fake: Callable, takes: tuple[type, ...]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *flat: tuple(fake(*split(flat, *takes)))
+        def run(*flat: Any) -> tuple[Tensor, ...]:
+            if len({x.device for x in flat if isinstance(x, Tensor)}) > 1:
+                raise RuntimeError(f"{namespace}: all tensors must be on the device of q")
+            return tuple(fake(*split(flat, *takes)))
+
+        return run
 
     for (_, signature), fake in zip(SIGNATURES.items(), _FAKES):
         torch.library.register_fake(

@@ -9,6 +9,7 @@ import torch
 
 from attnpool_kernels import testing
 from attnpool_kernels.backends import cpu
+from attnpool_kernels.operands import Options, Tangents
 from attnpool_kernels.testing import Case
 
 if cpu.load():
@@ -357,42 +358,35 @@ def test_wrong_arguments_raise():
 
 def test_absent_cotangents_are_zero(width):
     batch = Case("absent", (6, 140), heads=2, dim=8, bias="pair").make(torch.float64)
-    problem = (
-        batch.q,
-        batch.k,
-        batch.v,
-        batch.bias,
-        batch.q_ptr,
-        batch.k_ptr,
-        batch.pair_ptr,
-        None,
-    )
-    out, lse = cpu.forward(*problem, 0.5, 0.0)
-    known = (*problem, out, lse, batch.dout, None)
-    cotangents = [batch.ddq, batch.ddk, batch.ddv, batch.ddbias]
+    x, dy, options = batch.operands, batch.cotangents, Options(0.5)
+    y = cpu.forward(x, options)
     for absent in range(16):
-        given = [None if absent >> i & 1 else x for i, x in enumerate(cotangents)]
-        zeros = [torch.zeros_like(x) if absent >> i & 1 else x for i, x in enumerate(cotangents)]
-        found = cpu.double_backward(*known, *given, 0.5, 0.0)
-        expected = cpu.double_backward(*known, *zeros, 0.5, 0.0)
-        for x, y in zip(found, expected):
-            torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+        masks = [bool(absent >> i & 1) for i in range(4)]
+        given, zeros = (
+            Tangents(*(other(t) if gone else t for gone, t in zip(masks, batch.tangents)))
+            for other in (lambda t: None, torch.zeros_like)
+        )
+        found = cpu.double_backward(x, y, dy, given, options)
+        expected = cpu.double_backward(x, y, dy, zeros, options)
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
 MEMORY = """
 import resource, torch
 from attnpool_kernels.backends import cpu
+from attnpool_kernels.operands import Cotangents, Operands, Options, Tangents
 torch.set_num_threads(2)
 n = 8192
 q, k, v, dout = (torch.randn(n, 2, 16) for _ in range(4))
 ptr = torch.tensor([0, n])
 cpu.load()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-problem = (q, k, v, None, ptr, ptr, None, None)
-out, lse = cpu.forward(*problem, 0.25, 0.0)
-known = (*problem, out, lse, dout, None)
-cpu.backward(*known, 0.25, 0.0, False)
-cpu.double_backward(*known, q, k, v, None, 0.25, 0.0)
+x, dy = Operands(q, k, v, None, ptr, ptr, None, None), Cotangents(dout, None)
+options = Options(0.25)
+y = cpu.forward(x, options)
+cpu.backward(x, y, dy, options, False)
+cpu.double_backward(x, y, dy, Tangents(q, k, v, None), options)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
