@@ -141,7 +141,7 @@ def differentiable(namespace: str) -> None:
 
 def _differentiable(own, namespace, operator, function) -> Callable[..., tuple[Tensor, ...]]:
     def differentiate(*flat):
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return function.apply(namespace, *flat)
         with _below_autograd():
             return operator(*flat)

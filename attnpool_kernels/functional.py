@@ -343,12 +343,13 @@ def _check_strided(name: str, x: Tensor) -> None:
         raise NotImplementedError(f"{name} must be a dense strided tensor, got {x.layout}")
     if torch.compiler.is_compiling():
         return  # a compiler refuses these by itself
-    if torch._C._functorch.is_batchedtensor(x):
-        raise NotImplementedError(f"{name} is batched by vmap: put the molecules into one batch")
     mode = torch.autograd.forward_ad
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if wrapped and torch._C._functorch.is_batchedtensor(x):
+        raise NotImplementedError(f"{name} is batched by vmap: put the molecules into one batch")
     if mode._current_level >= 0 and mode.unpack_dual(x).tangent is not None:
         raise NotImplementedError(f"{name} has a forward-mode tangent: use reverse mode")
-    if torch._C._functorch.is_gradtrackingtensor(x):
+    if wrapped and torch._C._functorch.is_gradtrackingtensor(x):
         raise NotImplementedError(f"{name} is inside torch.func: use torch.autograd.grad")
 
 

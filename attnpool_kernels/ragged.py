@@ -53,7 +53,7 @@ def check_contents(ptr: Tensor, rows: int, name: str) -> None:
     """One pass in C++ where the library is loaded and nothing is wrong, else torch operators."""
     with unrecorded():
         native = getattr(torch.ops.attnpool, "check_ptr", None)
-        if native is None or ptr.device.type != "cpu" or native(ptr, rows) != 0:
+        if native is None or ptr.device.type != "cpu" or native.default(ptr, rows) != 0:
             _check_elements(ptr, rows, name)
 
 

@@ -1,7 +1,7 @@
 """flash-attn's kernels for packed rows, version 2, 3 or 4 as installed and as the device needs.
 
 Half precision on CUDA only. The adapter repeats shared seeds for every molecule, pads the widths
-and computes the longest molecule, which synchronises (see ``adapters``). The first derivative is
+and computes the longest molecule, which synchronises (see ``packing``). The first derivative is
 the library's; its second is silently missing, so ours takes its place or it raises (``autograd``).
 Facts from flash_attn/flash_attn_interface.py, hopper/flash_attn_interface.py and
 flash_attn/cute/interface.py of Dao-AILab/flash-attention (2.8.4).

@@ -1,7 +1,7 @@
 """torch's own attention of packed rows, ``torch.nn.attention.varlen`` (torch 2.10 and newer).
 
 Half precision on CUDA only: flash-attn's kernels as built into torch. Seeds are repeated for every
-molecule, widths padded, and the longest molecule is computed, which synchronises (``adapters``).
+molecule, widths padded, and the longest molecule is computed, which synchronises (``packing``).
 The first derivative is torch's; a second one is ours where a native kernel can serve, else it
 raises (``autograd``).
 """

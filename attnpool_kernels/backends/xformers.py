@@ -2,7 +2,7 @@
 
 Half precision on CUDA only; xformers chooses among its operators (since 0.0.35 those of mslk).
 Seeds are repeated for every molecule, widths padded, and the mask takes the counts as Python lists,
-which synchronises (see ``adapters``). The first derivative is the library's; it refuses or, by call
+which synchronises (see ``packing``). The first derivative is the library's; it refuses or, by call
 style, silently drops a second one, so ours takes its place or it raises (``autograd``).
 """
 
