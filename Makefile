@@ -39,26 +39,23 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.package
-	$(INSTALL) $(KEEP) matplotlib psutil ase
+	$(INSTALL) $(KEEP) "attnpool-kernels[bench]"
 	@touch $@
 
 # schnetpack pins a sympy that torch cannot use, so it comes without its dependencies.
 $(VENV)/.zoo: $(VENV)/.package
-	$(INSTALL) $(KEEP) torch_geometric ase lightning "jsonargparse[signatures]" tensorboard \
-	  h5py hydra-core hydra-colorlog fasteners dirsync torch-ema matscipy tensorboardX
+	$(INSTALL) $(KEEP) "attnpool-kernels[zoo,schnetpack]"
 	$(INSTALL) --no-deps schnetpack==2.1.1
 	@touch $@
 
-# torch for CUDA brings its own Triton; the interpreter of 3.6 uses what numpy 2.4 removed.
+# The interpreter of Triton 3.6 uses what numpy 2.4 removed.
 $(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo Makefile
-	$(INSTALL) $(KEEP) pytest pytest-benchmark pytest-xdist hypothesis pybind11 torch_geometric \
-	  abi3audit auditwheel
-	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) triton==3.9.0
+	$(INSTALL) $(KEEP) "attnpool-kernels[test]"
 	! $(BIN)/python -m pip show triton | grep -q "^Version: 3.6" || $(INSTALL) "numpy<2.4"
 	@touch $@
 
-$(VENV)/.lint: | $(BIN)/python
-	$(INSTALL) ruff==0.17.6 mypy==2.4.1
+$(VENV)/.lint: $(VENV)/.package
+	$(INSTALL) $(KEEP) "attnpool-kernels[lint]"
 	@touch $@
 
 ## make bench      the scaling benchmark on this machine: table, CSV and figure under benchmarks/out
@@ -102,7 +99,7 @@ bench-gpu: $(VENV)/.package
 	  --blocks environment prewarm speed rivals $(ARGS)
 
 ## make lint       ruff and mypy
-lint: $(VENV)/.lint $(VENV)/.torch
+lint: $(VENV)/.lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 ## make aot        compiles every entry of the Triton tile table for every architecture that the
@@ -117,8 +114,8 @@ triton-matrix: $(VENV)/.test
 	$(BIN)/python tests/backends/triton_versions.py --pip="$(PIP)" --jobs $(JOBS) $(ARGS)
 
 ## make wheel      a wheel with the CUDA library in dist/ (nvcc 12.8 or later; no GPU needed), audited
-wheel: $(VENV)/.torch
-	$(INSTALL) abi3audit auditwheel
+wheel: $(VENV)/.package
+	$(INSTALL) $(KEEP) "attnpool-kernels[wheel]"
 	rm -rf dist
 	ATTNPOOL_BUILD=cuda $(BIN)/python -m pip wheel --quiet . --no-build-isolation --no-deps -w dist
 	$(BIN)/abi3audit --strict dist/*.whl

@@ -33,6 +33,8 @@ ALLOWED = {
     "testing": {"functional", "ragged", "dropout", "backends", "operands"},
     "compat": {"functional", "ragged", "dropout", "tracing"},
 }
+NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # its public methods
+FOREIGN = {"flash_attn_varlen_func"}  # signatures of other libraries
 SHARED = {"library", "needs", "packing"}  # what backends have in common
 # part of the benchmarks -> parts that it may import, at the top or inside functions
 BENCHMARKS = {
@@ -164,3 +166,32 @@ def test_no_drawers_and_no_long_files():
     for path in code:
         assert path.stem not in {"utils", "common", "core", "types", "config", "errors", "helpers"}
         assert len(path.read_text().splitlines()) <= 520, path
+
+
+def test_private_names_stay_at_home():
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        modules = set()
+        for node in ast.walk(tree):
+            own = isinstance(node, ast.ImportFrom) and (
+                node.level or (node.module or "").startswith("attnpool_kernels")
+            )
+            for alias in node.names if own else ():
+                assert not alias.name.startswith("_"), f"{path} imports {alias.name}"
+                modules.add(alias.asname or alias.name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                private = node.attr.startswith("_") and node.attr not in NAMEDTUPLE
+                assert not (private and node.value.id in modules), f"{path} uses {node.attr}"
+
+
+def test_no_long_lists_of_positional_arguments():
+    """Tensors travel in the tuples of ``operands``; the kernels of Triton are told apart."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                jitted = any("jit" in ast.unparse(x) for x in node.decorator_list)
+                most = 25 if jitted else 8
+                names = [x.arg for x in (*node.args.posonlyargs, *node.args.args)]
+                count = len([x for x in names if x not in ("self", "cls", "ctx")])
+                assert count <= most or node.name in FOREIGN, f"{path}: {node.name} takes {count}"

@@ -97,6 +97,7 @@ class MoleculeData(LightningDataModule):
         options: dict[str, Any] | None = None,
         targets: Sequence[str] | None = None,
         split: int | None = None,
+        *,
         batch_size: int = 128,
         seed: int = 0,
         limit: int | None = None,

@@ -135,6 +135,7 @@ class PoolingTask(LightningModule):
         pooling_options: dict[str, Any] | None = None,
         head: str = "molecule",
         targets: Sequence[str] = (),
+        *,
         lr: float = 1e-4,
         loss: Literal["l1", "mse"] = "l1",
         schedule: Literal["plateau", "cosine"] | None = None,
