@@ -8,11 +8,13 @@ whatever the number of terms is.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnpool_kernels.backends import KernelBackend
+from attnpool_kernels.operands import Cotangents, Operands, Options, Tangents
 
 UNITS = 8.0  # of eps: a few products, one block of terms, and the softmax's own rounding
 SCALE = 0.5
@@ -52,16 +54,17 @@ def near_equal(
     }
 
 
-def run(problem: dict[str, Any], kernels: ModuleType | Any) -> dict[str, Tensor]:
+def run(problem: dict[str, Any], kernels: KernelBackend) -> dict[str, Tensor]:
     """The three passes of a kernel backend."""
     p = problem
-    known = (p["q"], p["k"], p["v"], None, p["q_ptr"], p["k_ptr"], None, None)
-    out, lse = kernels.forward(*known, SCALE, 0.0)
-    known = (*known, out, lse, p["dout"], p["dlse"])
-    first = kernels.backward(*known, SCALE, 0.0, False)
-    second = kernels.double_backward(*known, p["ddq"], p["ddk"], p["ddv"], None, SCALE, 0.0)
-    found = {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv"), first))
-    return found | dict(zip(("gq", "gk", "gv", "", "gdout", "gdlse"), second))
+    x = Operands(p["q"], p["k"], p["v"], None, p["q_ptr"], p["k_ptr"], None, None)
+    dy, options = Cotangents(p["dout"], p["dlse"]), Options(SCALE)
+    tangents = Tangents(p["ddq"], p["ddk"], p["ddv"], None)
+    y = kernels.forward(x, options)
+    dx = kernels.backward(x, y, dy, options, False)
+    gx = kernels.double_backward(x, y, dy, tangents, options)
+    found = y._asdict() | dx._asdict() | gx._asdict()
+    return {name: result for name, result in found.items() if not name.endswith("bias")}
 
 
 def errors(problem: dict[str, Any], found: dict[str, Tensor]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from test_cuda import different
 
 from attnpool_kernels import testing
+from attnpool_kernels.operands import Cotangents
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
 
@@ -162,10 +163,10 @@ def test_several_molecules_a_warp(module):
 
     def run(molecules: int):
         kernels, rows = cuda_host.Kernels(module), slice(0, molecules)
-        problem = batch.q, batch.k, batch.v, None, None, batch.k_ptr[: molecules + 1], None, None
-        out, lse = kernels.forward(*problem, batch.scale, 0.0)
-        dout = batch.dout[rows]
-        return kernels.backward(*problem, out, lse, dout, None, batch.scale, 0.0, False)[:3]
+        x = batch.operands._replace(k_ptr=batch.k_ptr[: molecules + 1])
+        y = kernels.forward(x, batch.options)
+        dy = Cotangents(batch.dout[rows], None)
+        return kernels.backward(x, y, dy, batch.options, False)[:3]
 
     dq, dk, dv = run(2100)
     for one, other in zip((dk, dv), run(30)[1:]):  # one molecule a warp

@@ -15,6 +15,7 @@ import torch
 
 from attnpool_kernels import seed_pool, testing
 from attnpool_kernels.backends import cpu
+from attnpool_kernels.operands import Operands, Options
 
 OPS = torch.ops.attnpool
 WIDTHS = () if cpu.load() else OPS.build_info().split("built for ")[1].split(";")[0].split()
@@ -97,7 +98,7 @@ def test_a_maximum_that_rises_in_every_block(width, sign):
     k = sign * torch.linspace(0, 3, keys)[:, None, None]
     v = 3 + 1e-3 * torch.randn(keys, 1, 2)
     q, ptr = torch.ones(1, 1, 1), torch.tensor([0, keys])
-    out, lse = cpu.forward(q, k, v, None, None, ptr, None, None, 1.0, 0.0)
+    out, lse = cpu.forward(Operands(q, k, v, None, None, ptr, None, None), Options(1.0))
     logits = k.flatten().double()
     expected = logits.softmax(0) @ v.flatten(1).double()
     assert (out.flatten().double() - expected).abs().max() <= long_sums.UNITS * 3 * 1.2e-7
