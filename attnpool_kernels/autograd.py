@@ -76,7 +76,7 @@ def _gradients(namespace, x, y, dy, options, needs) -> Operands:
     need_dbias = x.bias is not None and needs.bias
     if dy.dout is None:
         dy = dy._replace(dout=y.out.new_zeros(1).expand(y.out.shape))
-    dx = Gradients(*_CALLS[namespace].backward(*x, *y, *dy, *options, need_dbias))
+    dx = Gradients(*CALLS[namespace].backward(*x, *y, *dy, *options, need_dbias))
     dbias = dx.dbias if need_dbias else None
     return _NOTHING._replace(q=dx.dq, k=dx.dk, v=dx.dv, bias=dbias)
 
@@ -98,7 +98,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, *cotangents):
         _refuse_tangents(*cotangents)
         x, y, dy = split(ctx.saved_tensors, Operands, Result, Cotangents)
-        double_backward = _CALLS[ctx.namespace].double_backward
+        double_backward = CALLS[ctx.namespace].double_backward
         gq, gk, gv, gbias, gdout, gdlse = double_backward(*x, *y, *dy, *cotangents, *ctx.options)
         gx = _NOTHING._replace(q=gq, k=gk, v=gv, bias=None if x.bias is None else gbias)
         gdy = Cotangents(gdout, None if dy.dlse is None else gdlse)
@@ -136,7 +136,7 @@ def differentiable(namespace: str) -> None:
         _differentiable(own, namespace, operator, function)
         for operator, function in zip(ops.PASSES[namespace], functions)
     ]
-    _CALLS[namespace] = ops.Passes(*calls)
+    CALLS[namespace] = ops.Passes(*calls)
 
 
 def _differentiable(own, namespace, operator, function) -> Callable[..., tuple[Tensor, ...]]:
@@ -153,14 +153,14 @@ def _differentiable(own, namespace, operator, function) -> Callable[..., tuple[T
     return call
 
 
-_CALLS: dict[str, ops.Passes] = {}
+CALLS: dict[str, ops.Passes] = {}  # by namespace: what ``attention`` calls
 for _namespace in ops.PASSES:
     differentiable(_namespace)
 
 
 def attention(namespace: str, x: Operands, options: Options) -> Result:
     """The first pass by the operators of a namespace, differentiable to second order."""
-    return Result(*_CALLS[namespace].forward(*x, *options))
+    return Result(*CALLS[namespace].forward(*x, *options))
 
 
 def _refuse_tangents(*cotangents: Tensor | None) -> None:

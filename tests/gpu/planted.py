@@ -82,14 +82,14 @@ def network() -> dict[str, Any]:
 
 def wrong(settings: Settings, emit: Emit) -> None:
     """One percent too much from one kernel, judged by the block that judges all of them."""
-    from attnpool_kernels.backends import cpu
+    from attnpool_kernels import autograd
     from gpu.blocks import correctness
 
-    true = cpu.forward
+    passes = autograd.CALLS["attnpool"]
 
     def forward(*arguments):
-        y = true(*arguments)
-        return y._replace(out=y.out * 1.01)
+        out, lse = passes.forward(*arguments)
+        return out * 1.01, lse
 
-    cpu.forward = forward
+    autograd.CALLS["attnpool"] = passes._replace(forward=forward)
     correctness.run(Case("correctness", "molecules", "cpu", "float32"), settings, emit)
