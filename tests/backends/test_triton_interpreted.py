@@ -141,7 +141,8 @@ def test_opcheck(name, seeds):
         "double_backward": (*known, batch.ddq, None, batch.ddv, batch.ddbias, *options),
     }[name]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(ops, name), (*arguments, "triton"), test_utils=checks)
+    operator = getattr(ops.PASSES[backend.OPERATORS], name)
+    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 @triton.jit
