@@ -91,9 +91,20 @@ double head_flops(const AttnParams& a, double flops_per_pair, int64_t molecule) 
   return q * k * flops_per_pair + 8 * (q + k) * double(a.head_dim + a.value_dim);
 }
 
-// Tasks of several molecules, or of some heads of one. Neighbours stay together, because a head
-// fetches the rows of the next one ahead.
-Plan plan_molecules(const AttnParams& a, double flops_per_pair, int64_t molecules_together) {
+// Keys of one part of a large molecule in the backward passes, 0: not split. Depends on the
+// molecule only.
+int64_t key_part(const AttnParams& a, int64_t molecule) {
+  const Span q = query_span(a, molecule), k = key_span(a, molecule);
+  if (a.shared_seeds || k.size <= KEY_PART || q.size < 64) return 0;
+  const int64_t parts = std::min(MOST_PARTS, (k.size + KEY_PART - 1) / KEY_PART);
+  return ((k.size + parts - 1) / parts + 3) / 4 * 4;
+}
+
+// Tasks of several molecules, or of some heads of one; a molecule that a backward pass cuts into parts
+// has its own, whatever the batch is. Neighbours stay together, because a head fetches the rows of
+// the next one ahead.
+Plan plan_molecules(const AttnParams& a, double flops_per_pair, int64_t molecules_together,
+                    bool backward) {
   Plan plan;
   for (int64_t b = 0; b < a.molecules; ++b) {
     plan.longest = std::max(plan.longest, query_span(a, b).size);
@@ -111,7 +122,8 @@ Plan plan_molecules(const AttnParams& a, double flops_per_pair, int64_t molecule
   };
   for (int64_t b = 0; b < a.molecules; ++b) {
     const double head = head_flops(a, flops_per_pair, b), flops = head * double(a.heads);
-    if (flops < 2 * target || molecules_together > 1) {
+    const bool parts = backward && key_part(a, b) > 0;
+    if ((flops < 2 * target && !parts) || molecules_together > 1) {
       open_flops += flops;
       if (molecules_together > 1 ? (b + 1) % molecules_together == 0 : open_flops >= target)
         close(b + 1);
@@ -174,15 +186,6 @@ size_t stored_size(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// Keys of one part of a large molecule in the backward passes, 0: not split. Depends on the
-// molecule only.
-int64_t key_part(const AttnParams& a, int64_t molecule) {
-  const Span q = query_span(a, molecule), k = key_span(a, molecule);
-  if (a.shared_seeds || k.size <= KEY_PART || q.size < 64) return 0;
-  const int64_t parts = std::min(MOST_PARTS, (k.size + KEY_PART - 1) / KEY_PART);
-  return ((k.size + parts - 1) / parts + 3) / 4 * 4;
-}
-
 // The backward passes: what they sum over tasks, and how.
 class Derivative {
  public:
@@ -190,7 +193,7 @@ class Derivative {
       : a_(a), double_(double_pass), out_(double_pass ? a.gq : a.dq) {
     const int64_t together =
         a.shared_seeds ? std::max<int64_t>(8, (a.molecules + SEED_PARTS - 1) / SEED_PARTS) : 1;
-    plan_ = plan_molecules(a, flops_per_pair, together);
+    plan_ = plan_molecules(a, flops_per_pair, together, true);
     if (a.shared_seeds) share_seeds();
     else split_large();
   }
@@ -363,7 +366,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = call.new_rows(q, call.out_shape, a.out);
   Tensor lse = call.new_statistics(q, a.lse);
   use_large_pages(a.out, call.out_shape[0], stored_size(a.dtype));
-  Plan plan = plan_molecules(a, flops_per_pair(a, 1, 1), 1);
+  Plan plan = plan_molecules(a, flops_per_pair(a, 1, 1), 1, false);
   split_tasks(
       plan, [&](const Task& task) { return query_span(a, task.molecule).size; },
       [](const Task&, int64_t rows) { return rows >= 2 * QUERY_PART ? QUERY_PART : 0; });

@@ -1,5 +1,5 @@
 // torch.ops.attnpool_c._multiply_adds and _read: what this machine can do at best on torch's
-// threads. benchmarks/rates.py calls them by the clock; nothing else does.
+// threads. benchmarks/measuring/rates.py calls them by the clock; nothing else does.
 #include "peak.h"
 
 #include <algorithm>

@@ -67,6 +67,24 @@ def test_parts_of_a_large_molecule():
     testing.judge(case, torch.float64, lambda batch: testing.run_kernels(batch, cpu))
 
 
+def test_parts_of_large_molecules_in_a_large_batch():
+    """A molecule is cut into parts in any batch.
+
+    More than 8 per thread would share tasks if they were small; those that did had zero gradients.
+    """
+    torch.set_num_threads(1)
+    case = Case("many parts", (2100,) * 17, q_counts=(64,) * 17, heads=1, dim=4, lse=True)
+    batch = case.make(torch.float32)
+    whole = testing.run_kernels(batch, cpu)
+    fields = {
+        name: getattr(batch, name)[: 2100 if name in ("k", "v", "ddk", "ddv") else 64]
+        for name in ("q", "k", "v", "ddq", "ddk", "ddv", "dout", "dlse")
+    }
+    one = replace(batch, q_ptr=batch.q_ptr[:2], k_ptr=batch.k_ptr[:2], **fields)
+    for name, x in testing.run_kernels(one, cpu).items():
+        assert torch.equal(x, whole[name][: len(x)]), name
+
+
 SIZES = (17, 0, 1, 64, 65, 129, 3, 40)
 
 
