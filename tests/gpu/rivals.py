@@ -73,14 +73,15 @@ def varlen(batch: WorkloadBatch) -> Call:
     attend = getattr(module("torch.nn.attention.varlen"), "varlen_attn", None)
     if attend is None:
         raise Outcome("missing", "this torch has no varlen_attn")
-    own = Packed(batch)
-    own.needs_half()
-    bounds = own.q_ptr, own.k_ptr, own.longest_q, own.longest_k
-    return lambda q, k, v: own.result(attend(own.queries(q), k, v, *bounds))
+    return _of_packed_rows(batch, attend)
 
 
 def flash_attn(batch: WorkloadBatch) -> Call:
-    attend = module("flash_attn").flash_attn_varlen_func
+    return _of_packed_rows(batch, module("flash_attn").flash_attn_varlen_func)
+
+
+def _of_packed_rows(batch: WorkloadBatch, attend: Call) -> Call:
+    """A call of ``attend(q, k, v, q_ptr, k_ptr, longest_q, longest_k)``."""
     own = Packed(batch)
     own.needs_half()
     bounds = own.q_ptr, own.k_ptr, own.longest_q, own.longest_k
