@@ -34,7 +34,7 @@ $(VENV)/.torch: | $(BIN)/python
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	ATTNPOOL_BUILD=$(BUILD) $(INSTALL) --no-build-isolation --no-deps -e .
-	@$(BIN)/python -c "import torch; from attnpool_kernels.backends import cpu; \
+	@$(BIN)/python -c "import torch; from attnpool_kernels.impl import cpu; \
 	  print('attnpool_kernels:', cpu.load() or torch.ops.attnpool.build_info())"
 	@touch $@
 
@@ -77,16 +77,16 @@ zoo: $(VENV)/.zoo
 
 ## make test       everything that can be proved without a GPU, in JOBS=2 processes
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 ## make test-fast  the part that takes a minute
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest tests --ignore=tests/backends --ignore=tests/csrc --ignore=tests/benchmarks $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/impl --ignore=tests/benchmarks $(ARGS)
 
 ## make test-portable  what depends on the arithmetic of a machine, with other instructions, threads
 ##                 and seeds, beside busy processes: 18 combinations, ARGS=--sample two of them
 test-portable: $(VENV)/.test
-	$(BIN)/python tests/portable.py $(ARGS)
+	$(BIN)/python tests/tools/portable.py $(ARGS)
 
 ## make test-gpu   what only a CUDA device can prove, within MINUTES=9; DEVICE=cpu rehearses it
 test-gpu: $(VENV)/.package
@@ -102,16 +102,16 @@ bench-gpu: $(VENV)/.package
 lint: $(VENV)/.lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-## make aot        compiles every entry of the Triton tile table for every architecture that the
-##                 committed table lacks, and updates it; JOBS=8 at a time, an hour on two cores
+## make aot        compiles every entry of the Triton tile table for every architecture, as far as
+##                 build/ lacks it, and sums it up; JOBS=8 at a time, an hour on two cores
 aot: $(VENV)/.test
-	PYTHONPATH=. $(BIN)/python tests/backends/aot.py update --jobs $(JOBS)
-	PYTHONPATH=. $(BIN)/python tests/backends/aot.py check
+	PYTHONPATH=.:tests $(BIN)/python -m tools.triton_table update --jobs $(JOBS)
+	PYTHONPATH=.:tests $(BIN)/python -m tools.triton_table check
 
 ## make triton-matrix  the Triton backend with Triton 3.6.0, 3.7.1, 3.8.0 and 3.9.0, and a table:
 ##                 about 80 s of one core a version, ARGS=--all 200 s; installs them in build/triton
 triton-matrix: $(VENV)/.test
-	$(BIN)/python tests/backends/triton_versions.py --pip="$(PIP)" --jobs $(JOBS) $(ARGS)
+	$(BIN)/python tests/tools/triton_versions.py --pip="$(PIP)" --jobs $(JOBS) $(ARGS)
 
 ## make wheel      a wheel with the CUDA library in dist/ (nvcc 12.8 or later; no GPU needed), audited
 wheel: $(VENV)/.package

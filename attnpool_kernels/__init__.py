@@ -5,8 +5,8 @@ the molecules' boundaries; ``explain`` says which backend serves a call and why;
 their names. Optional packages are imported only when a backend that needs them is asked.
 """
 
-from . import backends, ragged
-from .dispatch import BackendError
+from . import ragged
+from .dispatch import BackendError, backends
 from .functional import explain, seed_pool, set_attention
 from .problem import Problem
 from .ragged import Ragged

@@ -33,8 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops
-from .backends import CompositeBackend
+from . import impl, ops
+from .impl import CompositeBackend
 from .operands import (
     Cotangents,
     Gradients,
@@ -194,7 +194,7 @@ def _first_order(backend, x, options, sets):
         return backend.attention(x, options, sets)
     if recording():
         raise NotImplementedError(
-            f"backend {backends.name_of(backend)!r} cannot be recorded by make_fx with inputs that "
+            f"backend {impl.name_of(backend)!r} cannot be recorded by make_fx with inputs that "
             "require grad: the graph would have no derivative; leave backend=None or name a kernel "
             "backend"
         )
@@ -249,7 +249,7 @@ def _native_gradients(ctx, x: Operands, dy: Cotangents, needs: Operands) -> Oper
         what = "derivative of its LSE" if dy.dlse is not None else "second derivative"
         asked = " (create_graph=True was asked for)" if torch.is_grad_enabled() else ""
         raise NotImplementedError(
-            f"backend {backends.name_of(ctx.backend)!r} has no {what}{asked}, and no native kernel "
+            f"backend {impl.name_of(ctx.backend)!r} has no {what}{asked}, and no native kernel "
             "can serve this call in its place; leave backend=None or name 'reference', which has "
             "every order"
         )
@@ -261,8 +261,8 @@ def _native_gradients(ctx, x: Operands, dy: Cotangents, needs: Operands) -> Oper
 def _native(x: Operands, options: Options) -> str | None:
     """The operators of the first kernel backend that can serve these tensors to second order."""
     problem = Problem.of(x, options, grad_order=2, return_lse=True)
-    for name in backends.PRIORITY:
-        backend = backends.load(name)
+    for name in impl.PRIORITY:
+        backend = impl.load(name)
         if backend.KIND == "kernel" and not backend.why_not(problem):
             return backend.OPERATORS
     return None

@@ -2,7 +2,7 @@
 
 A ``Problem`` is the facts of a call without its tensors, so it can also be asked about a machine
 that is not at hand. Every backend lists all its reasons against a problem; ``select`` takes the
-first of ``backends.PRIORITY`` with none. A backend asked for by name is used or refused, never
+first of ``impl.PRIORITY`` with none. A backend asked for by name is used or refused, never
 replaced.
 """
 
@@ -12,13 +12,18 @@ from dataclasses import fields
 
 import torch
 
-from . import backends
-from .backends import Backend
+from . import impl
+from .impl import Backend
 from .problem import Problem
 
 
 class BackendError(RuntimeError):
     """The named backend cannot serve this call, or no backend can. Lists every reason."""
+
+
+def backends() -> tuple[str, ...]:
+    """The names of all backends, in the order of the automatic choice."""
+    return impl.PRIORITY
 
 
 _chosen: dict[tuple[Problem, str | None], Backend] = {}
@@ -46,7 +51,7 @@ def select(problem: Problem, name: str | None = None) -> Backend:
             deterministic=problem.deterministic,
             return_lse=problem.return_lse,
         )
-        return backends.load(_select_once(name, **facts))
+        return impl.load(_select_once(name, **facts))
     if not isinstance(problem.head_dim + problem.value_dim + (problem.seeds or 0), int):
         return _select(problem, name)  # symbols of a tracer have no hash
     key = (problem, name)
@@ -61,7 +66,7 @@ def _select_once(name: str | None, **facts) -> str:
 
     Backends look at installed packages and built libraries, which is nothing to trace.
     """
-    return backends.name_of(_select(Problem(**facts), name))
+    return impl.name_of(_select(Problem(**facts), name))
 
 
 # What torch.compiler.assume_constant_result sets; that call would import the whole compiler.
@@ -70,13 +75,13 @@ _select_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _select(problem: Problem, name: str | None) -> Backend:
     if name is None:
-        for candidate in backends.PRIORITY:
-            module = backends.load(candidate)
+        for candidate in impl.PRIORITY:
+            module = impl.load(candidate)
             if not module.why_not(problem):
                 return module
         raise BackendError(f"no backend can serve this call\n{table(problem)}")
     check_name(name)
-    module = backends.load(name)
+    module = impl.load(name)
     reasons = module.why_not(problem)
     if reasons:
         raise BackendError(
@@ -88,8 +93,8 @@ def _select(problem: Problem, name: str | None) -> Backend:
 def check_name(name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"backend must be a str or None, got {type(name).__name__}")
-    if name not in backends.PRIORITY:
-        known = ", ".join(backends.PRIORITY)
+    if name not in impl.PRIORITY:
+        known = ", ".join(impl.PRIORITY)
         raise ValueError(f"backend must be one of {known}, got {name!r}")
 
 
@@ -98,9 +103,9 @@ def table(problem: Problem) -> str:
     facts = [f"{f.name}={getattr(problem, f.name)}" for f in fields(problem)[2:]]
     facts = [fact for fact in facts if not fact.endswith(("=None", "=False", "=0"))]
     lines, chosen = [f"{problem.dtype} on {problem.device}, {', '.join(facts)}"], False
-    width = max(map(len, backends.PRIORITY))
-    for name in backends.PRIORITY:
-        reasons = backends.load(name).why_not(problem)
+    width = max(map(len, impl.PRIORITY))
+    for name in impl.PRIORITY:
+        reasons = impl.load(name).why_not(problem)
         if reasons:
             mark, text = "-", ";  ".join(reasons)
         else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast, get_type_hints
 import torch
 from torch import Tensor
 
-from .backends import KernelBackend, library, load
+from .impl import KernelBackend, library, load
 from .operands import (
     Cotangents,
     Gradients,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 import attnpool_kernels
-from attnpool_kernels.backends import cpu
+from attnpool_kernels.impl import cpu
 from benchmarks.contenders import registry
 from benchmarks.measuring import memory
 from benchmarks.measuring.clock import interleave, once, sampler

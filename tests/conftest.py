@@ -3,11 +3,31 @@
 import os
 
 import pytest
-import seeds
 import torch
+from tools import seeds
 
 import attnpool_kernels
-from attnpool_kernels import backends
+from attnpool_kernels import backends, impl
+
+
+# Files that compile, interpret or run other processes for minutes: they begin first, so that with
+# several processes none is left alone with one of them at the end.
+FIRST = (
+    "test_triton.py",
+    "test_cuda_sanitizers.py",
+    "test_triton_bits.py",
+    "test_cuda_bugs.py",
+    "test_triton_compiled.py",
+    "test_cuda_few_seeds_bugs.py",
+    "test_cuda_ptx.py",
+    "test_cuda_compile.py",
+    "test_evidence.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
 
 
 def pytest_addoption(parser):
@@ -51,7 +71,7 @@ def native_backends():
     return [
         name
         for name in backends()
-        if backends.load(name).KIND == "kernel" and not backends.load(name).why_not(problem)
+        if impl.load(name).KIND == "kernel" and not impl.load(name).why_not(problem)
     ]
 
 

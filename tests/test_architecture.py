@@ -17,10 +17,10 @@ ALLOWED = {
     "dropout": set(),
     "ragged": {"tracing"},
     "problem": {"operands"},
-    "backends": {"operands", "problem", "ragged", "tracing", "dropout"},
-    "dispatch": {"backends", "problem"},
-    "ops": {"backends", "operands"},
-    "autograd": {"ops", "backends", "operands", "problem", "ragged", "tracing"},
+    "impl": {"operands", "problem", "ragged", "tracing", "dropout"},
+    "dispatch": {"impl", "problem"},
+    "ops": {"impl", "operands"},
+    "autograd": {"ops", "impl", "operands", "problem", "ragged", "tracing"},
     "functional": {
         "autograd",
         "dispatch",
@@ -30,7 +30,7 @@ ALLOWED = {
         "ragged",
         "tracing",
     },
-    "testing": {"functional", "ragged", "dropout", "backends", "operands"},
+    "testing": {"functional", "ragged", "dropout", "impl", "operands"},
     "compat": {"functional", "ragged", "dropout", "tracing"},
 }
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # its public methods
@@ -73,31 +73,31 @@ def parts(path):
 
 @pytest.mark.parametrize("module", ALLOWED)
 def test_arrows(module):
-    files = {p.stem for p in PACKAGE.glob("*.py")} | {"backends", "nn", "zoo", "testing"}
+    files = {p.stem for p in PACKAGE.glob("*.py")} | {"impl", "nn", "zoo", "testing"}
     for path in (PACKAGE / f"{module}.py", *(PACKAGE / module).rglob("*.py")):
         if path.exists():
             assert parts(path) & files <= ALLOWED[module] | {module}
 
 
 def test_backends_know_neither_models_nor_each_other():
-    for path in (PACKAGE / "backends").rglob("*.py"):
-        own = path.relative_to(PACKAGE / "backends").parts[0].removesuffix(".py")
+    for path in (PACKAGE / "impl").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "impl").parts[0].removesuffix(".py")
         for name in imports(path, everywhere=True):
             assert not name.startswith(("attnpool_kernels.nn", "attnpool_kernels.zoo")), path
-            if name.startswith("attnpool_kernels.backends."):
+            if name.startswith("attnpool_kernels.impl."):
                 assert name.split(".")[2] in {own, *SHARED}, f"{path} imports {name}"
 
 
 def test_nn_needs_the_operator_only():
     for path in (PACKAGE / "nn").rglob("*.py"):
         for name in imports(path, everywhere=True):
-            assert not name.startswith(("attnpool_kernels.zoo", "attnpool_kernels.backends")), path
+            assert not name.startswith(("attnpool_kernels.zoo", "attnpool_kernels.impl")), path
 
 
 def test_optional_packages_are_imported_inside_functions():
     for path in SOURCES:
         relative = path.relative_to(PACKAGE).as_posix()
-        if relative.startswith(("zoo/", "backends/triton/")):
+        if relative.startswith(("zoo/", "impl/triton/")):
             continue  # loaded on demand as a whole
         top = {name.split(".")[0] for name in imports(path)}
         assert not top & OPTIONAL, path
@@ -160,7 +160,7 @@ def test_torch_stays_out_of_the_kernels():
             assert "<torch/" not in path.read_text(), path
 
 
-def test_no_drawers_and_no_long_files():
+def test_no_catch_all_modules_and_no_long_files():
     code = [*SOURCES, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     code += [p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.suffix != ".json"]
     for path in code:

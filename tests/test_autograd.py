@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnpool_kernels import autograd, seed_pool, set_attention, testing
-from attnpool_kernels.backends import load
+from attnpool_kernels.impl import load
 
 PTR = torch.tensor([0, 3, 3, 4, 9])
 ORDERS = [
@@ -141,7 +141,7 @@ def test_force_training(native, style):
 
 def test_first_order_backends_refuse_a_second_derivative(monkeypatch):
     """Also where the incoming gradient is a constant, and in both call styles."""
-    # A native kernel would step in for the second derivative, see tests/backends.
+    # A native kernel would step in for the second derivative, see tests/impl.
     monkeypatch.setattr(autograd, "_native", lambda *_: None)  # no kernel of ours to take its place
     q, k, v = (torch.randn(9, 2, 4, requires_grad=True) for _ in range(3))
     out = set_attention(q, k, v, PTR, backend="sdpa")

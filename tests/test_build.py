@@ -120,7 +120,7 @@ def check_installed(python: Path | str, folder: Path, environment: dict) -> None
 
 BESIDE_CUDA = """
 import torch, attnpool_kernels
-from attnpool_kernels.backends import cuda
+from attnpool_kernels.impl import cuda
 assert cuda.load() == "", cuda.load()
 for name in ("attention", "attention_backward", "attention_double_backward"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"attnpool::{name}", "CUDA")

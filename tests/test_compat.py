@@ -13,7 +13,7 @@ from attnpool_kernels import set_attention, testing
 from attnpool_kernels.compat import flash_attn_varlen_func as varlen
 from attnpool_kernels.dropout import keep_mask
 
-HARNESS = Path(__file__).parent / "compat_flash_attn.py"
+HARNESS = Path(__file__).parent / "tools" / "flash_attn_suite.py"
 CU_Q = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
 CU_K = torch.tensor([0, 4, 6, 6], dtype=torch.int32)
 
@@ -247,7 +247,7 @@ def test_harness_selects_runs_and_reports(tmp_path):
 
 
 def test_flash_attns_own_tests():
-    """A sample; the whole file: python tests/compat_flash_attn.py CHECKOUT."""
+    """A sample; the whole file: python tests/tools/flash_attn_suite.py CHECKOUT."""
     checkout = os.environ.get("FLASH_ATTENTION_CHECKOUT")
     if not checkout:
         pytest.skip("FLASH_ATTENTION_CHECKOUT does not name a checkout of flash-attention")

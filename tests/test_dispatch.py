@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from attnpool_kernels import BackendError, Problem, backends, dispatch, explain
+from attnpool_kernels import BackendError, Problem, backends, dispatch, explain, impl
 
 FORCES = Problem("cpu", torch.float32, 32, 32, grad_order=2)
 GPU = Problem("cuda", torch.bfloat16, 32, 32, capability=(9, 0), grad_order=2)
@@ -24,7 +24,7 @@ def test_automatic_choice_is_right_to_second_order():
 
 
 def test_every_reason_is_listed():
-    reasons = backends.load("sdpa").why_not(
+    reasons = impl.load("sdpa").why_not(
         Problem("cpu", torch.float32, 8, 8, dropout=True, grad_order=2, return_lse=True)
     )
     assert len(reasons) == 3
@@ -44,7 +44,7 @@ def test_first_able_backend_of_the_table_is_chosen():
 
 
 def test_no_backend(monkeypatch):
-    monkeypatch.setattr(backends.load("reference"), "why_not", lambda problem: ["closed"])
+    monkeypatch.setattr(impl.load("reference"), "why_not", lambda problem: ["closed"])
     problem = Problem("mps", torch.float32, 8, 8, grad_order=2, dropout=True, return_lse=True)
     with pytest.raises(BackendError, match=r"(?s)no backend.*closed"):
         dispatch.select(problem)
@@ -57,7 +57,7 @@ def test_a_machine_that_is_not_here(capsys):
 
 
 def test_backends_lists_names():
-    assert backends() == backends.PRIORITY and "reference" in backends()
+    assert backends() == impl.PRIORITY and "reference" in backends()
 
 
 @pytest.mark.timing

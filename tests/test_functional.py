@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnpool_kernels import BackendError, Ragged, explain, seed_pool, set_attention
-from attnpool_kernels.backends import PRIORITY
+from attnpool_kernels.impl import PRIORITY
 
 PTR = torch.tensor([0, 3, 3, 8])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnpool_kernels import Ragged, ops, seed_pool, set_attention, testing
-from attnpool_kernels.backends import load
+from attnpool_kernels.impl import load
 
 CASES = [
     case

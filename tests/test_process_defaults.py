@@ -449,7 +449,7 @@ def checkpoints(tmp_path, dtype):
 
 def readers(tmp_path):
     """Data sets from their files, with their splits."""
-    from zoo import tiny
+    from tools import tiny
 
     from attnpool_kernels.zoo.datasets import load
 

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-import seeds
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from tools import seeds
 
 from attnpool_kernels import seed_pool, set_attention, testing
-from attnpool_kernels.backends import load
+from attnpool_kernels.impl import load
 
 COUNTS = st.sampled_from([0, 1, 2, 3, 5, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129])
 WIDTHS = st.sampled_from([1, 3, 4, 7, 8, 15, 16, 17, 24, 31, 32, 33, 48, 64, 80, 128, 160, 256])

@@ -62,7 +62,7 @@ def test_every_source_of_random_numbers_is_moved(tmp_path):
 
 
 def test_the_matrix_of_machines_is_whole_and_its_tests_exist():
-    import portable
+    from tools import portable
 
     every = portable.combinations()
     assert (
@@ -78,7 +78,7 @@ def test_a_failure_under_one_combination_is_the_status(tmp_path):
     test = "import os\ndef test_it():\n    assert os.environ['OMP_NUM_THREADS'] != '4'"
     write_tests(tmp_path, test)
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "portable.py", "--sample", tmp_path],
+        [sys.executable, ROOT / "tests" / "tools" / "portable.py", "--sample", tmp_path],
         env=os.environ | PATHS,
         cwd=ROOT,
         capture_output=True,

@@ -1,7 +1,7 @@
 """The float64 oracle, and the three passes of a backend as a dictionary of results.
 
 The oracle is a dense masked softmax over the whole batch, differentiated by torch; it shares no
-code with ``backends.reference`` and none with the equations of ``rounding``.
+code with ``impl.reference`` and none with the equations of ``rounding``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import KernelBackend
 from ..dropout import keep_mask
 from ..functional import seed_pool, set_attention
+from ..impl import KernelBackend
 from ..ragged import Ragged
 from .cases import Batch
 

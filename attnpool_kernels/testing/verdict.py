@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..backends import KernelBackend
+from ..impl import KernelBackend
 from .cases import CASES, Batch, Case
 from .oracle import dense, differentiate, run_kernels, run_public
 from .rounding import model, stored

@@ -30,7 +30,7 @@ def backend(name: str) -> Contender:
         )
 
     def why_not(work: Workload, what: str, device: str) -> list[str]:
-        return attnpool_kernels.backends.load(name).why_not(problem(work, what, device))
+        return attnpool_kernels.impl.load(name).why_not(problem(work, what, device))
 
     def prepare(batch: WorkloadBatch) -> Call:
         molecules = attnpool_kernels.Ragged.from_ptr(batch.ptr)
@@ -44,13 +44,13 @@ def backend(name: str) -> Contender:
         details = _details(name, work, device)
         return f"attnpool_kernels {attnpool_kernels.__version__} {name} ({details})"
 
-    native = attnpool_kernels.backends.load(name).KIND == "kernel"
+    native = attnpool_kernels.impl.load(name).KIND == "kernel"
     return Contender(f"attnpool:{name}", f"attnpool {name}", prepare, why_not, kernel, ours=native)
 
 
 def _details(name: str, work: Workload, device: str) -> str:
     """What is behind one of our backends: compiler and vector width, or the library it adapts."""
-    module = attnpool_kernels.backends.load(name)
+    module = attnpool_kernels.impl.load(name)
     if name in ("cpu", "cuda"):
         missing = module.load()  # build_info is there once the library is
         return (missing and "not loaded") or torch.ops.attnpool.build_info()

@@ -140,7 +140,7 @@ def _computed(dtype: torch.dtype, device: str) -> torch.dtype:
 
 def widths() -> list[str]:
     """Names of the vector widths that run here; none without the C++ library."""
-    from attnpool_kernels.backends import cpu
+    from attnpool_kernels.impl import cpu
 
     if cpu.load() or not hasattr(torch.ops.attnpool, "_multiply_adds"):  # none, or an older one
         return []

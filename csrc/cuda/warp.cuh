@@ -1,6 +1,6 @@
 // What one warp can do: types, conversions, copies to shared memory, barriers, matrix products.
 // Every inline assembly statement of the kernels is one small function of this file, and nothing
-// else touches the hardware, so the host test replaces this layer (tests/csrc/host_shim.h, included
+// else touches the hardware, so the host test replaces this layer (tests/tools/host/host_shim.h, included
 // first and defining ATTN_HOST_SHIM) and runs the kernels themselves on a CPU.
 //
 // Fragments follow the PTX manual: lane = 4 g + t holds, of a 16 x 8 accumulator, the elements

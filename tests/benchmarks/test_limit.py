@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnpool_kernels.backends import cpu
+from attnpool_kernels.impl import cpu
 from benchmarks.measuring import memory, rates, sheet
 from benchmarks.measuring.rates import ARITHMETIC, LIBRARY, MEMORY, Rates
 from benchmarks.measuring.sweep import Limits, Sweep

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnpool_kernels.backends import KernelBackend
+from attnpool_kernels.impl import KernelBackend
 from attnpool_kernels.operands import Cotangents, Operands, Options, Result, Tangents
 from benchmarks.workloads.batch import WorkloadBatch
 

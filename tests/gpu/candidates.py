@@ -22,10 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[0] = str(ROOT)
-sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "tests/backends")]
+sys.path[1:1] = [str(ROOT / "tests")]
 
-import aot  # noqa: E402
 import triton  # noqa: E402
+from tools import aot  # noqa: E402
 
 from gpu import tiles  # noqa: E402
 from gpu.tiles import Key, Tile  # noqa: E402

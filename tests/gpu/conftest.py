@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from attnpool_kernels import autograd, backends, dispatch, ops
-from attnpool_kernels.backends import cpu
+from attnpool_kernels import autograd, dispatch, impl, ops
+from attnpool_kernels.impl import cpu
 
 from . import clock, fake_cuda
 
@@ -28,10 +28,10 @@ def as_cuda(device, monkeypatch):
     module.why_not, module.load = lambda problem: [], lambda: ""
     module.__name__, module.OPERATORS = "cuda", "attnpool_as_cuda"
     if module.OPERATORS not in ops.PASSES:
-        ops.define(module.OPERATORS, lambda: backends.load("cuda"))
+        ops.define(module.OPERATORS, lambda: impl.load("cuda"))
         autograd.differentiable(module.OPERATORS)
-    load = backends.load
-    monkeypatch.setattr(backends, "load", lambda name: module if name == "cuda" else load(name))
+    load = impl.load
+    monkeypatch.setattr(impl, "load", lambda name: module if name == "cuda" else load(name))
     monkeypatch.setattr(dispatch, "_chosen", {})
     clock.copy_rate.cache_clear()
     monkeypatch.setattr(clock.card, "copy_rate", lambda *_: 3.0e12)

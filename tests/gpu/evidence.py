@@ -58,7 +58,7 @@ RESERVE = 3.0  # seconds of the minutes that are kept for killing, the table and
 def kernel_hash() -> str:
     """Of all sources of kernels: rows of other sources do not speak for these."""
     package = ROOT / "attnpool_kernels"
-    files = [*(ROOT / "csrc").rglob("*"), *(package / "backends").rglob("*.py")]
+    files = [*(ROOT / "csrc").rglob("*"), *(package / "impl").rglob("*.py")]
     files += [package / "autograd.py", package / "ops.py"]
     digest = hashlib.sha256()
     for path in sorted(path for path in files if path.is_file()):
@@ -127,7 +127,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
         )
     if found.cores < 1:
         parser.error(f"--cores must be at least 1, got {found.cores}")
-    from attnpool_kernels.backends import PRIORITY
+    from attnpool_kernels.impl import PRIORITY
 
     if strange := set(found.backends) - set(PRIORITY):
         parser.error(f"no such backend: {', '.join(sorted(strange))}; there are {PRIORITY}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnpool_kernels import BackendError, Problem, backends
-from attnpool_kernels.backends import KernelBackend
+from attnpool_kernels import BackendError, Problem, impl
+from attnpool_kernels.impl import KernelBackend
 from attnpool_kernels.operands import Result, accumulator
 from attnpool_kernels.testing import Batch
 
@@ -32,7 +32,7 @@ def parallel(settings: Settings) -> int:
 
 def load(name: str, batch: Batch, dtype: torch.dtype) -> KernelBackend:
     """The module of a backend, or BackendError with all its reasons against this batch."""
-    module = backends.load(name)
+    module = impl.load(name)
     problem = Problem.of(batch.operands, batch.options, grad_order=2, return_lse=True)
     if reasons := module.why_not(problem):
         raise BackendError(f"backend {name!r}: {'; '.join(reasons)}")

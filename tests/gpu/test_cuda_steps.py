@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from attnpool_kernels import testing
-from attnpool_kernels.backends import cpu
+from attnpool_kernels.impl import cpu
 
 from . import batches, card, child, judgement, passes
 from .blocks import adapters, environment, invariants, sanitizers

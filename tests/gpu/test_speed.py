@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from attnpool_kernels import backends
-from attnpool_kernels.backends import cpu
+from attnpool_kernels import impl
+from attnpool_kernels.impl import cpu
 from benchmarks.contenders import packages, registry
 from benchmarks.contenders.contender import Contender
 from benchmarks.measuring import replay, sheet, sweep
@@ -224,7 +224,7 @@ def test_one_pass_that_fails_does_not_cost_the_others(as_cuda, monkeypatch):
     def broken(*_):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(backends.load("cuda"), "backward", broken)
+    monkeypatch.setattr(impl.load("cuda"), "backward", broken)
     rows = []
     with pytest.raises(RuntimeError, match="planted"):
         speed.timed(SMALL, torch.float32, "cuda", "cuda", rows.append)
@@ -238,7 +238,7 @@ def test_one_pass_that_fails_does_not_cost_the_others(as_cuda, monkeypatch):
 
 def test_wrong_results_are_seen_by_the_clock(as_cuda, monkeypatch):
     monkeypatch.setattr(replay, "MOST", 1)
-    module = backends.load("cuda")
+    module = impl.load("cuda")
     right = module.backward
 
     def wrong(dx):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attnpool_kernels.backends import cpu
+from attnpool_kernels.impl import cpu
 
 from . import alone, clock, shapes
 from .blocks import prewarm
@@ -32,7 +32,7 @@ def compiler(tmp_path, monkeypatch):
 
 
 def test_a_launch_finds_what_was_compiled_ahead(compiler, tmp_path):
-    import attnpool_kernels.backends.triton as backend
+    import attnpool_kernels.impl.triton as backend
 
     JIT = triton.runtime.jit.JITFunction
     compile_ = JIT._do_compile
@@ -100,7 +100,7 @@ def test_prewarm_finds_every_variant_of_the_blocks(compiler, monkeypatch, tmp_pa
 
 
 def test_a_file_of_tiles_can_be_taken_over(monkeypatch):
-    from attnpool_kernels.backends.triton import tile_table
+    from attnpool_kernels.impl.triton import tile_table
     from gpu import tiles
 
     key, tile = tiles.Key("bf16", 64, "forward"), (16, 32, 64, 1, 3, 255)
@@ -133,7 +133,6 @@ def test_candidates_are_tiles_of_the_table():
 
 
 def test_pruning_reads_the_machine_code(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tests/backends"))
     from gpu import candidates, tiles
 
     layout = "#mma = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [4, 1], x}>"
@@ -158,8 +157,8 @@ def test_pruning_reads_the_machine_code(monkeypatch):
 @pytest.fixture
 def tuned(as_cuda, monkeypatch):
     """Kernels whose time and result depend on the tile that the table holds."""
-    import attnpool_kernels.backends.triton as backend
-    from attnpool_kernels.backends.triton import tile_table
+    import attnpool_kernels.impl.triton as backend
+    from attnpool_kernels.impl.triton import tile_table
 
     times = {16: 3e-4, 32: 5e-4, 64: 1e-4, 128: 1e-5}
     current = []

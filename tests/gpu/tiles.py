@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnpool_kernels.backends.triton import tile_table
+from attnpool_kernels.impl.triton import tile_table
 
 FILE = Path(__file__).with_name("candidates.json")
 Tile = tuple[int, ...]
@@ -79,7 +79,7 @@ def candidates() -> dict[Key, list[Tile]]:
 
 def lines(capability: tuple[int, int], chosen: dict[Key, tuple[Tile, float, float]]) -> str:
     """Entries of ``tile_table._CHIPS``, with the microseconds before and after."""
-    found = ["{  # for tile_table._CHIPS: check with tests/backends/aot.py before it ships"]
+    found = ["{  # for tile_table._CHIPS: check with tests/tools/aot.py before it ships"]
     for key, (tile, before, after) in chosen.items():
         place = (capability, key.row, key.width, key.name)
         found.append(f"    {place!r}: {tile!r},  # {1e6 * before:.1f} -> {1e6 * after:.1f} µs")

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from attnpool_kernels.backends.triton import tile_table
+from attnpool_kernels.impl.triton import tile_table
 
 ROWS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 POOLS = 3  # times that a pool of processes may break

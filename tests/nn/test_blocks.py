@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tools import padded
 
 from attnpool_kernels import Ragged
 from attnpool_kernels.nn import (
@@ -15,8 +16,6 @@ from attnpool_kernels.nn import (
     SetAttention,
     SetTransformer,
 )
-
-from . import padded
 
 SETTINGS = {"original": ORIGINAL, "paper": PAPER, "pyg": PYG}
 COUNTS = (4, 1, 7, 2)

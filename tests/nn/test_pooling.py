@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tools import padded
 
 from attnpool_kernels import Ragged
 from attnpool_kernels.nn import (
@@ -15,8 +16,6 @@ from attnpool_kernels.nn import (
     SumPooling,
     WeightedAverage,
 )
-
-from . import padded
 
 COUNTS = (4, 0, 7, 1)
 POOLINGS = {

@@ -9,13 +9,12 @@ import sys
 import jsonargparse
 import pytest
 import torch
+from tools import tiny
 
 from attnpool_kernels.zoo import __main__ as cli
 from attnpool_kernels.zoo import predict, run
 from attnpool_kernels.zoo.data import MoleculeData
 from attnpool_kernels.zoo.task import PoolingTask
-
-from . import tiny
 
 SMALL = [
     "--config",

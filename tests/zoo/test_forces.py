@@ -7,11 +7,12 @@ import torch
 
 pytest.importorskip("torch_geometric")
 
+from tools.padded import set_transformer
+
 from attnpool_kernels import Ragged
 from attnpool_kernels.nn import AttentionPooling
 from attnpool_kernels.zoo.model import PooledModel
 from attnpool_kernels.zoo.molecules import Molecules
-from tests.nn.padded import set_transformer
 
 SIZES = (9, 1, 4, 12, 2)
 SAME = 1e-10
@@ -128,7 +129,7 @@ def test_gradient_of_the_force_loss_in_float32():
 def test_wrong_second_derivative_is_noticed(monkeypatch):
     """The comparison sees an error of 1e-8 in the second derivative of the kernels alone."""
     from attnpool_kernels import autograd
-    from attnpool_kernels.backends import cpu
+    from attnpool_kernels.impl import cpu
 
     if cpu.load():
         pytest.skip(cpu.load())

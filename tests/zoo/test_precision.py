@@ -7,6 +7,7 @@ import pytest
 import torch
 from ase import Atoms
 from lightning.pytorch import Trainer
+from tools import tiny
 
 from attnpool_kernels.zoo import predict
 from attnpool_kernels.zoo.data import Batch
@@ -15,8 +16,6 @@ from attnpool_kernels.zoo.molecules import Target
 from attnpool_kernels.zoo.run import fit
 from attnpool_kernels.zoo.task import Errors, MoleculeData, PoolingTask
 from attnpool_kernels.zoo.trainer import TrainerOptions
-
-from . import tiny
 
 OFFSET = -2038.123456
 PRECISIONS = ["bf16-true", "bf16-mixed", "32-true", "64-true"]

@@ -6,12 +6,11 @@ import ase.io
 import pytest
 import torch
 from ase import Atoms
+from tools import tiny
 
 from attnpool_kernels.zoo import predict
 from attnpool_kernels.zoo.molecules import Molecules, Target
 from attnpool_kernels.zoo.task import PoolingTask
-
-from . import tiny
 
 WATER = Atoms("OH2", [[0.0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
 METHANE = Atoms(

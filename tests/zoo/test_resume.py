@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from tools import tiny
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from attnpool_kernels.zoo import predict, run
@@ -13,8 +14,6 @@ from attnpool_kernels.zoo.data import MoleculeData
 from attnpool_kernels.zoo.schedules import carry_over
 from attnpool_kernels.zoo.task import PoolingTask
 from attnpool_kernels.zoo.trainer import OptionError, TrainerOptions
-
-from . import tiny
 
 LR = 1e-3
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tools import tiny
 
 from attnpool_kernels.zoo.data import Batches
 from attnpool_kernels.zoo.task import MoleculeData, PoolingTask
-
-from . import tiny
 
 
 def task(**options):

@@ -82,12 +82,12 @@ def library(name: str, settings: Settings) -> dict:
     """Loads a kernel backend and asks it for one value."""
     import torch
 
-    from attnpool_kernels import Problem, backends, set_attention
+    from attnpool_kernels import Problem, impl, set_attention
 
     capability = torch.cuda.get_device_capability() if settings.device == "cuda" else None
     device = "cpu" if name == "cpu" else settings.device
     problem = Problem(device, torch.float32, 16, 16, None if device == "cpu" else capability)
-    if reasons := backends.load(name).why_not(problem):
+    if reasons := impl.load(name).why_not(problem):
         raise Outcome("missing" if device == settings.device else "refused", "; ".join(reasons))
     x = torch.ones(4, 1, 16, device=device)
     out = set_attention(x, x, x, torch.tensor([0, 4], device=device), backend=name)

@@ -18,7 +18,7 @@ BACKGROUND = True
 DTYPES = ("bfloat16", "float32", "float16", "float64")
 REHEARSED = 3  # variants without CUDA
 RESERVE = 2.0  # seconds before the end at which no variant is waited for any more
-KERNELS = "attnpool_kernels.backends.triton"
+KERNELS = "attnpool_kernels.impl.triton"
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -31,7 +31,7 @@ def cases(settings: Settings) -> list[Case]:
 def run(case: Case, settings: Settings, emit: Emit) -> None:
     import torch
 
-    import attnpool_kernels.backends.triton as backend
+    import attnpool_kernels.impl.triton as backend
 
     if reason := backend._why_no_triton():
         raise Outcome("missing", reason)
@@ -84,7 +84,7 @@ def of_the_card() -> tuple[int, int]:
 
 def of_blocks(dtype, cuda: bool) -> Iterator[Callable[[], object]]:
     """Calls of the host code that the blocks will make, those of most worth first."""
-    import attnpool_kernels.backends.triton as backend
+    import attnpool_kernels.impl.triton as backend
     from attnpool_kernels import testing
     from gpu import alone, batches, shapes
 

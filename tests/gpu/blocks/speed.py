@@ -56,10 +56,10 @@ def run(case: Case, settings: Settings, emit: Emit) -> None:
 def timed(shape, dtype, backend: str, device: str, emit: Emit) -> None:
     import torch
 
-    from attnpool_kernels import BackendError, Problem, Ragged, backends, seed_pool, set_attention
+    from attnpool_kernels import BackendError, Problem, Ragged, impl, seed_pool, set_attention
     from gpu import alone, clock
 
-    module = backends.load(backend)
+    module = impl.load(backend)
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
     problem = Problem(
         device, dtype, shape.dim, shape.dim, capability, seeds=shape.seeds, grad_order=2

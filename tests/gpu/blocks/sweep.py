@@ -102,7 +102,7 @@ def compile_all(settings: Settings, emit: Emit) -> None:
     """All candidates, on all cores, without the GPU."""
     import torch
 
-    import attnpool_kernels.backends.triton as backend
+    import attnpool_kernels.impl.triton as backend
     from gpu import alone, shapes, tiles, variants
     from gpu.blocks import prewarm
 
@@ -144,7 +144,7 @@ def compile_all(settings: Settings, emit: Emit) -> None:
 def measure(row: str, width: int, group: str, settings: Settings, emit: Emit) -> None:
     import torch
 
-    import attnpool_kernels.backends.triton as backend
+    import attnpool_kernels.impl.triton as backend
     from gpu import alone, clock, tiles
 
     device, what = settings.device, group.split()[-1]

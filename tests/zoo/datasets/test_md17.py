@@ -8,10 +8,9 @@ import pytest
 import torch
 from ase.build import molecule
 from ase.units import Bohr, Hartree, kcal, mol
+from tools.small import indices, random_split
 
 from attnpool_kernels.zoo.datasets import load
-
-from .small import indices, random_split
 
 pyg = pytest.importorskip("torch_geometric")
 FACTOR = kcal / mol

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from ase.db import connect
 from ase.units import Bohr, Hartree
+from tools.small import indices, molecules, same_structures
 
 from attnpool_kernels.zoo import libraries
 from attnpool_kernels.zoo.datasets import load, oe62
-
-from .small import indices, molecules, same_structures
 
 COUNT = 18
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 from ase.io import write
 from ase.units import Hartree, kcal, mol
+from tools.small import indices, molecules, random_split, same_structures
 
 from attnpool_kernels.zoo.datasets import load, qm8, qm9, qmugs, structures
 from attnpool_kernels.zoo.datasets.splits import eighty_ten_ten
-
-from .small import indices, molecules, random_split, same_structures
 
 pyg = pytest.importorskip("torch_geometric")
 

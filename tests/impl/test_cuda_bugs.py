@@ -1,0 +1,97 @@
+"""Planted bugs: the host build must notice each missing barrier and wait, and broken arithmetic.
+
+Every place where threads wait is found by running, then left out; some schedule of the emulated
+threads (tests/tools/host/fibers.h) must give other bits or an error. Bugs in the text of the
+kernels are compiled and judged by the budget.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tools import cuda_host
+
+from attnpool_kernels import testing
+
+pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
+
+# Molecules of one step and of two steps that stay in their tile; keys and queries that both stream,
+# in an odd and an even number of steps; keys that stream past queries that stay.
+CASE = testing.Case(
+    "bugs", (24, 90, 60, 70), q_counts=(30, 97, 62, 40), heads=1, dim=8, bias="pair", nobody=3
+)
+KERNELS = [f"{x}backward_{y}_kernel" for x in ("", "double_") for y in ("queries", "keys")]
+EDITS = [
+    ("forward.cu", "column < rows", "column < rows + 1", "mask of the last keys"),
+    ("forward.cu", "out[m][e] *= shrink[e / 2];", "", "rescaling of the sum"),
+    ("backward.cu", "const bool exists = j < keys &&", "const bool exists = true &&", "mask"),
+    ("pairs.cuh", "int64_t(i) * keys + j", "int64_t(i) * (keys + 1) + j", "offset of a pair"),
+    ("double_backward.cu", "own.t = quad_sum(own.t)", "own.t = (own.t)", "sum over the quad"),
+    ("copies.cuh", "|| !last_sweep)", "|| last_sweep)", "first step of the next sweep"),
+    ("copies.cuh", "HALVES ? at ^ STAGE : 0);", "at);", "copies over the step that is computed"),
+    ("backward.cu", "&tiles.rows[to].norm", "&tiles.rows[0].norm", "place of the statistics"),
+    ("double_backward.cu", "lse[(walk.at ^ STAGE) +", "lse[walk.at +", "place of lse"),
+    ("tiles.h", "axis.molecules + 2;", "axis.molecules + 1;", "last tile"),
+]
+
+
+def run(module, schedule: int = 0) -> dict[str, torch.Tensor]:
+    batch = CASE.make(torch.float32)
+    return testing.run_kernels(batch, cuda_host.Kernels(module, schedule))
+
+
+def unnoticed(module, expected: dict[str, torch.Tensor], sites: list[tuple[str, int]]) -> list[str]:
+    """The places that can be left out without an error or other bits, under 32 schedules."""
+    found = []
+    try:
+        for kind, line in sites:
+            module.skip(kind, line)
+            for schedule in range(1, 33):
+                try:
+                    result = run(module, schedule)
+                except RuntimeError:
+                    break
+                if any(not torch.equal(result[name], expected[name]) for name in expected):
+                    break
+            else:
+                found.append(f"{kind}:{line}")
+    finally:
+        module.skip("", 0)
+    return found
+
+
+def test_every_barrier_and_every_wait_is_needed():
+    module = cuda_host.build()
+    expected = run(module)
+    sites = [site for site in sorted(module.sites()) if not site[0].endswith("copies.cuh")]
+    assert len([kind for kind, _ in sites if kind.startswith("barrier")]) >= 4
+    assert len([kind for kind, _ in sites if kind.startswith("wait")]) >= 1
+    assert not unnoticed(module, expected, sites)
+    found = run(module, 3)  # and the module is whole again
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_every_kernel_needs_each_place_of_the_walk_that_they_share():
+    """copies.cuh: here the places of Walk are named after the kernel they are inlined in."""
+    text = (cuda_host.ROOT / "csrc" / "cuda" / "copies.cuh").read_text()
+    body = text[text.index("bool arrive(") : text.index("return more;")]
+    named = body.replace("GROUP_THREADS)", "GROUP_THREADS, __PRETTY_FUNCTION__)")
+    named = re.sub(r"(copy_wait<\w+>)\(\)", r"\1(__PRETTY_FUNCTION__)", named)
+    module = cuda_host.build(edit=("copies.cuh", body, named))
+    expected = run(module)
+    for kernel in KERNELS:
+        sites = [x for x in sorted(module.sites()) if f"::{kernel}<" in x[0]]
+        assert len([kind for kind, _ in sites if kind.startswith("barrier")]) == 3
+        assert len([kind for kind, _ in sites if kind.startswith("wait")]) == 3
+        assert not unnoticed(module, expected, sites)
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit[3])
+def test_a_bug_in_the_text_is_noticed(edit):
+    module = cuda_host.build(edit=edit[:3])
+    assert module.__file__ != cuda_host.build().__file__
+    kernels = cuda_host.Kernels(module)
+    with pytest.raises((AssertionError, RuntimeError)):
+        testing.judge(CASE, torch.float32, lambda batch: testing.run_kernels(batch, kernels))

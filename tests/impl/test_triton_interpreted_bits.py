@@ -1,0 +1,214 @@
+"""The Triton backend in Triton's interpreter, under the guard: what changes no bit of a molecule,
+and which memory is touched.
+
+Runs where TRITON_INTERPRET=1 was set before triton was imported; test_triton_bits.py starts it so.
+"""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 (see test_triton_bits.py)", allow_module_level=True)
+
+import functools
+import mmap
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from tools.interpreted import MIXED, run
+from tools.triton_guard import guard, padded
+
+import attnpool_kernels.impl.triton as backend
+from attnpool_kernels import testing
+from attnpool_kernels.impl.triton import primitives, tile_table
+from attnpool_kernels.impl.triton._backward import sum_parts
+from attnpool_kernels.testing import Case
+
+
+@pytest.fixture
+def short_limits(monkeypatch):
+    monkeypatch.setattr(tile_table, "LONG", 40)
+    monkeypatch.setattr(tile_table, "SPLIT", 32)
+
+
+def test_schedule_of_a_molecule_depends_on_itself_only(short_limits):
+    """The same bits alone, where few launches are, and beside molecules of other schedules."""
+    for seeds in (None, 3):
+        case = Case("mixed", (7, 45), heads=1, dim=16, seeds=seeds, lse=True)
+        batch, start = case.make(torch.float32), 0
+        together = run(batch)
+        for at, n in enumerate(case.counts):
+            rows = slice(start, start + n)
+            mine = slice(at, at + 1) if seeds else rows
+            alone = Case("alone", (n,), 1, 16, seeds=seeds, lse=True).make(torch.float32)
+            for name in ("k", "v", "ddk", "ddv"):
+                setattr(alone, name, getattr(batch, name)[rows])
+            for name in ("dout", "dlse"):
+                setattr(alone, name, getattr(batch, name)[mine])
+            for name in ("q", "ddq"):
+                setattr(alone, name, getattr(batch, name)[slice(None) if seeds else rows])
+            for name, x in run(alone).items():
+                if not (seeds and name in ("dq", "gq")):  # sums over the molecules
+                    where = rows if name[1:] in ("k", "v") else mine
+                    assert torch.equal(x, together[name][where]), (seeds, n, name)
+            start += n
+
+
+@functools.cache
+def mixed(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return run(MIXED.make(dtype), seed=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_order_of_programs_changes_no_bit(dtype):
+    for name, x in run(MIXED.make(dtype), seed=5).items():
+        assert torch.equal(x, mixed(dtype)[name]), name
+
+
+def single(batch: testing.Batch, molecule: int) -> testing.Batch:
+    """The batch of one molecule of a batch of equal queries and keys."""
+    case = batch.case
+    rows = slice(*batch.k_ptr[molecule : molecule + 2].tolist())
+    pairs = slice(*batch.pair_ptr[molecule : molecule + 2].tolist())
+    cut = {name: getattr(batch, name)[rows] for name in ("q", "k", "v", "dout", "dlse")}
+    cut |= {name: getattr(batch, name)[rows] for name in ("ddq", "ddk", "ddv")}
+    cut |= {name: getattr(batch, name)[pairs] for name in ("bias", "ddbias")}
+    alone = Case("alone", (case.counts[molecule],), case.heads, case.dim, bias="pair", lse=True)
+    made = alone.make(batch.q.dtype)
+    for name, x in cut.items():
+        setattr(made, name, x)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_molecule_alone_has_the_same_bits(dtype):
+    batch, together = MIXED.make(dtype), mixed(dtype)
+    for molecule in (0, 2, 3):
+        rows = slice(*batch.k_ptr[molecule : molecule + 2].tolist())
+        pairs = slice(*batch.pair_ptr[molecule : molecule + 2].tolist())
+        for name, x in run(single(batch, molecule)).items():
+            mine = together[name][pairs if "bias" in name else rows]
+            assert torch.equal(x, mine), (molecule, name)
+
+
+def test_nan_stays_in_its_molecule():
+    """In every input that is read by rows at once: what leaks from any of them shows."""
+    batch = MIXED.make(torch.float32)
+    for name in ("q", "k", "v", "bias", "dout", "ddk"):
+        pointer = batch.pair_ptr if name == "bias" else batch.k_ptr
+        getattr(batch, name)[pointer[2] : pointer[3]] = torch.nan
+    expected = mixed(torch.float32)
+    for name, x in run(batch).items():
+        pointer = batch.pair_ptr if "bias" in name else batch.k_ptr
+        for rows in (slice(0, pointer[2]), slice(pointer[3], None)):
+            assert torch.equal(x[rows], expected[name][rows]), name
+
+
+@pytest.mark.parametrize("seeds", [None, 3])
+@pytest.mark.parametrize("draw", range(4))
+def test_no_content_of_ptr_reaches_memory_outside(monkeypatch, seeds, draw):
+    case = Case("garbage", (9, 4, 51), heads=1, seeds=seeds, bias="pair")
+    batch = case.make(torch.float32)
+    index = torch.int32 if draw % 2 else torch.int64
+    info, generator = torch.iinfo(index), torch.Generator().manual_seed(draw)
+
+    def garbage(like, dtype):
+        x = torch.randint(-60, 90, like.shape, generator=generator).to(dtype)
+        x[draw % len(x)] = torch.iinfo(dtype).max
+        x[(draw + 1) % len(x)] = torch.iinfo(dtype).min
+        return padded(x)
+
+    assert info.bits in (32, 64)
+    batch.k_ptr = garbage(batch.k_ptr, index)
+    batch.q_ptr = None if seeds else garbage(batch.k_ptr, index)
+    batch.pair_ptr = garbage(batch.pair_ptr, torch.int64)
+    monkeypatch.setattr(tile_table, "SPLIT", 32 if draw > 1 else 512)
+    with guard(races=False):
+        testing.run_kernels(batch, backend)
+
+
+def test_rows_before_the_first_molecule_are_zero():
+    batch = Case("shifted", (5, 6), heads=1).make(torch.float32)
+    batch.k_ptr = batch.q_ptr = torch.tensor([3, 5, 11])
+    found = run(batch)
+    assert not any(x[:3].any() for name, x in found.items() if name != "lse")
+    assert (found["lse"][:3] == -torch.inf).all()
+
+
+def test_offsets_beyond_2_to_the_31():
+    """Rows 2^25 elements apart; only the pages that are touched exist."""
+    rows, stride = 70, 2**25
+    batch = Case("far", (2, 68), heads=1, dim=16).make(torch.float16)
+    expected = run(batch)
+    for name in ("q", "v", "dout", "ddk"):
+        near = getattr(batch, name)
+        pages = mmap.mmap(-1, ((rows - 1) * stride + 16) * 2)
+        storage = torch.from_numpy(np.frombuffer(pages, np.float16))
+        far = storage.as_strided(near.shape, (stride, 16, 1))
+        setattr(batch, name, far.copy_(near))
+    with guard():
+        found = testing.run_kernels(batch, backend)
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]), name
+
+
+def test_units_2_to_the_31_apart():
+    """The head dimension outermost; the last unit lies 15 * 2^28 elements behind the first."""
+    batch = Case("far units", (2, 9), heads=1, dim=16).make(torch.float16)
+    expected = run(batch)
+    for name in ("q", "v", "dout", "ddk"):
+        near = getattr(batch, name)
+        pages = mmap.mmap(-1, 15 * 2**29 + 4096)
+        storage = torch.from_numpy(np.frombuffer(pages, np.float16))
+        setattr(batch, name, storage.as_strided(near.shape, (1, 16, 2**28)).copy_(near))
+    with guard():
+        found = testing.run_kernels(batch, backend)
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]), name
+
+
+def test_sum_of_many_parts():
+    """A running sum of 5,000 equal parts is 16 roundings off; the rows of one part are infinite."""
+    partial, like = torch.full((5000, 2, 1, 16), 3.3), torch.empty(2, 1, 16)
+    partial[7, 0] = torch.inf
+    with guard():
+        found = sum_parts(partial, like).double()
+    expected = partial.double().sum(0)
+    assert torch.equal(found.isinf(), expected.isinf())
+    assert ((found - expected).abs() <= 1.2e-7 * expected)[expected.isfinite()].all()
+
+
+@triton.jit
+def _find_kernel(ptr, tiles_of, found, B: tl.int64, n: tl.int64, BLOCK: tl.constexpr):
+    at = tl.program_id(0)
+    molecule, start, first, end = primitives.find_tile(tl.load(tiles_of + at), ptr, B, n, BLOCK)
+    tl.store(found + 4 * at, molecule)
+    tl.store(found + 4 * at + 1, start)
+    tl.store(found + 4 * at + 2, first)
+    tl.store(found + 4 * at + 3, end)
+
+
+@pytest.mark.parametrize("molecules", [0, 1, 31, 32, 33, 1023, 1025, 40000])
+def test_tiles_cover_every_row_once(molecules):
+    block, generator = 16, torch.Generator().manual_seed(molecules)
+    counts = torch.randint(0, 60, (molecules,), generator=generator)
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) + 5
+    n = int(ptr[-1]) + 37
+    edges = torch.cat([torch.tensor([0]), ptr, torch.tensor([n])])  # of the segments
+    first_tile = edges // block + torch.arange(len(edges))
+    total = n // block + molecules + 2
+    some = torch.randint(0, total, (40,), generator=generator)
+    some = torch.cat([some, torch.tensor([0, total - 1])]) if total < 60000 else some
+    found = torch.full((len(some), 4), -7)
+    with guard():
+        _find_kernel[(len(some),)](ptr, some, found, molecules, n, BLOCK=block)
+    segment = torch.searchsorted(first_tile, some, right=True) - 1
+    first = edges[segment] + (some - first_tile[segment]) * block
+    ends = edges[(segment + 1).clamp(max=len(edges) - 1)]
+    expected = torch.stack([segment - 1, edges[segment], first, ends], 1)
+    assert torch.equal(found, expected)
+    covered = (edges[1:] - edges[:-1] + block - 1) // block
+    assert (first_tile[1:] - first_tile[:-1] >= covered).all() and first_tile[-1] >= total - 1

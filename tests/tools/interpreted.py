@@ -1,0 +1,28 @@
+"""What the tests of the interpreted Triton kernels share; imported where TRITON_INTERPRET=1 is set
+before triton is imported, see test_triton.py."""
+
+from __future__ import annotations
+
+import torch
+
+import attnpool_kernels.impl.triton as backend
+from attnpool_kernels import testing
+
+from .triton_guard import guard, padded
+
+# 20 and 7: one block of queries, which the query kernel does alone; 41: two, and two of keys
+MIXED = testing.Case("mixed", (20, 0, 7, 41), heads=1, dim=16, bias="pair", lse=True)
+
+
+def with_red_zones(batch: testing.Batch) -> testing.Batch:
+    names = ("q", "k", "v", "bias", "q_ptr", "k_ptr", "pair_ptr", "seed", "dout", "dlse")
+    for name in (*names, "ddq", "ddk", "ddv", "ddbias"):
+        setattr(batch, name, padded(getattr(batch, name)))
+    return batch
+
+
+def run(batch: testing.Batch, seed: int | None = 1) -> dict[str, torch.Tensor]:
+    """All three passes under the guard, with red zones around every input."""
+    batch = with_red_zones(batch)
+    with guard(seed):
+        return testing.run_kernels(batch, backend)
