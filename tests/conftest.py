@@ -9,7 +9,6 @@ from tools import seeds
 import attnpool_kernels
 from attnpool_kernels import backends, impl
 
-
 # Files that compile, interpret or run other processes for minutes: they begin first, so that with
 # several processes none is left alone with one of them at the end.
 FIRST = (
