@@ -1,20 +1,22 @@
 """The equations of the three passes, and the graph that connects them.
 
-Per molecule and head; c = scale, b = bias, R = keep/(1 - p) elementwise under dropout, else 1::
+Per molecule and head; c = scale, b = bias, e = key bias (one number per column), R = keep/(1 - p)
+elementwise under dropout, else 1::
 
-    (F1) S = c·QKᵀ + b             (F2) L = log Σ_j exp S_j,  P = exp(S - L)     (F3) O = (P∘R)V
+    (F1) S = c·QKᵀ + b + 1eᵀ       (F2) L = log Σ_j exp S_j,  P = exp(S - L)     (F3) O = (P∘R)V
 
     (B1) dP = R∘(dO Vᵀ)            (B2) δ = rowsum(O∘dO),  δ' = δ - dL
     (B3) dS = P∘(dP - δ')          (B4) dV = (P∘R)ᵀdO        (B5) dQ = c·dS·K
-    (B6) dK = c·dSᵀQ               (B7) db = dS
+    (B6) dK = c·dSᵀQ               (B7) db = dS              (B8) de = dSᵀ1
 
-Second order, with A, B, C, E the cotangents of dQ, dK, dV, db::
+Second order, with A, B, C, E, f the cotangents of dQ, dK, dV, db, de::
 
-    (D1) T = c(AKᵀ + QBᵀ) + E      (D2) t = rowsum(P∘T),  s = rowsum(P∘T∘dP)
+    (D1) T = c(AKᵀ + QBᵀ) + E + 1fᵀ                         (D2) t = rowsum(P∘T),  s = rowsum(P∘T∘dP)
     (D3) G = R∘(dO Cᵀ),  w = rowsum(P∘G)                    (D4) y = s - (δ + δ')t + w
     (D5) U = P∘(T - t)             (D6) Z = P∘(T∘(dP - δ') - t·dP + G - y)
     (D7) gQ = c(dS·B + Z·K)        (D8) gK = c(dSᵀA + ZᵀQ)   (D9) gV = (U∘R)ᵀdO
     (D10) gb = Z                   (D11) gdO = (U∘R)V + (P∘R)C      (D12) gdL = t
+    (D13) ge = Zᵀ1
 
 δ is rowsum(P∘dP), which (B2) writes with O. O and L are functions of the inputs here, so the saved
 copies get no gradient of their own. Rows without a finite logit have P = 0: every term is 0.
@@ -41,6 +43,7 @@ from .operands import (
     Operands,
     Options,
     Result,
+    SecondGradients,
     split,
 )
 from .problem import Problem
@@ -78,7 +81,8 @@ def _gradients(namespace, x, y, dy, options, needs) -> Operands:
         dy = dy._replace(dout=y.out.new_zeros(1).expand(y.out.shape))
     dx = Gradients(*CALLS[namespace].backward(*x, *y, *dy, *options, need_dbias))
     dbias = dx.dbias if need_dbias else None
-    return _NOTHING._replace(q=dx.dq, k=dx.dk, v=dx.dv, bias=dbias)
+    dkey_bias = None if x.key_bias is None else dx.dkey_bias
+    return _NOTHING._replace(q=dx.dq, k=dx.dk, v=dx.dv, bias=dbias, key_bias=dkey_bias)
 
 
 class _Backward(torch.autograd.Function):
@@ -91,6 +95,8 @@ class _Backward(torch.autograd.Function):
         ctx.namespace, ctx.options = namespace, options
         if not need_dbias:
             ctx.mark_non_differentiable(dx.dbias)
+        if x.key_bias is None:
+            ctx.mark_non_differentiable(dx.dkey_bias)
         ctx.set_materialize_grads(False)
         return tuple(dx)
 
@@ -99,9 +105,15 @@ class _Backward(torch.autograd.Function):
         _refuse_tangents(*cotangents)
         x, y, dy = split(ctx.saved_tensors, Operands, Result, Cotangents)
         double_backward = CALLS[ctx.namespace].double_backward
-        gq, gk, gv, gbias, gdout, gdlse = double_backward(*x, *y, *dy, *cotangents, *ctx.options)
-        gx = _NOTHING._replace(q=gq, k=gk, v=gv, bias=None if x.bias is None else gbias)
-        gdy = Cotangents(gdout, None if dy.dlse is None else gdlse)
+        g = SecondGradients(*double_backward(*x, *y, *dy, *cotangents, *ctx.options))
+        gx = _NOTHING._replace(
+            q=g.gq,
+            k=g.gk,
+            v=g.gv,
+            bias=None if x.bias is None else g.gbias,
+            key_bias=None if x.key_bias is None else g.gkey_bias,
+        )
+        gdy = Cotangents(g.gdout, None if dy.dlse is None else g.gdlse)
         # out and lse are functions of x: their gradients are in gx. Last, need_dbias.
         return None, *gx, *(None for _ in y), *gdy, *_NO_OPTIONS, None
 

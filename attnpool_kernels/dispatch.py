@@ -46,6 +46,7 @@ def select(problem: Problem, name: str | None = None) -> Backend:
             capability=problem.capability,
             seeds=None if problem.seeds is None else 1,
             bias=problem.bias,
+            key_bias=problem.key_bias,
             dropout=problem.dropout,
             grad_order=problem.grad_order,
             deterministic=problem.deterministic,

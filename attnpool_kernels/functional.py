@@ -35,6 +35,7 @@ def set_attention(
     k_ptr: Tensor | Ragged | None = None,
     *,
     bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -51,6 +52,7 @@ def set_attention(
     k_ptr: Tensor | Ragged | None = None,
     *,
     bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -66,6 +68,7 @@ def set_attention(
     k_ptr: Tensor | Ragged | None = None,
     *,
     bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -75,7 +78,7 @@ def set_attention(
 
     For each molecule, head and query row i::
 
-        out_i = Σ_j p_ij v_j,   p_i = softmax_j(scale · q_i·k_j + bias_ij)
+        out_i = Σ_j p_ij v_j,   p_i = softmax_j(scale · q_i·k_j + bias_ij + key_bias_j)
 
     Args:
         q: [N_q, H, D] packed queries, molecule after molecule. float16, bfloat16, float32 or
@@ -85,8 +88,11 @@ def set_attention(
         ptr: [B + 1] boundaries, int32 or int64: molecule b owns rows ptr[b]:ptr[b+1] of q. On the
             CPU or on the device of q; or a ``Ragged``.
         k_ptr: the same for k and v; None: the keys are the atoms of the queries.
-        bias: [P, H] added to the logits, dtype of q or float32; P = Σ_b n_q·n_k, by molecule, then
-            query, then key (``Ragged.pairs``). -inf forbids a pair.
+        bias: [P, H], or [P, 1] for all heads, added to the logits, dtype of q or float32;
+            P = Σ_b n_q·n_k, by molecule, then query, then key (``Ragged.pairs``). -inf forbids a
+            pair.
+        key_bias: [N_k, H], or [N_k] for all heads, added to the logits of a key with every query of
+            its molecule, dtype of q or float32. -inf forbids a key. Takes no memory per pair.
         scale: factor of q·k, default D**-0.5.
         dropout: probability in [0, 1) of dropping an attention weight. The mask is a function of
             a seed from torch's generator and of (molecule, head, query, key): the same on all
@@ -100,7 +106,7 @@ def set_attention(
         only -inf) and rows of no molecule are exactly 0, LSE -inf, with gradient exactly 0.
 
     Accumulates in float32 (float64 for float64). On the native backends exact to second order in
-    q, k, v and bias; a third derivative raises. With dropout 0 a molecule's result has the same
+    q, k, v and both biases; a third derivative raises. With dropout 0 a molecule's result has the same
     bits alone and in any batch. No argument depends on the longest molecule.
 
     Raises:
@@ -113,7 +119,7 @@ def set_attention(
     Source of the algorithm: Milakov & Gimelshein 2018 (online softmax), Rabe & Staats 2021 and Dao
     et al. 2022 (attention in linear memory); equations and second derivative in ``autograd``.
     """
-    given = _Given(q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
+    given = _Given(q, k, v, ptr, k_ptr, bias, key_bias, scale, dropout, backend, return_lse)
     return _attend("q", given)
 
 
@@ -125,6 +131,7 @@ def seed_pool(
     ptr: Tensor | Ragged,
     *,
     bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -140,6 +147,7 @@ def seed_pool(
     ptr: Tensor | Ragged,
     *,
     bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -154,6 +162,7 @@ def seed_pool(
     ptr: Tensor | Ragged,
     *,
     bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -163,13 +172,14 @@ def seed_pool(
 
     For each molecule b, head and seed s::
 
-        out_bs = Σ_j p_bsj v_j,   p_bs = softmax_j(scale · seed_s·k_j + bias_bsj)
+        out_bs = Σ_j p_bsj v_j,   p_bs = softmax_j(scale · seed_s·k_j + bias_bsj + key_bias_j)
 
     Args:
         seeds: [S, H, D], S at least 1, dtype and device of k.
         k, v: [N, H, D] and [N, H, D_v] packed rows, see ``set_attention``.
         ptr: [B + 1] boundaries of the molecules in k and v, or a ``Ragged``.
-        bias: [P, H] with P = Σ_b S·n_b, by molecule, then seed, then atom.
+        bias: [P, H] or [P, 1] with P = Σ_b S·n_b, by molecule, then seed, then atom.
+        key_bias: [N, H] or [N], added to the logits of an atom with every seed.
         scale: factor of seed·k, default D**-0.5. A model with the Set Transformer's convention
             divides by the root of the full width H·D: pass (H·D)**-0.5.
         dropout, backend, return_lse: as in ``set_attention``.
@@ -181,7 +191,7 @@ def seed_pool(
 
     Source: Lee et al. 2019 (Set Transformer, pooling by multi-head attention); Buterez et al. 2023.
     """
-    given = _Given(seeds, k, v, ptr, None, bias, scale, dropout, backend, return_lse)
+    given = _Given(seeds, k, v, ptr, None, bias, key_bias, scale, dropout, backend, return_lse)
     return _attend("seeds", given)
 
 
@@ -194,6 +204,7 @@ def explain(
     *,
     shared: bool = False,
     bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
@@ -208,7 +219,7 @@ def explain(
     if isinstance(q, Problem):
         print(dispatch.table(q))
         return
-    given = _Given(q, k, v, ptr, k_ptr, bias, scale, dropout, backend, return_lse)
+    given = _Given(q, k, v, ptr, k_ptr, bias, key_bias, scale, dropout, backend, return_lse)
     x, options, _ = _checked("seeds" if shared else "q", given)
     print(dispatch.table(_problem(x, options, given)))
 
@@ -222,6 +233,7 @@ class _Given(NamedTuple):
     ptr: Any
     k_ptr: Any
     bias: Any
+    key_bias: Any
     scale: Any
     dropout: Any
     backend: Any
@@ -252,6 +264,7 @@ def _problem(x: Operands, options: Options, given: _Given) -> Problem:
         or x.k.requires_grad
         or x.v.requires_grad
         or (x.bias is not None and x.bias.requires_grad)
+        or (x.key_bias is not None and x.key_bias.requires_grad)
     )
     # Molecules have forces, so the automatic choice must be right to second order. Who names a
     # backend gets its first derivative, and an error where a second one is asked for.
@@ -296,11 +309,13 @@ def _checked(name: str, given: _Given) -> tuple[Operands, Options, Sets]:
             )
         if q_ptr.dtype != k_ptr.dtype:
             q_ptr, k_ptr = q_ptr.long(), k_ptr.long()
-    pair_ptr = None
+    bias = pair_ptr = key_bias = None
     if given.bias is not None:
-        pair_ptr = _check_bias(given.bias, q, k, q_ptr, k_ptr)
+        bias, pair_ptr = _check_bias(given.bias, q, k, q_ptr, k_ptr)
+    if given.key_bias is not None:
+        key_bias = _check_key_bias(given.key_bias, k)
     options = _checked_options(given, q.shape[2])
-    return Operands(q, k, v, given.bias, q_ptr, k_ptr, pair_ptr, None), options, held
+    return Operands(q, k, v, bias, key_bias, q_ptr, k_ptr, pair_ptr, None), options, held
 
 
 def _checked_options(given: _Given, head_dim: int) -> Options:
@@ -421,20 +436,46 @@ def _boundaries(name: str, ptr: object, rows_of: Tensor) -> tuple[Tensor, Ragged
     return ptr, ragged
 
 
-def _check_bias(bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr: Tensor) -> Tensor:
-    """Returns the offsets [B + 1] of each molecule's pairs, from lengths clamped to the rows."""
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a torch.Tensor or None, got {type(bias).__name__}")
-    if type(bias) not in PLAIN or bias.is_nested:
-        _check_subclass("bias", bias)
-    _check_strided("bias", bias)
-    if bias.dtype not in (q.dtype, torch.float32):
-        wanted = "torch.float32" if q.dtype == torch.float32 else f"{q.dtype} or torch.float32"
-        raise TypeError(f"bias must be {wanted}, got {bias.dtype}")
-    if bias.dim() != 2 or bias.shape[1] != q.shape[1]:
-        raise ValueError(f"bias must have shape [P, {q.shape[1]}], got {tuple(bias.shape)}")
-    if bias.device != q.device:
-        raise ValueError(f"bias must be on {q.device}, got {bias.device}")
+def _check_added(name: str, x: object, k: Tensor) -> Tensor:
+    """What every tensor must be that is added to the logits."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
+    if type(x) not in PLAIN or x.is_nested:
+        _check_subclass(name, x)
+    _check_strided(name, x)
+    if x.dtype not in (k.dtype, torch.float32):
+        wanted = "torch.float32" if k.dtype == torch.float32 else f"{k.dtype} or torch.float32"
+        raise TypeError(f"{name} must be {wanted}, got {x.dtype}")
+    if x.device != k.device:
+        raise ValueError(f"{name} must be on {k.device}, got {x.device}")
+    return x
+
+
+def _check_key_bias(given: object, k: Tensor) -> Tensor:
+    """[N_k, H], expanded over the heads where it has one number per key."""
+    key_bias = _check_added("key_bias", given, k)
+    rows, heads = k.shape[:2]
+    if key_bias.dim() == 1:
+        key_bias = key_bias[:, None]
+    if key_bias.dim() != 2 or key_bias.shape[0] != rows or key_bias.shape[1] not in (1, heads):
+        raise ValueError(
+            f"key_bias must have shape [{rows}] or [{rows}, {heads}], got {tuple(given.shape)}"  # type: ignore[attr-defined]
+        )
+    return key_bias if key_bias.shape[1] == heads else key_bias.expand(-1, heads)
+
+
+def _check_bias(
+    given: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The bias [P, H], and the offsets [B + 1] of each molecule's pairs.
+
+    The offsets are those of lengths clamped to the rows.
+    """
+    bias, heads = _check_added("bias", given, k), k.shape[1]
+    if bias.dim() != 2 or bias.shape[1] not in (1, heads):
+        raise ValueError(f"bias must have shape [P, {heads}], got {tuple(bias.shape)}")
+    if bias.shape[1] != heads:
+        bias = bias.expand(-1, heads)
     n_k = _lengths(k_ptr, k.shape[0])
     n_q = q.shape[0] if q_ptr is None else n_k if q_ptr is k_ptr else _lengths(q_ptr, q.shape[0])
     pair_ptr = torch.cat([n_k.new_zeros(1), (n_q * n_k).cumsum(0)])
@@ -443,7 +484,7 @@ def _check_bias(bias: object, q: Tensor, k: Tensor, q_ptr: Tensor | None, k_ptr:
             f"bias must have P = {last_of(pair_ptr)} rows, one for each query-key pair of each "
             f"molecule, got {bias.shape[0]}"
         )
-    return pair_ptr
+    return bias, pair_ptr
 
 
 def _lengths(ptr: Tensor, rows: int) -> Tensor:

@@ -24,6 +24,7 @@ class Operands(NamedTuple):
     k: Tensor  # [N_k, H, D]
     v: Tensor  # [N_k, H, D_v]
     bias: Tensor | None  # [P, H]
+    key_bias: Tensor | None  # [N_k, H]
     q_ptr: Tensor | None  # [B + 1]; None: the rows of q are seeds that every molecule shares
     k_ptr: Tensor  # [B + 1]
     pair_ptr: Tensor | None  # [B + 1] int64, together with bias
@@ -66,12 +67,13 @@ class Cotangents(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the second pass returns. dbias is [0, H] where it was not wanted."""
+    """What the second pass returns. dbias is [0, H] where it was not wanted or without a bias."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     dbias: Tensor
+    dkey_bias: Tensor  # [0, H] without a key_bias
 
 
 class Tangents(NamedTuple):
@@ -81,15 +83,17 @@ class Tangents(NamedTuple):
     ddk: Tensor | None
     ddv: Tensor | None
     ddbias: Tensor | None
+    ddkey_bias: Tensor | None
 
 
 class SecondGradients(NamedTuple):
-    """What the third pass returns: gradients of q, k, v, bias, dout and dlse."""
+    """What the third pass returns: gradients of q, k, v, bias, key_bias, dout and dlse."""
 
     gq: Tensor
     gk: Tensor
     gv: Tensor
     gbias: Tensor  # [0, H] without a bias
+    gkey_bias: Tensor  # [0, H] without a key_bias
     gdout: Tensor
     gdlse: Tensor
 

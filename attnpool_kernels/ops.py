@@ -77,17 +77,19 @@ def _fake_forward(x: Operands, options: Options) -> Result:
     return Result(out, x.q.new_empty(rows, dtype=accumulator(x.q.dtype)))
 
 
-def _fake_bias(x: Operands, wanted: bool) -> Tensor:
-    if x.bias is None:
-        return x.q.new_empty((0, x.q.shape[1]))
-    return x.bias.new_empty(x.bias.shape if wanted else (0, x.bias.shape[1]))
+def _fake_biases(x: Operands, wanted: bool) -> tuple[Tensor, Tensor]:
+    none = x.q.new_empty((0, x.q.shape[1]))
+    return (
+        none if x.bias is None else x.bias.new_empty(x.bias.shape if wanted else none.shape),
+        none if x.key_bias is None else x.key_bias.new_empty(x.key_bias.shape),
+    )
 
 
 def _fake_backward(
     x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
 ) -> Gradients:
     dq, dk, dv = (rows.new_empty(rows.shape) for rows in x[:3])
-    return Gradients(dq, dk, dv, _fake_bias(x, need_dbias))
+    return Gradients(dq, dk, dv, *_fake_biases(x, need_dbias))
 
 
 def _fake_double_backward(
@@ -95,7 +97,7 @@ def _fake_double_backward(
 ) -> SecondGradients:
     gq, gk, gv = (rows.new_empty(rows.shape) for rows in x[:3])
     gout, glse = (rows.new_empty(rows.shape) for rows in y)
-    return SecondGradients(gq, gk, gv, _fake_bias(x, True), gout, glse)
+    return SecondGradients(gq, gk, gv, *_fake_biases(x, True), gout, glse)
 
 
 _FAKES = Passes(_fake_forward, _fake_backward, _fake_double_backward)

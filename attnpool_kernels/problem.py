@@ -23,6 +23,7 @@ class Problem:
     capability: tuple[int, int] | None = None  # of a CUDA device
     seeds: int | None = None  # number of shared queries; None for set_attention
     bias: bool = False
+    key_bias: bool = False
     dropout: bool = False
     grad_order: int = 0  # highest derivative that the call may need
     deterministic: bool = False
@@ -40,6 +41,7 @@ class Problem:
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
             seeds=x.q.shape[0] if x.q_ptr is None else None,
             bias=x.bias is not None,
+            key_bias=x.key_bias is not None,
             dropout=True if options.dropout > 0 else False,  # noqa: SIM210 - a compiler's symbol
             grad_order=grad_order,
             deterministic=torch.are_deterministic_algorithms_enabled(),

@@ -113,6 +113,7 @@ inline Tensor empty(const Tensor& q, const Shape& shape, Dtype dtype) {
 struct Operands {
   const Tensor &q, &k, &v;
   const OptionalTensor& bias;
+  const OptionalTensor& key_bias;
   const OptionalTensor& q_ptr;
   const Tensor& k_ptr;
   const OptionalTensor& pair_ptr;
@@ -128,7 +129,7 @@ struct Call {
   const Tensor& q;
   Reader reader;
   AttnParams a{};
-  Shape q_shape, k_shape, v_shape, bias_shape, out_shape, lse_shape;
+  Shape q_shape, k_shape, v_shape, bias_shape, key_bias_shape, out_shape, lse_shape;
   Dtype sums;
 
   Call(const Operands& in, const Options& options) : q(in.q), reader(in.q) {
@@ -160,6 +161,7 @@ struct Call {
       lse_shape = {a.query_rows, a.heads};
     }
     read_bias(in);
+    read_key_bias(in);
     read_dropout(in, options.dropout);
     a.scale = options.scale;
   }
@@ -179,6 +181,10 @@ struct Call {
     STD_TORCH_CHECK(!bias_shape.empty() || !x, name, " needs bias");
     return x ? reader.read(*x, name, a.bias_dtype, bias_shape, false) : View{};
   }
+  View optional_key_bias(const OptionalTensor& x, const char* name) const {
+    STD_TORCH_CHECK(!key_bias_shape.empty() || !x, name, " needs key_bias");
+    return x ? reader.read(*x, name, a.key_bias_dtype, key_bias_shape, false) : View{};
+  }
 
   // Allocates and puts the view of the new tensor into to.
   Tensor new_rows(const Shape& shape, View& to) const {
@@ -193,13 +199,18 @@ struct Call {
   }
   // [P, H], or [0, H] with to left absent where there is no bias or it is not wanted.
   Tensor new_bias(bool wanted, View& to) const {
-    if (!wanted || bias_shape.empty()) return empty(q, {0, a.heads}, a.bias_dtype);
-    Tensor x = empty(q, bias_shape, a.bias_dtype);
+    return new_added(wanted ? bias_shape : Shape{}, a.bias_dtype, to);
+  }
+  // [N_k, H], or [0, H] with to left absent where there is no key bias.
+  Tensor new_key_bias(View& to) const { return new_added(key_bias_shape, a.key_bias_dtype, to); }
+
+ private:
+  Tensor new_added(const Shape& shape, Dtype dtype, View& to) const {
+    if (shape.empty()) return empty(q, {0, a.heads}, dtype);
+    Tensor x = empty(q, shape, dtype);
     to = Reader::view(x, false);
     return x;
   }
-
- private:
   View rows(const Tensor& x, const char* name, const Shape& shape) const {
     return reader.read(x, name, a.dtype, shape, shape.size() == 4);
   }
@@ -236,14 +247,28 @@ struct Call {
     if (!in.bias) return;
     STD_TORCH_CHECK(in.bias->dim() == 2, "bias must have 2 dimensions [pairs, heads], got ",
                     in.bias->dim());
-    a.bias_dtype = dtype_of(*in.bias, "bias");
-    STD_TORCH_CHECK(a.bias_dtype == a.dtype || a.bias_dtype == Dtype::float32,
-                    "bias must have the dtype of q or float32");
+    a.bias_dtype = added_dtype(*in.bias, "bias");
     a.pairs = in.bias->size(0);
     bias_shape = {a.pairs, a.heads};
     a.bias = reader.read(*in.bias, "bias", a.bias_dtype, bias_shape, false);
     a.pair_ptr = static_cast<const int64_t*>(
         integers(*in.pair_ptr, "pair_ptr", ScalarType::Long, a.molecules + 1));
+  }
+
+  void read_key_bias(const Operands& in) {
+    a.key_bias_dtype = a.dtype;
+    if (!in.key_bias) return;
+    a.key_bias_dtype = added_dtype(*in.key_bias, "key_bias");
+    key_bias_shape = {a.key_rows, a.heads};
+    a.key_bias = reader.read(*in.key_bias, "key_bias", a.key_bias_dtype, key_bias_shape, false);
+  }
+
+  // The dtype of what is added to the logits.
+  Dtype added_dtype(const Tensor& x, const char* name) const {
+    const Dtype dtype = dtype_of(x, name);
+    STD_TORCH_CHECK(dtype == a.dtype || dtype == Dtype::float32, name,
+                    " must have the dtype of q or float32");
+    return dtype;
   }
 
   void read_dropout(const Operands& in, double dropout) {

@@ -14,7 +14,7 @@ namespace attnpool {
 enum class Pass { forward, backward, double_backward };
 enum class Dtype : int32_t { float16, bfloat16, float32, float64 };
 
-// A tensor [rows, heads, units] (q, out, dq ...), [rows, heads] (lse, bias: unit = 0) or, with
+// A tensor [rows, heads, units] (q, out, dq ...), [rows, heads] (lse, biases: unit = 0) or, with
 // shared seeds, [molecules, rows, heads, units]. Strides count elements and may be 0. The element
 // of molecule b, row r, head h, unit d lies at b * molecule + r * row + h * head + d * unit; packed
 // tensors have molecule = 0 and r counts from the start of the tensor, seeds have molecule = 0 and
@@ -28,7 +28,8 @@ struct View {
 // its cotangent, gq gradient of q in the double backward). What a pass does not use stays zero.
 struct AttnParams {
   // All passes.
-  View q, k, v, bias;       // bias: rows are pairs
+  View q, k, v;
+  View bias, key_bias;      // rows are pairs, and keys
   View out, lse;            // forward writes them, the others read them
   const void* q_ptr;        // [molecules + 1], null with shared seeds
   const void* k_ptr;        // [molecules + 1]
@@ -37,9 +38,9 @@ struct AttnParams {
 
   // backward and double_backward
   View dout, dlse;
-  View dq, dk, dv, dbias;          // backward writes them
-  View ddq, ddk, ddv, ddbias;      // cotangents of dq, dk, dv, dbias
-  View gq, gk, gv, gbias, gdout, gdlse;  // double_backward writes them
+  View dq, dk, dv, dbias, dkey_bias;       // backward writes them
+  View ddq, ddk, ddv, ddbias, ddkey_bias;  // their cotangents
+  View gq, gk, gv, gbias, gkey_bias, gdout, gdlse;  // double_backward writes them
 
   int64_t molecules, heads, head_dim, value_dim;
   int64_t query_rows;  // N_q, or S with shared seeds
@@ -51,7 +52,7 @@ struct AttnParams {
   uint32_t drop_threshold;  // a pair is kept iff its random word is >= this
 
   Dtype dtype;       // of q, k, v, out and their derivatives
-  Dtype bias_dtype;  // dtype, or float32
+  Dtype bias_dtype, key_bias_dtype;  // dtype, or float32
   int32_t ptr_is_64;     // q_ptr and k_ptr hold int64, else int32
   int32_t shared_seeds;  // the rows of q are seeds of every molecule
 };

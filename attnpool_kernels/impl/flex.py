@@ -36,7 +36,7 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("tensors on cpu require grad: torch has no backward for them")
     if problem.device == "cuda" and problem.dtype == torch.float64:
         reasons.append("float64: its compiled kernel needs float32 or a half type")
-    if problem.deterministic and problem.bias and problem.grad_order:
+    if problem.deterministic and (problem.bias or problem.key_bias) and problem.grad_order:
         reasons.append("deterministic mode: the gradient of the bias is added in no fixed order")
     for name in ("flex_attention", "BlockMask", "AuxRequest"):
         if missing := find(MODULE, name)[1]:
@@ -58,6 +58,8 @@ def attention(x: Operands, options: Options, sets: Sets | None) -> tuple[Tensor,
     if x.bias is not None and x.pair_ptr is not None:
         first = x.pair_ptr[:-1] if batch.live is None else x.pair_ptr[:-1][batch.live]
         score_mod = _score_mod(x.bias, first, batch, q_of)
+    if batch.key_bias is not None:
+        score_mod = _key_mod(batch.key_bias, score_mod)
     width = max(SMALLEST, padded_width(x))
     rows = [
         torch.nn.functional.pad(part, (0, width - part.shape[2])).transpose(0, 1)[None]
@@ -114,5 +116,15 @@ def _score_mod(bias: Tensor, first: Tensor, batch: Packed, q_of: Tensor) -> Any:
 
     def add(score, b, head, query, key):
         return score + bias[(begin[query] + key).clamp(0, last), head]
+
+    return add
+
+
+def _key_mod(key_bias: Tensor, before: Any) -> Any:
+    """Adds key_bias[key, head] to what another score_mod gives."""
+
+    def add(score, b, head, query, key):
+        score = score if before is None else before(score, b, head, query, key)
+        return score + key_bias[key, head]
 
     return add

@@ -21,7 +21,7 @@ FLOATS = (*HALF, torch.float32, torch.float64)
 class Needs:
     """The calls that a backend serves.
 
-    refused: what it has not, by the name of the fact in ``Problem`` ("bias", "dropout",
+    refused: what it has not, by the name of the fact in ``Problem`` ("key_bias", "dropout",
     "return_lse", "deterministic"), each with the reason.
     """
 

@@ -30,7 +30,11 @@ PACKED = Needs(
     widest=256,
     capability=(8, 0),
     order=1,
-    refused={"bias": "none in its attention of packed rows", "dropout": NO_DROPOUT},
+    refused={
+        "bias": "none in its attention of packed rows",
+        "key_bias": "none in its attention of packed rows",
+        "dropout": NO_DROPOUT,
+    },
 )
 
 
@@ -61,6 +65,7 @@ class Packed:
     q: Tensor
     k: Tensor
     v: Tensor
+    key_bias: Tensor | None
     q_ptr: Tensor  # [b + 1] int32
     k_ptr: Tensor
     longest_q: int
@@ -89,19 +94,20 @@ class Packed:
 def pack(x: Operands, sets: Sets | None, repeat: bool = True) -> Packed:
     """Live molecules only. repeat: shared seeds become rows of each molecule."""
     plan = layout(x, sets)
-    q, k, v = x.q, x.k, x.v
-    if plan.own is None:
-        k, v = k[: plan.rows_k], v[: plan.rows_k]
-    else:
-        k, v = k.index_select(0, plan.own), v.index_select(0, plan.own)
+    q = x.q
+
+    def own(rows: Tensor) -> Tensor:
+        return rows[: plan.rows_k] if plan.own is None else rows.index_select(0, plan.own)
+
     if not x.shared:
         q = q[: plan.rows_q] if plan.index is None else q.index_select(0, plan.index)
     elif repeat:
         q = q.expand(plan.k_ptr.numel() - 1, *q.shape).flatten(0, 1)
     return Packed(
         q=q,
-        k=k,
-        v=v,
+        k=own(x.k),
+        v=own(x.v),
+        key_bias=None if x.key_bias is None else own(x.key_bias),
         q_ptr=plan.q_ptr,
         k_ptr=plan.k_ptr,
         longest_q=plan.longest_q,

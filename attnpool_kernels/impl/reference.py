@@ -65,6 +65,8 @@ def _attention(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
         if x.bias is not None and pairs is not None:
             mine = x.bias[pairs[i] : pairs[i + 1]].to(sums)
             logits = logits + mine.view(*logits.shape[1:], heads).permute(2, 0, 1)
+        if x.key_bias is not None:
+            logits = logits + x.key_bias[keys].to(sums).T[:, None]
         n, m = logits.shape[1:]
         keep = None if x.seed is None else keep_mask(x.seed, i, heads, n, m, dropout)
         out, lse = _softmax_times(logits, v[:, keys].to(sums), keep, dropout)

@@ -44,11 +44,15 @@ def attention(x: Operands, options: Options, sets: Sets | None) -> tuple[Tensor,
         q_rows = _places(batch.q_ptr, batch.q.shape[0])
         q = _pad(batch.q, q_rows, molecules, n)
     mask = (torch.arange(m, device=k.device) < batch.k_ptr.diff()[:, None])[:, None, None, :]
-    dead = None
+    dead = logits = None
     if x.bias is not None and x.pair_ptr is not None:
         first = x.pair_ptr[:-1] if batch.live is None else x.pair_ptr[:-1][batch.live]
-        logits = _padded_bias(x.bias, first, batch, n, m).to(q.dtype)
-        logits = logits.masked_fill(~mask, -torch.inf)
+        logits = _padded_bias(x.bias, first, batch, n, m)
+    if batch.key_bias is not None:
+        of_keys = _pad(batch.key_bias[..., None], k_rows, molecules, m).transpose(2, 3)
+        logits = of_keys if logits is None else logits + of_keys
+    if logits is not None:
+        logits = logits.to(q.dtype).masked_fill(~mask, -torch.inf)
         dead = (logits == -torch.inf).all(3, keepdim=True)
         mask = logits.masked_fill(dead, 0.0)
     attend = torch.nn.functional.scaled_dot_product_attention

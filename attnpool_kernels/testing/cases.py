@@ -24,6 +24,9 @@ class Case:
     q_counts: tuple[int, ...] | None = None  # queries per molecule; None: the keys
     seeds: int | None = None  # shared queries instead
     bias: str | None = None  # "pair": random, "mask": some -inf and a row of them, "float32"
+    # "pair": random; "float32"; "mask": some -inf, and every key of the first molecule; "heads": one
+    # number for all heads
+    key_bias: str | None = None
     dropout: float = 0.0
     nobody: int = 0  # rows of no molecule, at the end
     layout: str = "contiguous"  # "fused", "transposed", "expanded", "offset"
@@ -44,6 +47,7 @@ class Batch:
     k: Tensor
     v: Tensor
     bias: Tensor | None
+    key_bias: Tensor | None
     q_ptr: Tensor | None
     k_ptr: Tensor
     pair_ptr: Tensor | None
@@ -55,6 +59,7 @@ class Batch:
     ddk: Tensor
     ddv: Tensor
     ddbias: Tensor | None
+    ddkey_bias: Tensor | None
 
     @property
     def operands(self) -> Operands:
@@ -70,10 +75,12 @@ class Batch:
 
     @property
     def tangents(self) -> Tangents:
-        return Tangents(self.ddq, self.ddk, self.ddv, self.ddbias)
+        return Tangents(self.ddq, self.ddk, self.ddv, self.ddbias, self.ddkey_bias)
 
-    def inputs(self) -> list[Tensor]:
-        return [x for x in (self.q, self.k, self.v, self.bias) if x is not None]
+    def inputs(self) -> dict[str, Tensor]:
+        """What can have a gradient, by name."""
+        named = {name: getattr(self, name) for name in ("q", "k", "v", "bias", "key_bias")}
+        return {name: x for name, x in named.items() if x is not None}
 
 
 CASES = (
@@ -96,6 +103,11 @@ CASES = (
     Case("bias of other keys", (4, 1), q_counts=(3, 9), bias="pair", dim=12),
     Case("float32 bias of seeds", (7, 21), seeds=5, bias="float32"),
     Case("forbidden pairs", (6, 19, 1), bias="mask", lse=True),
+    Case("key bias", (18, 3, 0, 33, 70), key_bias="pair", lse=True, nobody=2),
+    Case("key bias of all heads", (9, 20), q_counts=(3, 41), heads=3, key_bias="heads", dim=12),
+    Case("both biases", (7, 19), bias="pair", key_bias="float32", dropout=0.25, lse=True),
+    Case("key bias of seeds", (17, 40, 2), seeds=5, key_bias="float32", dropout=0.3),
+    Case("forbidden keys", (6, 19, 35), key_bias="mask", lse=True),
     Case("dropout", (17, 6, 30), dropout=0.3, lse=True),
     Case("dropout of seeds", (17, 6, 9), seeds=6, dropout=0.5, bias="pair"),
     Case("lse", (12, 25), lse=True, index=torch.int32),
@@ -140,6 +152,20 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
             )
             forbidden[: k_counts[0] if k_counts else 0] = True  # every key of the first query
             bias = bias.masked_fill(forbidden.to(device), -torch.inf)
+    key_bias = ddkey_bias = None
+    if case.key_bias is not None:
+        kind = torch.float32 if case.key_bias == "float32" and dtype != torch.float64 else dtype
+        of_heads = 1 if case.key_bias == "heads" else case.heads
+        key_bias, ddkey_bias = (
+            normal(n_k, of_heads, kind=kind).expand(n_k, case.heads) for _ in range(2)
+        )
+        if case.key_bias == "mask":
+            forbidden = (
+                torch.rand(key_bias.shape, generator=generator, dtype=torch.float32, device="cpu")
+                < 0.3
+            )
+            forbidden[: k_counts[0]] = True
+            key_bias = key_bias.masked_fill(forbidden.to(device), -torch.inf)
     rows = (n_q,) if case.seeds is None else (len(k_counts), n_q)
     q, k, v = packed(n_q, case.dim), packed(n_k, case.dim), packed(n_k, width)
     return Batch(
@@ -148,6 +174,7 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
         k,
         v,
         bias,
+        key_bias,
         q_ptr,
         k_ptr,
         pair_ptr,
@@ -159,6 +186,7 @@ def _make(case: Case, dtype: torch.dtype, device: str, seed: int) -> Batch:
         ddk=packed(n_k, case.dim),
         ddv=packed(n_k, width),
         ddbias=ddbias,
+        ddkey_bias=ddkey_bias,
     )
 
 

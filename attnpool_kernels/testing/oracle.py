@@ -19,12 +19,12 @@ from ..ragged import Ragged
 from .cases import Batch
 
 
-def dense(batch: Batch, dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def dense(batch: Batch, dtype: torch.dtype, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Softmax over all keys of the batch with other molecules masked, in ``dtype``.
 
-    inputs: q, k, v and, where there is one, bias. Differentiable in any order.
+    inputs: q, k, v and, where there are any, bias and key_bias. Differentiable in any order.
     """
-    q, k, v = (x.to(dtype) for x in inputs[:3])
+    q, k, v = (inputs[name].to(dtype) for name in "qkv")
     case, molecules = batch.case, len(batch.case.counts)
     k_of = torch.full((k.shape[0],), -1, device=q.device)
     k_of[: sum(case.counts)] = torch.repeat_interleave(
@@ -43,10 +43,12 @@ def dense(batch: Batch, dtype: torch.dtype, inputs: list[Tensor]) -> tuple[Tenso
         )
     own = (q_of[:, None] == k_of[None, :]).to(q.device)  # row-major order is the order of pairs
     logits = torch.einsum("ihd,jhd->hij", q, k) * batch.scale
-    if len(inputs) > 3:
+    if "bias" in inputs:
         spread = logits.new_zeros(logits.shape[1], logits.shape[2], logits.shape[0])
-        spread = spread.index_put(tuple(own.nonzero().T), inputs[3].to(dtype))
+        spread = spread.index_put(tuple(own.nonzero().T), inputs["bias"].to(dtype))
         logits = logits + spread.permute(2, 0, 1)
+    if "key_bias" in inputs:
+        logits = logits + inputs["key_bias"].to(dtype).T[:, None]
     allowed = own[None] & (logits != -torch.inf)
     dead = ~allowed.any(2, keepdim=True)
     logits = torch.where(allowed, logits, logits.new_full((), -torch.inf)).masked_fill(dead, 0.0)
@@ -76,7 +78,9 @@ def _dense_keep(batch: Batch, own: Tensor) -> Tensor:
 
 
 def differentiate(
-    run: Callable[[list[Tensor]], tuple[Tensor, Tensor]], batch: Batch, dtype: torch.dtype | None
+    run: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]],
+    batch: Batch,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """All outputs of the three passes through torch's autograd.
 
@@ -86,8 +90,9 @@ def differentiate(
     def leaf(x: Tensor) -> Tensor:
         return (x if dtype is None else x.to(dtype)).detach().requires_grad_()
 
-    inputs = [leaf(x) for x in batch.inputs()]
-    out, lse = run(inputs)
+    named = {name: leaf(x) for name, x in batch.inputs().items()}
+    out, lse = run(named)
+    inputs = list(named.values())
     outputs, cotangents = [out], [leaf(batch.dout).to(out.dtype)]
     if batch.dlse is not None:
         outputs.append(lse)
@@ -95,7 +100,7 @@ def differentiate(
     first = torch.autograd.grad(
         outputs, inputs, cotangents, create_graph=True, materialize_grads=True
     )
-    seconds = [x for x in (batch.ddq, batch.ddk, batch.ddv, batch.ddbias) if x is not None]
+    seconds = [getattr(batch, f"dd{name}") for name in named]
     wanted = [*inputs, *cotangents]
     second = torch.autograd.grad(
         [x for x in first if x.requires_grad],
@@ -104,7 +109,7 @@ def differentiate(
         materialize_grads=True,
         allow_unused=True,
     )
-    names = ["q", "k", "v", "bias"][: len(inputs)]
+    names = list(named)
     result = {"out": out.detach(), "lse": lse.detach()}
     result |= {f"d{name}": x.detach() for name, x in zip(names, first)}
     names += ["dout", "dlse"][: len(cotangents)]
@@ -114,10 +119,11 @@ def differentiate(
 def run_public(batch: Batch, backend: str | None) -> dict[str, Tensor]:
     """The three passes through ``set_attention`` or ``seed_pool``."""
 
-    def run(inputs: list[Tensor]) -> Any:
-        q, k, v = inputs[:3]
+    def run(inputs: dict[str, Tensor]) -> Any:
+        q, k, v = (inputs[name] for name in "qkv")
         options: dict[str, Any] = {
-            "bias": inputs[3] if len(inputs) > 3 else None,
+            "bias": inputs.get("bias"),
+            "key_bias": inputs.get("key_bias"),
             "scale": batch.scale,
             "dropout": batch.case.dropout,
             "backend": backend,
@@ -139,8 +145,9 @@ def run_kernels(batch: Batch, kernels: KernelBackend) -> dict[str, Tensor]:
     dx = kernels.backward(x, y, dy, options, batch.bias is not None)
     gx = kernels.double_backward(x, y, dy, batch.tangents, options)
     result = y._asdict() | dx._asdict() | gx._asdict()
-    if batch.bias is None:
-        del result["dbias"], result["gbias"]
+    for name in ("bias", "key_bias"):
+        if getattr(batch, name) is None:
+            del result[f"d{name}"], result[f"g{name}"]
     if batch.dlse is None:
         del result["gdlse"]
     return result

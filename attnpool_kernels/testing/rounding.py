@@ -144,6 +144,11 @@ def molecule(batch: Batch, index: int, dtype: torch.dtype) -> dict[str, Rounded]
     if bias is not None:
         forbidden = bias == -torch.inf
         s += Rounded(bias.masked_fill(forbidden, 0.0), torch.zeros_like(bias), wide)
+    if batch.key_bias is not None:
+        of_keys = x.rows("key_bias").mT
+        forbidden = forbidden | (of_keys == -torch.inf)
+        of_keys = of_keys.masked_fill(of_keys == -torch.inf, 0.0).expand(s.value.shape)
+        s += Rounded(of_keys, torch.zeros_like(of_keys), wide)
     value = s.value.masked_fill(forbidden, -torch.inf)
     dead = forbidden.all(2, keepdim=True)
     lse = value.logsumexp(2, keepdim=True).masked_fill(dead, 0.0)
@@ -178,12 +183,16 @@ def molecule(batch: Batch, index: int, dtype: torch.dtype) -> dict[str, Rounded]
         "dq": ds_half.over_keys(k).times(c),  # (B5)
         "dk": ds_half.over_queries(q).times(c),  # (B6)
         "dbias": ds,  # (B7)
+        "dkey_bias": ds.over_queries(torch.ones_like(q[..., :1])),  # (B8)
     }
 
     t = inner(torch.cat([ddq, q], 2), torch.cat([k, ddk], 2), wide).times(c)  # (D1)
     if batch.ddbias is not None:
         ddbias = x.pairs(batch.ddbias)
         t += Rounded(ddbias, torch.zeros_like(ddbias), wide)
+    if batch.ddkey_bias is not None:
+        of_keys = x.rows("ddkey_bias").mT.expand(t.value.shape)
+        t += Rounded(of_keys, torch.zeros_like(of_keys), wide)
     t_row = (p * t).row_sum()  # (D2)
     t_less = t - t_row.row_statistic("t")
     g = kept(inner(dout, ddv, wide))  # (D3)
@@ -202,6 +211,7 @@ def molecule(batch: Batch, index: int, dtype: torch.dtype) -> dict[str, Rounded]
         "gbias": z,  # (D10)
         "gdout": u.over_keys(v) + kept(p).to(dtype).over_keys(ddv),  # (D11)
         "gdlse": t_row,  # (D12)
+        "gkey_bias": z.over_queries(torch.ones_like(q[..., :1])),  # (D13)
     }
 
 
@@ -223,7 +233,7 @@ class Cut:
         kind = name.lstrip("dg")
         if kind == "bias":
             return self.pair_rows
-        if kind in ("k", "v"):
+        if kind in ("k", "v", "key_bias"):
             return self.keys
         return self.index if self.batch.case.seeds and kind in ("out", "lse") else self.queries
 
@@ -257,8 +267,9 @@ def model(batch: Batch, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     shapes = {"out": batch.dout.shape, "lse": lse_shape}
     for letter in "dg":
         shapes |= {f"{letter}{name}": getattr(batch, name).shape for name in ("q", "k", "v")}
-        if batch.bias is not None:
-            shapes[f"{letter}bias"] = batch.bias.shape
+        for name in ("bias", "key_bias"):
+            if getattr(batch, name) is not None:
+                shapes[f"{letter}{name}"] = getattr(batch, name).shape
     shapes["gdout"] = batch.dout.shape
     if batch.dlse is not None:
         shapes["gdlse"] = lse_shape
@@ -293,7 +304,7 @@ def model(batch: Batch, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
 
 def packed(x: Tensor, name: str) -> Tensor:
     """[heads, rows, width] to the layout of a result."""
-    if name.endswith("bias"):
+    if name.lstrip("dg") == "bias":
         return x.permute(1, 2, 0).flatten(0, 1)
     x = x.transpose(0, 1)
-    return x[..., 0] if name.endswith("lse") else x
+    return x[..., 0] if name.endswith(("lse", "key_bias")) else x

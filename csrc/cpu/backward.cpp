@@ -17,6 +17,7 @@ struct BackwardScratch {
   T *minus_lse, *delta, *dlse, *norm;
   T* norms;  // by query of the molecule
   T *long_dq[2], *long_dk[2], *long_dv[2];
+  T* key_sums[3];
   int64_t keys, head_ld, value_ld;
 
   BackwardScratch(const AttnParams& a, int64_t longest, Arena& arena) {
@@ -32,7 +33,7 @@ struct BackwardScratch {
     out = arena.take<T>(QUERIES * value_ld);
     p = arena.take<T>(keys * QUERIES);
     ds = arena.take<T>(keys * QUERIES);
-    pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
+    pairs = arena.take<T>(a.bias.data || a.key_bias.data || a.seed ? keys * QUERIES : 0);
     dk = arena.take<T>(keys * head_ld);
     dv = arena.take<T>(keys * value_ld);
     minus_lse = arena.take<T>(QUERIES);
@@ -41,6 +42,7 @@ struct BackwardScratch {
     norm = arena.take<T>(QUERIES);
     norms = arena.take<T>(longest);
     dq = arena.take<T>(longest * head_ld);
+    arena.each(KeySums<T>::elements(a, keys), key_sums[0], key_sums[1], key_sums[2]);
     arena.each(keys * head_ld, long_dk[0], long_dk[1]);
     arena.each(keys * value_ld, long_dv[0], long_dv[1]);
     arena.each(long_rows<T>(a, longest, keys) * head_ld, long_dq[0], long_dq[1]);
@@ -173,6 +175,8 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
   if (queries.size == 0) {
     fill_rows(T(0), a.dk, a.dtype, 0, keys.first + first, head, last - first, a.head_dim);
     fill_rows(T(0), a.dv, a.dtype, 0, keys.first + first, head, last - first, a.value_dim);
+    at.j0 = first, at.nj = last - first;
+    KeySums<T>{}.finish(a, at, a.dkey_bias);
     return;
   }
   if (keys.size == 0) {
@@ -199,6 +203,8 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
                           : norms ? score_gradients<T, false, Norm::given>
                                   : score_gradients<T, false, Norm::one>);
   DeadRows dead{};
+  KeySums<T> ds_sum{};
+  if (a.dkey_bias.data) ds_sum = {w.key_sums[0], w.key_sums[1], w.key_sums[2]};
   for (at.j0 = first; at.j0 < last; at.j0 += key_step) {
     at.nj = smaller(key_step, last - at.j0);
     const int64_t key = keys.first + at.j0;
@@ -243,7 +249,9 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
       sum_over_queries(at, w.ds, w.q, w.head_ld, dk.data, dk.ld, scale, add_dk);    // (B6)
       sum_over_keys(at, dead, w.ds, w.k, w.head_ld, dq.row(at.i0), dq.ld, scale, add_dq);  // (B5)
       if (a.dbias.data) store_pairs(a, w.ds, at, a.dbias);  // (B7)
+      ds_sum.add(at, w.ds);                                 // (B8)
     }
+    ds_sum.finish(a, at, a.dkey_bias);
     dk_sum.finish(dk, at.nj, w.head_ld);
     dv_sum.finish(dv, at.nj, w.value_ld);
     if (!dk.direct)

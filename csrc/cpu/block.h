@@ -217,6 +217,102 @@ void store_pairs(const AttnParams& a, const T* from, const Block& at, const View
   });
 }
 
+// f(element) for each key of a block of x [rows, heads], in the type that it is stored in.
+template <typename F>
+ATTN_INLINE void for_keys(const AttnParams& a, const View& x, const Block& at, F f) {
+  with_stored(a.key_bias_dtype, [&](auto kind) {
+    using S = decltype(kind);
+    S* element = address<S>(x, 0, at.keys.first + at.j0, at.head);
+    for (int64_t j = 0; j < at.nj; ++j, element += x.row) f(j, element);
+  });
+}
+
+// What is added to the logits of a block.
+enum class Added { nothing, keys, pairs };
+
+// to: [nj] of the key bias; or as pack_pairs, together with it, where there is a bias of pairs.
+template <typename T>
+Added pack_bias(const AttnParams& a, const Block& at, T* to) {
+  if (!a.bias.data && !a.key_bias.data) return Added::nothing;
+  if (!a.bias.data) {
+    for_keys(a, a.key_bias, at, [&](int64_t j, auto* x) { to[j] = T(widened(*x)); });
+    return Added::keys;
+  }
+  pack_pairs(a, a.bias, at, to);
+  if (a.key_bias.data)
+    for_keys(a, a.key_bias, at, [&](int64_t j, auto* key) {
+      const Vector<T> more = splat(T(widened(*key)));
+      for (int64_t x = j * QUERIES; x < j * QUERIES + at.ni; x += WIDTH<T>)
+        store(to + x, load(to + x) + more);
+    });
+  return Added::pairs;
+}
+
+template <typename T, Added ADDED>
+ATTN_INLINE Vector<T> with_bias(Vector<T> logit, const T* bias, int64_t j, int64_t x) {
+  if (ADDED == Added::nothing) return logit;
+  const Vector<T> more = ADDED == Added::keys ? splat(bias[j]) : load(bias + j * QUERIES + x);
+  return logit + more * T(LOG2_E);
+}
+
+// Sums over the queries of a molecule, one for each key of a block of them.
+template <typename T>
+struct KeySums {
+  T *block, *sum, *lost;  // [keys of a block], null where they are not wanted
+  bool started = false;
+
+  static int64_t elements(const AttnParams& a, int64_t keys) {
+    return a.key_bias.data ? whole_vectors<T>(keys) : 0;
+  }
+
+  // x: [nj][QUERIES]
+  void add(const Block& at, const T* x) {
+    if (!block) return;
+    add_up_queries(at, x);
+    for (int64_t j = 0; j < at.nj; j += WIDTH<T>) {
+      Vector<T> all = load(block + j), rest{};
+      if (started) {
+        all = load(sum + j), rest = load(lost + j);
+        add_exactly<T>(all, rest, load(block + j));
+      }
+      store(sum + j, all);
+      store(lost + j, rest);
+    }
+    started = true;
+  }
+
+  void finish(const AttnParams& a, const Block& at, const View& to) {
+    if (!to.data) return;
+    for_keys(a, to, at, [&](int64_t j, auto* x) { narrow(started ? sum[j] + lost[j] : T(0), x); });
+    started = false;
+  }
+
+ private:
+  // block[j] = sum of x[j][i] over i: WIDTH keys at a time, added up lane by lane, then transposed.
+  void add_up_queries(const Block& at, const T* x) {
+    constexpr int W = WIDTH<T>;
+    alignas(64) T lanes[W * W], turned[W * W];
+    const int64_t whole = at.ni / W * W;
+    Vector<T> lane{};
+    for (int i = 0; i < W; ++i) lane[i] = T(i);
+    const Vector<T> end = splat(T(at.ni - whole));
+    for (int64_t j = 0; j < at.nj; j += W) {
+      for (int64_t r = 0; r < W; ++r) {
+        Vector<T> all{};
+        const T* const row = x + (j + r) * QUERIES;
+        for (int64_t i = 0; j + r < at.nj && i < whole; i += W) all += load(row + i);
+        if (j + r < at.nj && whole < at.ni)  // lanes without a query hold anything
+          all += lane < end ? load(row + whole) : Vector<T>{};
+        store(lanes + r * W, all);
+      }
+      transpose<T>(lanes, W, turned, W);
+      Vector<T> all{};
+      for (int r = 0; r < W; ++r) all += load(turned + r * W);
+      store(block + j, all);
+    }
+  }
+};
+
 // to[nj][QUERIES] = keep factor R of the pairs: 0 or 1 / (1 - dropout).
 template <typename T>
 void keep_pairs(const AttnParams& a, const Block& at, T* to) {
@@ -322,7 +418,7 @@ enum class Base { top, lse, whole };
 // the rows' own maximum (top) and must be divided by their sum: the rounding of a large LSE would
 // spoil the cancellations of the derivatives. Otherwise they come from the LSE, or, to be divided
 // by their sum as well, from a whole number near it: that is subtracted without any rounding.
-template <typename T, Base BASE, bool BIAS>
+template <typename T, Base BASE, Added ADDED>
 void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lanes) {
   const Vector<T> infinity = splat(T(__builtin_inf()));
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
@@ -331,18 +427,15 @@ void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lan
     if (BASE == Base::top) {
       Vector<T> top = -infinity;
       for (int64_t j = 0; j < nj; ++j) {
-        Vector<T> logit = load(p + j * QUERIES + x);
-        if (BIAS) {
-          logit += load(bias + j * QUERIES + x) * T(LOG2_E);
-          store(p + j * QUERIES + x, logit);
-        }
+        const Vector<T> logit = with_bias<T, ADDED>(load(p + j * QUERIES + x), bias, j, x);
+        if (ADDED != Added::nothing) store(p + j * QUERIES + x, logit);
         top = larger_lanes(logit, top);
       }
       shift = top == -infinity ? Vector<T>{} : -top;
     }
     for (int64_t j = 0; j < nj; ++j) {
       Vector<T> logit = load(p + j * QUERIES + x);
-      if (BIAS && BASE != Base::top) logit += load(bias + j * QUERIES + x) * T(LOG2_E);
+      if (BASE != Base::top) logit = with_bias<T, ADDED>(logit, bias, j, x);
       const Vector<T> power = logit + shift;
       store(p + j * QUERIES + x, BASE == Base::whole
                                      ? exp2<T, true>(power, logit - (power - shift))
@@ -351,21 +444,27 @@ void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lan
   }
 }
 
-// (F1), (F2) of a block; pairs is scratch for the bias.
+template <typename T, Base BASE>
+void weights_with(Added added, T* p, const T* bias, const T* minus_lse, int64_t nj,
+                  int64_t lanes) {
+  switch (added) {
+    case Added::nothing:
+      return weights_of<T, BASE, Added::nothing>(p, bias, minus_lse, nj, lanes);
+    case Added::keys: return weights_of<T, BASE, Added::keys>(p, bias, minus_lse, nj, lanes);
+    default: return weights_of<T, BASE, Added::pairs>(p, bias, minus_lse, nj, lanes);
+  }
+}
+
+// (F1), (F2) of a block; pairs is scratch for the biases.
 template <typename T>
 void block_weights(const AttnParams& a, const Block& at, Base base, const T* k, int64_t ld,
                    const T* q_t, const T* minus_lse, T* pairs, T* p) {
   pair_products(at, k, ld, q_t, a.head_dim, p, T(a.scale * LOG2_E), false);
-  if (a.bias.data) pack_pairs(a, a.bias, at, pairs);
-  constexpr Base TOP = Base::top, LSE = Base::lse, WHOLE = Base::whole;
-  const auto run =
-      a.bias.data ? (base == TOP ? weights_of<T, TOP, true>
-                                 : base == LSE ? weights_of<T, LSE, true>
-                                               : weights_of<T, WHOLE, true>)
-                  : (base == TOP ? weights_of<T, TOP, false>
-                                 : base == LSE ? weights_of<T, LSE, false>
-                                               : weights_of<T, WHOLE, false>);
-  run(p, pairs, minus_lse, at.nj, whole_vectors<T>(at.ni));
+  const Added added = pack_bias(a, at, pairs);
+  const auto run = base == Base::top   ? weights_with<T, Base::top>
+                   : base == Base::lse ? weights_with<T, Base::lse>
+                                       : weights_with<T, Base::whole>;
+  run(added, p, pairs, minus_lse, at.nj, whole_vectors<T>(at.ni));
 }
 
 template <typename T>

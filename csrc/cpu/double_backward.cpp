@@ -19,6 +19,7 @@ struct DoubleBackwardScratch {
   T *minus_lse, *dlse, *delta_l, *t, *y, *w, *inverse;
   T* linear;  // by query of the molecule: statistics [4, n_q], gq, gdout
   T *long_gq[2], *long_gdout[2], *long_gk[2], *long_gv[2];
+  T* key_sums[3];
   int64_t keys, head_ld, value_ld;
 
   DoubleBackwardScratch(const AttnParams& a, int64_t longest, Arena& arena) {
@@ -30,9 +31,10 @@ struct DoubleBackwardScratch {
     arena.each(keys * head_ld, k, ddk, gk);
     arena.each(keys * value_ld, v, ddv, gv);
     arena.each(keys * QUERIES, p, tangent, dp, g);
-    pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
+    pairs = arena.take<T>(a.bias.data || a.key_bias.data || a.seed ? keys * QUERIES : 0);
     arena.each(QUERIES, minus_lse, dlse, delta_l, t, y, w, inverse);
     linear = arena.take<T>(whole_vectors<T>(longest) * (4 + head_ld + value_ld));
+    arena.each(KeySums<T>::elements(a, keys), key_sums[0], key_sums[1], key_sums[2]);
     arena.each(keys * head_ld, long_gk[0], long_gk[1]);
     arena.each(keys * value_ld, long_gv[0], long_gv[1]);
     arena.each(long_rows<T>(a, longest, keys) * head_ld, long_gq[0], long_gq[1]);
@@ -94,6 +96,8 @@ class Head {
     if (queries.size == 0) {
       fill_rows(T(0), a_.gk, a_.dtype, 0, keys.first + first, at_.head, last - first, a_.head_dim);
       fill_rows(T(0), a_.gv, a_.dtype, 0, keys.first + first, at_.head, last - first, a_.value_dim);
+      at_.j0 = first, at_.nj = last - first;
+      KeySums<T>{}.finish(a_, at_, a_.gkey_bias);
       return;
     }
     if (keys.size == 0) return no_keys();
@@ -106,6 +110,8 @@ class Head {
     const Target<T> gdout =
         sum_of(task_.gdout_sum, a_.gdout, at_.molecule, a_.value_dim, gdout_buffer, w_.value_ld);
     LongSum<T> gdout_sum{w_.long_gdout[0], w_.long_gdout[1]};
+    KeySums<T> z_sum{};
+    if (a_.gkey_bias.data) z_sum = {w_.key_sums[0], w_.key_sums[1], w_.key_sums[2]};
     for (at_.j0 = first; at_.j0 < last; at_.j0 += key_step) {
       at_.nj = smaller(key_step, last - at_.j0);
       const bool add_gq = gq_sum.next(gq, queries.size, w_.head_ld);
@@ -132,7 +138,9 @@ class Head {
         elementwise();
         accumulate(gq, add_gq, gdout, add_gdout, gk, gk_sum.next(gk, at_.nj, w_.head_ld), gv,
                    gv_sum.next(gv, at_.nj, w_.value_ld));
+        z_sum.add(at_, w_.g);  // (D13)
       }
+      z_sum.finish(a_, at_, a_.gkey_bias);
       gk_sum.finish(gk, at_.nj, w_.head_ld);
       gv_sum.finish(gv, at_.nj, w_.value_ld);
       if (!gk.direct)
@@ -209,6 +217,14 @@ class Head {
     block_weights(a_, at_, all_keys_ ? Base::top : Base::whole, w_.k, w_.head_ld, w_.q_t, w_.minus_lse, w_.pairs, w_.p);
     bool add = a_.ddbias.data != nullptr;
     if (add) pack_pairs(a_, a_.ddbias, at_, w_.tangent);
+    if (a_.ddkey_bias.data) {
+      for_keys(a_, a_.ddkey_bias, at_, [&](int64_t j, auto* key) {
+        const Vector<T> more = splat(T(widened(*key)));
+        for (int64_t x = j * QUERIES; x < j * QUERIES + lanes(); x += WIDTH<T>)
+          store(w_.tangent + x, add ? load(w_.tangent + x) + more : more);
+      });
+      add = true;
+    }
     if (a_.ddq.data) {
       scores(w_.k, w_.ddq_t, w_.head_ld, a_.head_dim, w_.tangent, scale_, add);
       add = true;

@@ -25,7 +25,7 @@ struct ForwardScratch {
     k = arena.take<T>(kept * head_ld);
     v = arena.take<T>(kept * value_ld);
     s = arena.take<T>(keys * QUERIES);
-    pairs = arena.take<T>(a.bias.data || a.seed ? keys * QUERIES : 0);
+    pairs = arena.take<T>(a.bias.data || a.key_bias.data || a.seed ? keys * QUERIES : 0);
     arena.each(QUERIES * value_ld, o, o_sum, o_lost);
     arena.each(QUERIES, maximum, taken, sum, lost, row);
   }
@@ -38,11 +38,11 @@ ATTN_INLINE Vector<T> fading(Vector<T> old, Vector<T> now) {
   return exp2<T>(old - (now == -infinity ? Vector<T>{} : now));
 }
 
-// Turns logits s (and bias) into weights exp(s - max) and moves the running maximum and sum of each
+// Turns logits s (and biases) into weights exp(s - max) and moves the running maximum and sum of each
 // row on; decay[i] is what the sums of earlier blocks must be multiplied by. Over several blocks
 // the maximum is rounded to a whole number: then decay is a power of 2, which rounds nothing away,
 // however often the maximum rises.
-template <typename T, bool BIAS>
+template <typename T, Added ADDED>
 void soften(T* s, const T* bias, int64_t nj, int64_t lanes, bool one_block, T* maximum, T* sum,
             T* lost, T* decay) {
   const Vector<T> infinity = splat(T(__builtin_inf()));
@@ -50,11 +50,8 @@ void soften(T* s, const T* bias, int64_t nj, int64_t lanes, bool one_block, T* m
     const Vector<T> old = load(maximum + x);
     Vector<T> top = old;
     for (int64_t j = 0; j < nj; ++j) {
-      Vector<T> logit = load(s + j * QUERIES + x);
-      if (BIAS) {
-        logit += load(bias + j * QUERIES + x) * T(LOG2_E);
-        store(s + j * QUERIES + x, logit);
-      }
+      const Vector<T> logit = with_bias<T, ADDED>(load(s + j * QUERIES + x), bias, j, x);
+      if (ADDED != Added::nothing) store(s + j * QUERIES + x, logit);
       top = larger_lanes(logit, top);
     }
     if (!one_block) top = nearest_whole<T>(top);
@@ -149,12 +146,11 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
                   ahead_of(a.v, at.keys, at.nj, head, a.heads));
       }
       pair_products(at, k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
-      if (a.bias.data) {  // (F1), (F2)
-        pack_pairs(a, a.bias, at, w.pairs);
-        soften<T, true>(w.s, w.pairs, at.nj, lanes, one_block, w.maximum, w.sum, w.lost, w.row);
-      } else {
-        soften<T, false>(w.s, nullptr, at.nj, lanes, one_block, w.maximum, w.sum, w.lost, w.row);
-      }
+      const Added added = pack_bias(a, at, w.pairs);  // (F1), (F2)
+      const auto soften_block = added == Added::nothing ? soften<T, Added::nothing>
+                                : added == Added::keys  ? soften<T, Added::keys>
+                                                        : soften<T, Added::pairs>;
+      soften_block(w.s, w.pairs, at.nj, lanes, one_block, w.maximum, w.sum, w.lost, w.row);
       if (a.seed) {
         keep_pairs(a, at, w.pairs);
         multiply_pairs(w.s, w.pairs, at.nj, lanes);

@@ -127,11 +127,13 @@ std::vector<Output> outputs_of(const Call& call, Pass pass) {
     return {{a.dq, a.dtype, queries, a.query_rows},
             {a.dk, a.dtype, keys, a.key_rows},
             {a.dv, a.dtype, keys, a.key_rows},
-            {a.dbias, a.bias_dtype, pairs, a.pairs}};
+            {a.dbias, a.bias_dtype, pairs, a.pairs},
+            {a.dkey_bias, a.key_bias_dtype, keys, a.key_rows}};
   return {{a.gq, a.dtype, queries, a.query_rows},
           {a.gk, a.dtype, keys, a.key_rows},
           {a.gv, a.dtype, keys, a.key_rows},
           {a.gbias, a.bias_dtype, pairs, a.pairs},
+          {a.gkey_bias, a.key_bias_dtype, keys, a.key_rows},
           {a.gdout, a.dtype, covered, rows},
           {a.gdlse, call.sums, covered, rows}};
 }
