@@ -142,9 +142,33 @@ class Launch:
         return triton.compile(self.source(), target=target, options=options)
 
     def digest(self) -> str:
-        """Of everything that the machine code follows from, but Triton and the architecture."""
-        text = self.source().hash() + repr(sorted(self.options.items()))
-        return short(text)
+        """Of everything that the machine code follows from, but Triton and the architecture.
+
+        An absent member of a tuple leaves no trace in the code, and none here.
+        """
+        lines = [self.kernel.cache_key, repr(sorted(self.options.items()))]
+
+        def describe(value: Any, name: str, fixed: bool) -> None:
+            if isinstance(value, tuple):
+                names = getattr(value, "_fields", range(len(value)))
+                for member, x in zip(names, value):
+                    describe(x, f"{name}.{member}", False)
+            elif isinstance(value, torch.Tensor):
+                lines.append(f"{name} {TYPES[value.dtype]}")
+            elif isinstance(value, int) and not fixed:  # as the launcher specialises it
+                lines.append(f"{name} {'1' if value == 1 else value % 16 == 0}")
+            elif value is not None:
+                lines.append(f"{name} {type(value).__name__}")
+
+        for param in self.kernel.params:
+            value = self.arguments[param.name]
+            if param.is_constexpr:
+                lines.append(f"{param.name} = {value!r}")
+            else:
+                lines.append(f"{param.name}: {param.annotation_type}")
+                fixed = param.do_not_specialize or param.annotation_type.startswith("fp")
+                describe(value, param.name, fixed)
+        return short("\n".join(lines))
 
 
 @contextlib.contextmanager
