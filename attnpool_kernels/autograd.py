@@ -1,18 +1,18 @@
 """The equations of the three passes, and the graph that connects them.
 
-Per molecule and head; c = scale, b = bias, e = key bias (one number per column), R = keep/(1 - p)
-elementwise under dropout, else 1::
+Per molecule and head; c = scale, b = bias, e = key bias (one number per column),
+R = keep/(1 - p) elementwise under dropout, else 1::
 
     (F1) S = c·QKᵀ + b + 1eᵀ       (F2) L = log Σ_j exp S_j,  P = exp(S - L)     (F3) O = (P∘R)V
 
     (B1) dP = R∘(dO Vᵀ)            (B2) δ = rowsum(O∘dO),  δ' = δ - dL
     (B3) dS = P∘(dP - δ')          (B4) dV = (P∘R)ᵀdO        (B5) dQ = c·dS·K
-    (B6) dK = c·dSᵀQ               (B7) db = dS              (B8) de = dSᵀ1
+    (B6) dK = c·dSᵀQ               (B7) db = dS               (B8) de = dSᵀ1
 
 Second order, with A, B, C, E, f the cotangents of dQ, dK, dV, db, de::
 
-    (D1) T = c(AKᵀ + QBᵀ) + E + 1fᵀ                         (D2) t = rowsum(P∘T),  s = rowsum(P∘T∘dP)
-    (D3) G = R∘(dO Cᵀ),  w = rowsum(P∘G)                    (D4) y = s - (δ + δ')t + w
+    (D1) T = c(AKᵀ + QBᵀ) + E + 1fᵀ              (D2) t = rowsum(P∘T),  s = rowsum(P∘T∘dP)
+    (D3) G = R∘(dO Cᵀ),  w = rowsum(P∘G)         (D4) y = s - (δ + δ')t + w
     (D5) U = P∘(T - t)             (D6) Z = P∘(T∘(dP - δ') - t·dP + G - y)
     (D7) gQ = c(dS·B + Z·K)        (D8) gK = c(dSᵀA + ZᵀQ)   (D9) gV = (U∘R)ᵀdO
     (D10) gb = Z                   (D11) gdO = (U∘R)V + (P∘R)C      (D12) gdL = t

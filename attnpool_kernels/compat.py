@@ -35,6 +35,8 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    key_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""softmax(softmax_scale · q kᵀ) v in every sequence of a packed batch; see ``set_attention``.
 
@@ -48,6 +50,8 @@ def flash_attn_varlen_func(
         causal, window_size, softcap, alibi_slopes, block_table: only their defaults.
         deterministic: accepted; the native backends always add in a fixed order.
         return_attn_probs: also return softmax_lse and S_dmask.
+        key_bias: not in flash-attn: [total_k, H] or [total_k] added to the logits of a key, -inf
+            forbids it.
 
     Returns:
         out [total_q, H, D_v] in the dtype of q. With return_attn_probs (out, softmax_lse, S_dmask):
@@ -75,14 +79,16 @@ def flash_attn_varlen_func(
     drawn = None
     if return_attn_probs and dropout_p:
         drawn = _next_seed(q.device)
-    options: dict[str, Any] = {"scale": softmax_scale, "dropout": dropout_p}
+    options: dict[str, Any] = {"scale": softmax_scale, "dropout": dropout_p, "key_bias": key_bias}
     if not return_attn_probs:
         return set_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
     out, lse = set_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options, return_lse=True)
     weights = q.new_zeros(0)
     if drawn is not None:
         scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-        weights = _weights(q, k, lse, cu_seqlens_q, cu_seqlens_k, drawn, scale, dropout_p)
+        more = k.new_zeros(k.shape[:1]) if key_bias is None else key_bias
+        more = more.unsqueeze(1) if more.dim() == 1 else more
+        weights = _weights((q, k, more), lse, (cu_seqlens_q, cu_seqlens_k), drawn, scale, dropout_p)
     return out, lse.masked_fill(lse == -torch.inf, torch.inf).T.contiguous(), weights
 
 
@@ -103,7 +109,7 @@ def _refuse(causal, window_size, softcap, alibi_slopes, block_table) -> None:
     if what is not None:
         raise NotImplementedError(
             f"{what} is not implemented: atoms have no order; for a bias or a mask of pairs use "
-            "set_attention(..., bias=)"
+            "set_attention(..., bias=) or key_bias="
         )
 
 
@@ -136,8 +142,9 @@ def _next_seed(device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _weights(q, k, lse, q_ptr, k_ptr, seed, scale, dropout) -> Tensor:
+def _weights(rows_of, lse, boundaries, seed, scale, dropout) -> Tensor:
     """S_dmask: softmax weights, negative where dropped. Reads the boundaries on the host."""
+    (q, k, key_bias), (q_ptr, k_ptr) = rows_of, boundaries
     q_edges, k_edges = q_ptr.tolist(), k_ptr.tolist()
     n_q, n_k = q_ptr.diff().tolist(), k_ptr.diff().tolist()
     heads = q.shape[1]
@@ -147,6 +154,7 @@ def _weights(q, k, lse, q_ptr, k_ptr, seed, scale, dropout) -> Tensor:
         if n == 0 or m == 0:
             continue
         logits = scale * torch.einsum("ihd,jhd->hij", q[rows].to(lse), k[columns].to(lse))
+        logits = logits + key_bias[columns].to(lse).T[:, None]
         weights = (logits - lse[rows].T[:, :, None]).exp()
         keep = keep_mask(seed, i, heads, n, m, dropout)
         found[i, :, :n, :m] = torch.where(keep, weights, -weights)

@@ -41,8 +41,8 @@ def select(problem: Problem, name: str | None = None) -> Backend:
         facts = dict(
             device=problem.device,
             dtype=problem.dtype,
-            head_dim=256 if problem.head_dim <= 256 else 257,
-            value_dim=256 if problem.value_dim <= 256 else 257,
+            head_dim=_bracket(problem.head_dim),
+            value_dim=_bracket(problem.value_dim),
             capability=problem.capability,
             seeds=None if problem.seeds is None else 1,
             bias=problem.bias,
@@ -60,6 +60,15 @@ def select(problem: Problem, name: str | None = None) -> Backend:
     if found is None:
         found = _chosen[key] = _select(problem, name)
     return found
+
+
+def _bracket(width: int) -> int:
+    """The least of the widths that a native backend ends at (``NEEDS.widest``) that is enough."""
+    if width <= 128:
+        return 128
+    if width <= 256:
+        return 256
+    return 512 if width <= 512 else 513
 
 
 def _select_once(name: str | None, **facts) -> str:

@@ -82,7 +82,7 @@ def set_attention(
 
     Args:
         q: [N_q, H, D] packed queries, molecule after molecule. float16, bfloat16, float32 or
-            float64; any strides. D from 1 to 256 on the native backends.
+            float64; any strides. D up to 512 on the CPU; 256 with Triton, 128 with CUDA kernels.
         k: [N_k, H, D] packed keys, dtype and device of q.
         v: [N_k, H, D_v] packed values, dtype and device of q.
         ptr: [B + 1] boundaries, int32 or int64: molecule b owns rows ptr[b]:ptr[b+1] of q. On the
@@ -106,8 +106,8 @@ def set_attention(
         only -inf) and rows of no molecule are exactly 0, LSE -inf, with gradient exactly 0.
 
     Accumulates in float32 (float64 for float64). On the native backends exact to second order in
-    q, k, v and both biases; a third derivative raises. With dropout 0 a molecule's result has the same
-    bits alone and in any batch. No argument depends on the longest molecule.
+    q, k, v and both biases; a third derivative raises. With dropout 0 a molecule's result has the
+    same bits alone and in any batch. No argument depends on the longest molecule.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or dtype; of the wrong value, shape or
@@ -454,12 +454,12 @@ def _check_added(name: str, x: object, k: Tensor) -> Tensor:
 def _check_key_bias(given: object, k: Tensor) -> Tensor:
     """[N_k, H], expanded over the heads where it has one number per key."""
     key_bias = _check_added("key_bias", given, k)
-    rows, heads = k.shape[:2]
+    shape, (rows, heads) = key_bias.shape, k.shape[:2]
     if key_bias.dim() == 1:
         key_bias = key_bias[:, None]
     if key_bias.dim() != 2 or key_bias.shape[0] != rows or key_bias.shape[1] not in (1, heads):
         raise ValueError(
-            f"key_bias must have shape [{rows}] or [{rows}, {heads}], got {tuple(given.shape)}"  # type: ignore[attr-defined]
+            f"key_bias must have shape [{rows}] or [{rows}, {heads}], got {tuple(shape)}"
         )
     return key_bias if key_bias.shape[1] == heads else key_bias.expand(-1, heads)
 

@@ -30,6 +30,14 @@ class Operands(NamedTuple):
     pair_ptr: Tensor | None  # [B + 1] int64, together with bias
     seed: Tensor | None  # [1] int64, together with dropout
 
+    @classmethod
+    def plain(
+        cls, q: Tensor, k: Tensor, v: Tensor, q_ptr: Tensor | None, k_ptr: Tensor
+    ) -> Operands:
+        """Attention with nothing added to the logits and nothing dropped."""
+        absent = dict.fromkeys(cls._fields)
+        return cls(**(absent | dict(q=q, k=k, v=v, q_ptr=q_ptr, k_ptr=k_ptr)))  # type: ignore[arg-type]
+
     @property
     def shared(self) -> bool:
         """Whether q holds seeds."""
@@ -82,8 +90,8 @@ class Tangents(NamedTuple):
     ddq: Tensor | None
     ddk: Tensor | None
     ddv: Tensor | None
-    ddbias: Tensor | None
-    ddkey_bias: Tensor | None
+    ddbias: Tensor | None = None
+    ddkey_bias: Tensor | None = None
 
 
 class SecondGradients(NamedTuple):

@@ -78,11 +78,12 @@ def _fake_forward(x: Operands, options: Options) -> Result:
 
 
 def _fake_biases(x: Operands, wanted: bool) -> tuple[Tensor, Tensor]:
-    none = x.q.new_empty((0, x.q.shape[1]))
-    return (
-        none if x.bias is None else x.bias.new_empty(x.bias.shape if wanted else none.shape),
-        none if x.key_bias is None else x.key_bias.new_empty(x.key_bias.shape),
-    )
+    def like(given: Tensor | None, wanted: bool) -> Tensor:
+        if given is None:
+            return x.q.new_empty((0, x.q.shape[1]))
+        return given.new_empty(given.shape if wanted else (0, given.shape[1]))
+
+    return like(x.bias, wanted), like(x.key_bias, True)
 
 
 def _fake_backward(

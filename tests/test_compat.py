@@ -50,6 +50,7 @@ def test_signature_is_that_of_flash_attn():
         ("deterministic", False),
         ("return_attn_probs", False),
         ("block_table", None),
+        ("key_bias", None),  # ours, by name only
     ]
 
 

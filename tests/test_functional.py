@@ -83,6 +83,14 @@ WRONG = [
     (41, {"bias": torch.zeros(34, 3)}, VE, ("bias", "[P, 2]", "(34, 3)")),
     (42, {"bias": torch.zeros(35, 2)}, VE, ("bias", "34", "35")),
     (43, {"bias": BIAS.half()}, TE, ("bias", "float32", "float16")),
+    (40, {"key_bias": 1.0}, TE, ("key_bias", "float")),
+    (41, {"key_bias": torch.zeros(7, 2)}, VE, ("key_bias", "[8] or [8, 2]", "(7, 2)")),
+    (41, {"key_bias": torch.zeros(8, 3)}, VE, ("key_bias", "[8] or [8, 2]", "(8, 3)")),
+    (41, {"key_bias": torch.zeros(34)}, VE, ("key_bias", "[8] or [8, 2]", "(34,)")),
+    (41, {"key_bias": torch.zeros(8, 2, 1)}, VE, ("key_bias", "(8, 2, 1)")),
+    (43, {"key_bias": torch.zeros(8).half()}, TE, ("key_bias", "float32", "float16")),
+    (44, {"key_bias": torch.zeros(8).to("meta")}, VE, ("key_bias", "cpu", "meta")),
+    (5, {"key_bias": torch.zeros(8).to_sparse()}, NIE, ("key_bias", "sparse")),
     (5, {"bias": BIAS.to_sparse()}, NIE, ("bias", "sparse")),
     (5, {"ptr": PTR.to_sparse()}, NIE, ("ptr", "sparse")),
     (44, {"bias": BIAS.to("meta")}, VE, ("bias", "cpu", "meta")),
@@ -117,7 +125,46 @@ def test_bad_input(row, changes, error, words):
         assert word in str(caught.value), f"row {row}"
 
 
+def test_biases_of_all_heads(native):
+    """[N] and [P, 1] are the same numbers in every head, and so are their derivatives."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (x.double() for x in tensors())
+    of_pairs, of_keys = (
+        torch.randn(n, 1, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in (34, 8)
+    )
+
+    def derivatives(bias, key_bias):
+        out = set_attention(q, k, v, PTR, bias=bias, key_bias=key_bias, backend=native)
+        leaves = of_pairs, of_keys
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+        return out, *first, *second
+
+    spread = derivatives(of_pairs.expand(-1, 2).contiguous(), of_keys.expand(-1, 2).contiguous())
+    for keys in (of_keys, of_keys[:, 0]):
+        for x, y in zip(derivatives(of_pairs, keys), spread):
+            assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_a_key_bias_is_a_bias_of_pairs(native):
+    q, k, v = tensors()
+    key_bias = torch.randn(8, 2)
+    key_bias[4] = -torch.inf
+    counts = PTR.diff()
+    rows = [key_bias[a:b].repeat(int(n), 1) for a, b, n in zip(PTR, PTR[1:], counts)]
+    expected = set_attention(q, k, v, PTR, bias=torch.cat(rows), backend=native)
+    found = set_attention(q, k, v, PTR, key_bias=key_bias, backend=native)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    ptr = torch.tensor([0, 4, 8])
+    pooled = seed_pool(q[:2], k, v, ptr, key_bias=key_bias, backend=native)
+    changed = v.clone()
+    changed[4] = 7.0
+    assert torch.equal(pooled, seed_pool(q[:2], k, changed, ptr, key_bias=key_bias, backend=native))
+
+
 SEEDS_WRONG = [
+    (41, {"key_bias": torch.zeros(7)}, VE, ("key_bias", "[8] or [8, 2]", "(7,)")),
     (1, {"seeds": None}, TE, ("seeds", "NoneType")),
     (56, {"seeds": X[0]}, VE, ("seeds", "[S, H, D]", "(2, 4)")),
     (56, {"seeds": X[:2, :1]}, VE, ("seeds", "heads")),
@@ -181,13 +228,13 @@ def test_meta_tensors():
     assert seed_pool(q[:5], k, v, PTR).shape == (3, 5, 2, 6)
 
 
-def test_over_256_falls_back():
-    q, k, v = tensors(dim=260)
+def test_over_512_falls_back():
+    q, k, v = tensors(dim=520)
     out = set_attention(q, k, v, PTR)
     assert torch.allclose(out, set_attention(q, k, v, PTR, backend="reference"), atol=1e-5)
     for name in PRIORITY:
         if name in ("cpu", "cuda", "triton"):
-            with pytest.raises(BackendError, match="260"):
+            with pytest.raises(BackendError, match="520"):
                 set_attention(q, k, v, PTR, backend=name)
 
 

@@ -19,6 +19,8 @@ CASES = [
         "other keys",
         "four seeds",
         "bias",
+        "both biases",
+        "key bias of seeds",
         "dropout of seeds",
         "no molecules",
     }

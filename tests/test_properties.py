@@ -223,7 +223,7 @@ def test_hessian_is_symmetric(kernels, case, seed):
     case = replace(case, logits=1.0, layout="contiguous")
     batch = case.make(torch.float64, seed=seed)
     name = kernels.__name__.rpartition(".")[2]
-    inputs = [x.requires_grad_() for x in batch.inputs()]
+    inputs = [x.requires_grad_() for x in batch.inputs().values()]
 
     def product(direction):
         if case.seeds is None:

@@ -34,8 +34,14 @@ def attention_energy(native):
 def biased_energy(native):
     def energy(w, x, ptr):
         bias = (x @ w[:, :2]).repeat(4, 1)[:35]
+        key_bias = (x @ w[:, 2:4]).cos()
         out, lse = set_attention(
-            *projected(w, x), Ragged(ptr), bias=bias, backend=native, return_lse=True
+            *projected(w, x),
+            Ragged(ptr),
+            bias=bias,
+            key_bias=None if native == "triton" else key_bias,
+            backend=native,
+            return_lse=True,
         )
         return out.square().sum() + lse.sin().sum()
 

@@ -13,7 +13,7 @@ from .needs import Needs
 __all__ = ["OPERATORS", "backward", "double_backward", "forward", "load", "why_not"]
 
 KIND = "kernel"
-NEEDS = Needs(devices=("cpu",), widest=256)
+NEEDS = Needs(devices=("cpu",), widest=512)
 
 
 def why_not(problem: Problem) -> list[str]:

@@ -1,6 +1,6 @@
 """Plain torch, one molecule at a time: the readable definition, on any device, in any order.
 
-Serves what no kernel serves (dimensions over 256, other devices, third derivatives, forward mode)
+Serves what no kernel serves (dimensions over 512, other devices, third derivatives, forward mode)
 and needs no compiler. Half types are computed in float32, and molecules of more than ``LONG`` keys
 in float64: torch's running float32 sums of 10^6 equal weights are off in the third digit. Reads the
 boundaries on the host, so it synchronises on an accelerator.

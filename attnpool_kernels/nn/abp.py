@@ -133,12 +133,10 @@ class AttentionPooling(SetTransformer):
         ragged = ragged.to(x.device)
         weights = self._missing(ragged).log()
         x, ragged = with_phantoms(x, ragged)
-        bias = phantom_bias(weights, ragged, ragged.counts(), x, self.heads)
+        key_bias = phantom_bias(weights, ragged, x)
         for block in self.encoders:
-            x = block(x, ragged, bias=bias)
-        seeds = torch.full_like(ragged.counts(), self.seeds)
-        bias = phantom_bias(weights, ragged, seeds, x, self.heads)
-        x = self.pma(x, ragged, bias=bias)
+            x = block(x, ragged, key_bias=key_bias)
+        x = self.pma(x, ragged, key_bias=key_bias)
         return reduced(decoded(x, self.decoders), self.head, self.reduce)
 
     def _missing(self, ragged: Ragged) -> Tensor:
@@ -168,20 +166,15 @@ def with_phantoms(x: Tensor, ragged: Ragged) -> tuple[Tensor, Ragged]:
     return longer, Ragged(ragged.ptr + shift)
 
 
-def phantom_bias(weights: Tensor, ragged: Ragged, queries: Tensor, x: Tensor, heads: int) -> Tensor:
-    """[P, H] with ``weights`` [B] on the last key of each molecule for all its queries, else 0.
+def phantom_bias(weights: Tensor, ragged: Ragged, x: Tensor) -> Tensor:
+    """[N + B] with ``weights`` [B] on the last row of each molecule, else 0.
 
-    A pair bias of stride 0 over heads: P numbers in float32 (float64 for float64), exact in half
-    precision, where log m in an extra channel of the keys would be rounded; and smaller than that
-    channel's copies of q and k as long as molecules have fewer atoms than 2·D. log 0 = -inf
-    forbids the row where nothing is padded.
+    float32 (float64 for float64), exact in half precision, where log m in an extra channel of the
+    keys would be rounded. log 0 = -inf forbids the row where nothing is padded.
     """
-    keys = ragged.counts().long()
-    last = torch.repeat_interleave(keys, queries.long()).cumsum(0) - 1  # pair of each query
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    bias = torch.zeros(int((queries * keys).sum()), dtype=dtype, device=x.device)
-    bias[last] = torch.repeat_interleave(weights.to(dtype), queries.long())
-    return bias[:, None].expand(-1, heads)
+    bias = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
+    return bias.index_copy(0, ragged.ptr[1:].long() - 1, weights.to(dtype))
 
 
 _FIRST = "enc.0.mab.fc_q.weight"

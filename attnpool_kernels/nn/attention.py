@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ class SetAttention(torch.nn.Module):
         y_ptr: Tensor | Ragged | None = None,
         *,
         bias: Tensor | None = None,
+        key_bias: Tensor | None = None,
         residual: str | None = None,
     ) -> Tensor:
         """[N, D] from x [N, query_dim] and its boundaries [B + 1]; y, y_ptr: the keys (default x).
@@ -112,7 +114,7 @@ class SetAttention(torch.nn.Module):
         Args:
             ptr: or an int, so many rows for each molecule; or None: x [S, query_dim] are seeds that
                 all molecules of y share, and the result is [B·S, D].
-            bias: [P, H] added to the logits, see ``set_attention``.
+            bias, key_bias: [P, H] and [N_k, H] added to the logits, see ``set_attention``.
             residual: added to the result: "query", the projected queries, "input", x, or None. The
                 blocks ask for it here, so a hook on this module in a block sees the sum.
         """
@@ -120,17 +122,18 @@ class SetAttention(torch.nn.Module):
         if y is not None:
             check_rows("y", y, self.key_dim, self.in_proj_bias)
         queries = residual == "query"
+        added: dict[str, Any] = {"bias": bias, "key_bias": key_bias}
         q: Tensor | None
         if ptr is None:
             if y is None or y_ptr is None:
                 raise TypeError("ptr must be boundaries where y or y_ptr is None, got None")
-            q, out = self._attend_seeds(x, y, y_ptr, bias)
+            q, out = self._attend_seeds(x, y, y_ptr, added)
         elif not isinstance(ptr, int | torch.SymInt):
-            q, out = self._attend(x, ptr, y, y_ptr, bias)
-        elif ptr == 1 and y is None and bias is None and not (self.training and self.dropout > 0):
+            q, out = self._attend(x, ptr, y, y_ptr, added)
+        elif ptr == 1 and self._is_alone(y, bias, key_bias):
             q, out = self._attend_alone(x, queries)
         else:
-            q, out = self._attend(x, equal(x, ptr), y, y_ptr, bias)
+            q, out = self._attend(x, equal(x, ptr), y, y_ptr, added)
         if residual is None:
             return out if self.out_proj is None else self.out_proj(out)
         base = q if queries else x
@@ -147,25 +150,26 @@ class SetAttention(torch.nn.Module):
         ptr: Tensor | Ragged,
         y: Tensor | None,
         y_ptr: Tensor | Ragged | None,
-        bias: Tensor | None,
+        added: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """The projected queries [N, D] and the heads' results [N, D], before W_o."""
         q, k, v = self._split(*self._projected(x, y))
-        out = set_attention(q, k, v, ptr, y_ptr, bias=bias, **self._options())
+        out = set_attention(q, k, v, ptr, y_ptr, **added, **self._options())
         return q.flatten(1), out.flatten(1)
 
     def _attend_seeds(
-        self, seeds: Tensor, y: Tensor, ptr: Tensor | Ragged, bias: Tensor | None
+        self, seeds: Tensor, y: Tensor, ptr: Tensor | Ragged, added: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The same for seeds [S, query_dim] that all molecules share: q [S, D] and [B·S, D].
 
         The seeds are projected once, not once a molecule. With few of them W_k goes into the seeds
         and W_v behind the sum, so that nothing is projected atom by atom.
         """
-        if bias is None and self._absorbs(seeds.shape[0], y.dtype):
+        plain = all(x is None for x in added.values())
+        if plain and self._absorbs(seeds.shape[0], y.dtype):
             return self._absorbed(seeds, y, ptr)
         q, k, v = self._split(*self._projected(seeds, y))
-        out = seed_pool(q, k, v, ptr, bias=bias, **self._options())
+        out = seed_pool(q, k, v, ptr, **added, **self._options())
         return q.flatten(1), out.view(-1, self.dim)
 
     def _absorbs(self, seeds: int, dtype: torch.dtype) -> bool:
@@ -198,10 +202,14 @@ class SetAttention(torch.nn.Module):
         some = (atoms > 0).to(out.dtype).repeat_interleave(seeds.shape[0])
         return q, out + some[:, None] * b_v  # without atoms the attention is 0, not b_v
 
+    def _is_alone(self, *given: Tensor | None) -> bool:
+        """Whether a molecule's one row has nothing to attend to but itself."""
+        return all(x is None for x in given) and not (self.training and self.dropout > 0)
+
     def _attend_alone(self, x: Tensor, need_queries: bool) -> tuple[Tensor | None, Tensor]:
         """The same for molecules of exactly one row, whose softmax is 1: the result is v.
 
-        Not for training with dropout, which may drop that one weight.
+        Not for training with dropout, which may drop that one weight, or a bias, which may be -inf.
         """
         if self.query_dim != self.key_dim:
             raise ValueError(f"y must be rows of width {self.key_dim}, got None")

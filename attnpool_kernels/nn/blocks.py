@@ -137,13 +137,14 @@ class MAB(torch.nn.Module):
         y_ptr: Tensor | Ragged | None = None,
         *,
         bias: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         """[N, D] from x [N, query_dim] and its boundaries [B + 1]; y, y_ptr: the keys (default x).
 
-        ptr may be an int or None as in ``SetAttention``. bias: [P, H] added to the logits. A row
-        without keys attends to nothing: its attention is 0.
+        ptr may be an int or None as in ``SetAttention``. bias, key_bias: [P, H] and [N_k, H] added
+        to the logits. A row without keys attends to nothing: its attention is 0.
         """
-        h = self.attn(x, ptr, y, y_ptr, bias=bias, residual=self.residual)
+        h = self.attn(x, ptr, y, y_ptr, bias=bias, key_bias=key_bias, residual=self.residual)
         if self.layer_norm1 is not None:
             h = self.layer_norm1(h)
         if self.activation == "relu":
@@ -168,10 +169,15 @@ class SAB(torch.nn.Module):
         self.mab.reset_parameters()
 
     def forward(
-        self, x: Tensor, ptr: Tensor | Ragged | int, *, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged | int,
+        *,
+        bias: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] from x [N, in_dim] and the boundaries [B + 1]; an int: so many rows a molecule."""
-        return self.mab(x, ptr, bias=bias)
+        """[N, D] from x [N, in_dim] and boundaries [B + 1]; an int: so many rows per molecule."""
+        return self.mab(x, ptr, bias=bias, key_bias=key_bias)
 
 
 class ISAB(torch.nn.Module):
@@ -236,12 +242,19 @@ class PMA(torch.nn.Module):
         torch.nn.init.xavier_uniform_(self.seed)
         self.mab.reset_parameters()
 
-    def forward(self, x: Tensor, ptr: Tensor | Ragged, *, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged,
+        *,
+        bias: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
         """[B, S, D] from x [N, in_dim] and the boundaries [B + 1]."""
         check_rows("x", x, self.in_dim, self.seed)
         if self.lin is not None:
             x = relu_linear(x, self.lin)
-        out = self.mab(self.seed[0], None, x, ptr, bias=bias)
+        out = self.mab(self.seed[0], None, x, ptr, bias=bias, key_bias=key_bias)
         return out.view(-1, *self.seed.shape[1:])
 
 

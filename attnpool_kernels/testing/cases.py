@@ -24,8 +24,8 @@ class Case:
     q_counts: tuple[int, ...] | None = None  # queries per molecule; None: the keys
     seeds: int | None = None  # shared queries instead
     bias: str | None = None  # "pair": random, "mask": some -inf and a row of them, "float32"
-    # "pair": random; "float32"; "mask": some -inf, and every key of the first molecule; "heads": one
-    # number for all heads
+    # "pair": random; "float32"; "mask": some -inf, and every key of the first molecule; "heads":
+    # one number for all heads
     key_bias: str | None = None
     dropout: float = 0.0
     nobody: int = 0  # rows of no molecule, at the end

@@ -204,15 +204,18 @@ def molecule(batch: Batch, index: int, dtype: torch.dtype) -> dict[str, Rounded]
     z = p * (x_terms - y_row.row_statistic("y"))
     u = kept(p * t_less).to(dtype)  # (D5)
     z_half = z.to(dtype)
-    return result | {
-        "gq": (ds_half.over_keys(ddk) + z_half.over_keys(k)).times(c),  # (D7)
-        "gk": (ds_half.over_queries(ddq) + z_half.over_queries(q)).times(c),  # (D8)
-        "gv": u.over_queries(dout),  # (D9)
-        "gbias": z,  # (D10)
-        "gdout": u.over_keys(v) + kept(p).to(dtype).over_keys(ddv),  # (D11)
-        "gdlse": t_row,  # (D12)
-        "gkey_bias": z.over_queries(torch.ones_like(q[..., :1])),  # (D13)
-    }
+    return (
+        result
+        | {
+            "gq": (ds_half.over_keys(ddk) + z_half.over_keys(k)).times(c),  # (D7)
+            "gk": (ds_half.over_queries(ddq) + z_half.over_queries(q)).times(c),  # (D8)
+            "gv": u.over_queries(dout),  # (D9)
+            "gbias": z,  # (D10)
+            "gdout": u.over_keys(v) + kept(p).to(dtype).over_keys(ddv),  # (D11)
+            "gdlse": t_row,  # (D12)
+            "gkey_bias": z.over_queries(torch.ones_like(q[..., :1])),  # (D13)
+        }
+    )
 
 
 class Cut:

@@ -39,7 +39,7 @@ template <typename T>
 void add(const AttnParams& a, const SumOfParts& sum, int64_t head) {
   const int64_t ld = whole_vectors<T>(sum.width);
   const int64_t next = a.heads * sum.rows * ld;
-  alignas(64) T total[256], lost[256];
+  alignas(64) T total[MAX_WIDTH], lost[MAX_WIDTH];
   for (int64_t i = 0; i < sum.rows; ++i) {
     const T* part = static_cast<const T*>(sum.part) + (head * sum.rows + i) * ld;
     zero(total, ld);

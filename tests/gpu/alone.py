@@ -21,10 +21,10 @@ class Kernels:
         q, k, v = (x.detach() for x in batch.inputs)
         q_ptr = batch.ptr if batch.workload.seeds is None else None
         self.module = module
-        self.x = Operands(q, k, v, None, q_ptr, batch.ptr, None, None)
+        self.x = Operands.plain(q, k, v, q_ptr, batch.ptr)
         self.options = Options(batch.workload.dim**-0.5)
         self.dy = Cotangents(batch.dout.detach(), None)
-        self.tangents = Tangents(*batch.cotangents, None)
+        self.tangents = Tangents(*batch.cotangents)
         self.y: Result | None = None
 
     def forward(self) -> dict[str, Tensor]:

@@ -25,10 +25,9 @@ from attnpool_kernels.impl import flash_attn, flex, packing, varlen, xformers
 from attnpool_kernels.operands import Operands
 
 PLAIN = [case for case in testing.CASES if not case.dropout]
-NO_BIAS = [case for case in PLAIN if not case.bias]
+NO_BIAS = [case for case in PLAIN if not case.bias and not case.key_bias]
 GPU = Problem("cuda", torch.float16, 32, 32, capability=(9, 0), grad_order=1)
 PTR = torch.tensor([0, 5, 9])
-NAMES = ("q", "k", "v", "bias")
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +45,17 @@ def stand_in(request, monkeypatch):
 
 
 def attend(batch, inputs, backend, return_lse=False):
+    q, k, v = (inputs[name] for name in "qkv")
     options = {
-        "bias": inputs[3] if len(inputs) > 3 else None,
+        "bias": inputs.get("bias"),
+        "key_bias": inputs.get("key_bias"),
         "scale": batch.scale,
         "backend": backend,
         "return_lse": return_lse,
     }
     if batch.q_ptr is None:
-        return seed_pool(*inputs[:3], batch.k_ptr, **options)
-    return set_attention(*inputs[:3], batch.q_ptr, batch.k_ptr, **options)
+        return seed_pool(q, k, v, batch.k_ptr, **options)
+    return set_attention(q, k, v, batch.q_ptr, batch.k_ptr, **options)
 
 
 def judge(case, dtype, backend, lse, gradients=True, slack=1.0):
@@ -62,15 +63,23 @@ def judge(case, dtype, backend, lse, gradients=True, slack=1.0):
     batch = replace(case, lse=False).make(dtype)
 
     def run(attention, kind):
-        inputs = [x.detach().to(kind).requires_grad_(gradients) for x in batch.inputs()]
+        inputs = {
+            name: x.detach().to(kind).requires_grad_(gradients)
+            for name, x in batch.inputs().items()
+        }
         result = dict(zip(("out", "lse"), attention(inputs)))
         if gradients:
-            first = torch.autograd.grad(result["out"], inputs, batch.dout.to(kind))
-            result |= {f"d{name}": x for name, x in zip(NAMES, first)}
+            leaves = list(inputs.values())
+            first = torch.autograd.grad(result["out"], leaves, batch.dout.to(kind))
+            result |= {f"d{name}": x for name, x in zip(inputs, first)}
         return result
 
     def ours(inputs):
-        inputs = [x if y.dtype == dtype else x.to(y.dtype) for x, y in zip(inputs, batch.inputs())]
+        own = batch.inputs()
+        inputs = {
+            name: x if own[name].dtype == dtype else x.to(own[name].dtype)
+            for name, x in inputs.items()
+        }
         found = attend(batch, inputs, backend, lse)
         return found if lse else (found,)
 
@@ -107,7 +116,7 @@ def test_flex_block_mask_is_that_of_the_pairs(counts):
     q_counts = counts[::-1]
     q_ptr, k_ptr = (torch.tensor([0, *n]).cumsum(0) for n in (q_counts, counts))
     q, k = torch.zeros(sum(q_counts), 1, 8), torch.zeros(sum(counts), 1, 8)
-    batch = packing.pack(Operands(q, k, k, None, q_ptr, k_ptr, None, None), None)
+    batch = packing.pack(Operands.plain(q, k, k, q_ptr, k_ptr), None)
     q_of, k_of = flex._molecules(batch.q_ptr, q), flex._molecules(batch.k_ptr, k)
     found = flex._mask(batch, q_of, k_of).to_dense()
     exact = create_block_mask(lambda b, h, i, j: q_of[i] == k_of[j], 1, 1, len(q), len(k), "cpu")
@@ -201,7 +210,7 @@ def test_garbage_boundaries_stay_inside():
         q_ptr, k_ptr = torch.randint(-9, 20, (2, 4), generator=generator)
         if trial % 10 == 0:
             q_ptr[1], k_ptr[2] = 2**63 - 1, -(2**63)
-        batch = packing.pack(Operands(q, k, k, None, q_ptr, k_ptr, None, None), None)
+        batch = packing.pack(Operands.plain(q, k, k, q_ptr, k_ptr), None)
         for rows, ptr, longest in (
             (batch.q, batch.q_ptr, batch.longest_q),
             (batch.k, batch.k_ptr, batch.longest_k),

@@ -9,7 +9,7 @@ import torch
 
 from attnpool_kernels import testing
 from attnpool_kernels.impl import cpu
-from attnpool_kernels.operands import Options, Tangents
+from attnpool_kernels.operands import Operands, Options, Tangents
 from attnpool_kernels.testing import Case
 
 if cpu.load():
@@ -52,6 +52,10 @@ BLOCKS = (
     Case("dropout", (150, 131), heads=1, dim=8, dropout=0.4, lse=True),
     Case("seeds", (150, 20, 700), seeds=70, heads=1, dim=8, bias="pair"),
     Case("one seed", (700, 3), seeds=1, heads=2, dim=32),
+    Case("key bias", (129, 260, 5), q_counts=(200, 70, 9), dim=16, key_bias="mask", lse=True),
+    Case("both biases", (150, 131), heads=1, bias="pair", key_bias="float32", dropout=0.4),
+    Case("key bias of seeds", (300, 20), seeds=70, heads=1, key_bias="pair"),
+    Case("frequencies", (5, 33), heads=1, dim=320, value_dim=64, key_bias="pair"),
 )
 
 
@@ -64,7 +68,7 @@ def test_many_blocks(width, case, dtype):
 def test_parts_of_a_large_molecule():
     """Beyond 2,048 keys the gradients of q and dout are summed from parts, beyond 1,024 queries the
     forward pass is cut."""
-    case = Case("parts", (3, 2200), heads=1, dim=4, value_dim=3)
+    case = Case("parts", (3, 2200), heads=1, dim=4, value_dim=3, key_bias="pair")
     testing.judge(case, torch.float64, lambda batch: testing.run_kernels(batch, cpu))
 
 
@@ -97,6 +101,8 @@ def molecule(batch, index):
     fields = {}
     for name in ("q", "k", "v", "ddq", "ddk", "ddv", "dout", "dlse"):
         fields[name] = getattr(batch, name)[rows].clone()
+    if batch.key_bias is not None:
+        fields |= {"key_bias": batch.key_bias[rows], "ddkey_bias": batch.ddkey_bias[rows]}
     if batch.q_ptr is None:
         fields |= {"q": batch.q, "ddq": batch.ddq}
         fields |= {"dout": batch.dout[index : index + 1], "dlse": batch.dlse[index : index + 1]}
@@ -112,7 +118,7 @@ def molecule(batch, index):
 @pytest.mark.parametrize("seeds", [None, 3], ids=("queries", "seeds"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_alone_and_in_any_batch_and_threads(width, dtype, seeds):
-    case = Case("bits", SIZES, heads=3, dim=32, seeds=seeds, bias="pair", lse=True)
+    case = Case("bits", SIZES, heads=3, dim=32, seeds=seeds, bias="pair", key_bias="pair", lse=True)
     batch = case.make(dtype)
     torch.set_num_threads(3)
     whole = testing.run_kernels(batch, cpu)
@@ -125,7 +131,7 @@ def test_same_bits_alone_and_in_any_batch_and_threads(width, dtype, seeds):
         alone = testing.run_kernels(one, cpu)
         pairs = slice(*batch.pair_ptr[index : index + 2].tolist())
         for name, x in alone.items():
-            place = pairs if "bias" in name else rows
+            place = pairs if name in ("dbias", "gbias") else rows
             if seeds:
                 if name in ("dq", "gq"):
                     continue  # sums over molecules
@@ -213,7 +219,7 @@ def test_half_types_in_and_out(width, dtype):
     v = every.reshape(-1, 1, 16)
     ptr = torch.arange(v.shape[0] + 1)
     q = torch.zeros(v.shape[0], 1, 1, dtype=dtype)
-    out = OPS.attention(q, q, v, None, ptr, ptr, None, None, 1.0, 0.0)[0]
+    out = OPS.attention(*Operands.plain(q, q, v, ptr, ptr), 1.0, 0.0)[0]
     assert torch.equal(out.nan_to_num(1.0, 2.0, 3.0), v.nan_to_num(1.0, 2.0, 3.0))
     assert torch.equal(out.isnan(), v.isnan())
     generator = torch.Generator().manual_seed(0)
@@ -223,7 +229,7 @@ def test_half_types_in_and_out(width, dtype):
     v = v.clamp(-largest, largest)
     q = torch.zeros(4096, 1, 1, dtype=dtype)
     ptr = torch.arange(0, 4097, 2)
-    out = OPS.attention(q, q, v, None, ptr, ptr, None, None, 1.0, 0.0)[0]
+    out = OPS.attention(*Operands.plain(q, q, v, ptr, ptr), 1.0, 0.0)[0]
     mean = ((v[0::2].float() * 0.5) + (v[1::2].float() * 0.5)).to(dtype)
     assert torch.equal(out[0::2], mean)
 
@@ -254,15 +260,16 @@ def test_garbage_boundaries_raise(ptr, index):
     x = torch.zeros(6, 1, 4)
     lse = torch.zeros(6, 1)
     for q_ptr, k_ptr in ((ptr, ptr), (ptr, good), (good, ptr), (None, ptr)):
+        operands = Operands.plain(x, x, x, q_ptr, k_ptr)
         with pytest.raises(RuntimeError, match="ptr must"):
-            OPS.attention(x, x, x, None, q_ptr, k_ptr, None, None, 1.0, 0.0)
+            OPS.attention(*operands, 1.0, 0.0)
         if q_ptr is None:
             continue
-        known = (x, x, x, None, q_ptr, k_ptr, None, None, x, lse, x, None)
+        known = (*operands, x, lse, x, None)
         with pytest.raises(RuntimeError, match="ptr must"):
             OPS.attention_backward(*known, 1.0, 0.0, False)
         with pytest.raises(RuntimeError, match="ptr must"):
-            OPS.attention_double_backward(*known, None, None, None, None, 1.0, 0.0)
+            OPS.attention_double_backward(*known, *Tangents(None, None, None), 1.0, 0.0)
     assert OPS.check_ptr(ptr, 6) != 0
     assert OPS.check_ptr(good, 6) == 0
 
@@ -276,10 +283,11 @@ def test_check_ptr_names_the_rule():
 
 
 def test_wrong_pair_offsets_raise():
-    x, ptr, bias = torch.zeros(6, 1, 4), torch.tensor([0, 2, 6]), torch.zeros(20, 1)
+    rows, ptr = torch.zeros(6, 1, 4), torch.tensor([0, 2, 6])
+    x = Operands.plain(rows, rows, rows, ptr, ptr)._replace(bias=torch.zeros(20, 1))
     for pair_ptr in ([0, 4, 21], [1, 4, 20], [0, 20, 20], [0, -4, 12], [0, 2**62, 20]):
         with pytest.raises(RuntimeError, match="pair_ptr must"):
-            OPS.attention(x, x, x, bias, ptr, ptr, torch.tensor(pair_ptr), None, 1.0, 0.0)
+            OPS.attention(*x._replace(pair_ptr=torch.tensor(pair_ptr)), 1.0, 0.0)
 
 
 def test_wrong_arguments_raise():
@@ -289,13 +297,14 @@ def test_wrong_arguments_raise():
         "k": x,
         "v": x,
         "bias": None,
+        "key_bias": None,
         "q_ptr": ptr,
         "k_ptr": ptr,
         "pair_ptr": None,
         "seed": None,
     }
     more = {"out": x, "lse": lse, "dout": x, "dlse": lse}
-    third = {"ddq": x, "ddk": x, "ddv": x, "ddbias": None}
+    third = {"ddq": x, "ddk": x, "ddv": x, "ddbias": None, "ddkey_bias": None}
     bias, pair_ptr = torch.zeros(20, 2), torch.tensor([0, 4, 20])
     wrong = [
         {"q": x[0]},
@@ -309,7 +318,7 @@ def test_wrong_arguments_raise():
         {"v": x[:, :1]},
         {"v": x[:, :, :0]},
         {"q": x[:, :, :0], "k": x[:, :, :0]},
-        {"q": torch.zeros(6, 2, 257)},
+        {"q": torch.zeros(6, 2, 513)},
         {"k_ptr": ptr.float()},
         {"k_ptr": ptr[:2]},
         {"k_ptr": ptr[:0]},
@@ -323,6 +332,11 @@ def test_wrong_arguments_raise():
         {"bias": bias[0], "pair_ptr": pair_ptr},
         {"bias": bias, "pair_ptr": pair_ptr.int()},
         {"bias": bias, "pair_ptr": pair_ptr[:2]},
+        {"key_bias": lse[:5]},
+        {"key_bias": lse[:, :1]},
+        {"key_bias": lse[:, 0]},
+        {"key_bias": lse.double()},
+        {"key_bias": lse.to("meta")},
         {"seed": torch.zeros(1, dtype=torch.int64)},
         {"k": x.to("meta")},
         {"dropout": 0.5},
@@ -343,6 +357,7 @@ def test_wrong_arguments_raise():
         {"dlse": lse.half()},
     ]
     wrong_third = [{"ddq": x[:5]}, {"ddk": x[0]}, {"ddv": x.double()}, {"ddbias": bias}]
+    wrong_third += [{"ddkey_bias": lse}, {"ddkey_bias": lse[:5], "key_bias": lse}]
     options = {"scale": 1.0, "dropout": 0.0}
     assert OPS.attention(**good, **options)[0].shape == x.shape
     for change in wrong:
@@ -382,11 +397,11 @@ q, k, v, dout = (torch.randn(n, 2, 16) for _ in range(4))
 ptr = torch.tensor([0, n])
 cpu.load()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-x, dy = Operands(q, k, v, None, ptr, ptr, None, None), Cotangents(dout, None)
+x, dy = Operands.plain(q, k, v, ptr, ptr), Cotangents(dout, None)
 options = Options(0.25)
 y = cpu.forward(x, options)
 cpu.backward(x, y, dy, options, False)
-cpu.double_backward(x, y, dy, Tangents(q, k, v, None), options)
+cpu.double_backward(x, y, dy, Tangents(q, k, v), options)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

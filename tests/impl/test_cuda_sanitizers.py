@@ -44,7 +44,7 @@ def main() -> None:
     if "overrun" in sys.argv:  # the test of the test: the last molecule ends 3 rows behind k
         batch = CASES[2].make(torch.float32)
         batch.k_ptr[-1] += 3
-        x = Operands(batch.q, batch.k, batch.v, None, None, batch.k_ptr, None, None)
+        x = Operands.plain(batch.q, batch.k, batch.v, None, batch.k_ptr)
         TooManyKeys(module).forward(x, Options(1.0))
         return
     for schedule in (0, 2):

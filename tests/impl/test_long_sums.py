@@ -97,7 +97,7 @@ def test_a_maximum_that_rises_in_every_block(width, sign):
     k = sign * torch.linspace(0, 3, keys)[:, None, None]
     v = 3 + 1e-3 * torch.randn(keys, 1, 2)
     q, ptr = torch.ones(1, 1, 1), torch.tensor([0, keys])
-    out, lse = cpu.forward(Operands(q, k, v, None, None, ptr, None, None), Options(1.0))
+    out, lse = cpu.forward(Operands.plain(q, k, v, None, ptr), Options(1.0))
     logits = k.flatten().double()
     expected = logits.softmax(0) @ v.flatten(1).double()
     assert (out.flatten().double() - expected).abs().max() <= long_sums.UNITS * 3 * 1.2e-7
@@ -113,7 +113,7 @@ def test_logits_that_differ_by_thousands(width):
     ptr = torch.tensor([0, keys])
     for sign, expected in ((1.0, 0), (-1.0, 1)):
         q = torch.full((1, 1, 1), sign)
-        out, _ = cpu.forward(Operands(q, k, v, None, None, ptr, None, None), Options(1.0))
+        out, _ = cpu.forward(Operands.plain(q, k, v, None, ptr), Options(1.0))
         logits = sign * k.flatten().double()
         truth = (logits.softmax(0) @ v.flatten().double()).item()
         assert abs(out.item() - truth) <= 1e-3 * (1 + expected)
@@ -126,7 +126,7 @@ def test_an_infinite_value_stays_infinite(width, keys):
     v = torch.ones(keys, 1, 1)
     v[7] = torch.inf
     q, k, ptr = torch.zeros(1, 1, 1), torch.zeros(keys, 1, 1), torch.tensor([0, keys])
-    out, _ = cpu.forward(Operands(q, k, v, None, None, ptr, None, None), Options(1.0))
+    out, _ = cpu.forward(Operands.plain(q, k, v, None, ptr), Options(1.0))
     assert out.item() == torch.inf
 
 

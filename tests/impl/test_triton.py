@@ -30,6 +30,7 @@ H100 = {"device": "cuda", "dtype": torch.float32, "head_dim": 32, "value_dim": 3
         ({"capability": (7, 5)}, "sm_75: needs sm_80"),
         ({"dtype": torch.float8_e4m3fn}, "needs float16"),
         ({"head_dim": 257}, "head dimension 257"),
+        ({"key_bias": True}, "key_bias: its kernels do not add one yet"),
         ({"value_dim": 300}, "value dimension 300"),
         ({"grad_order": 3}, "second order"),
     ],

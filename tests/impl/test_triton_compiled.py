@@ -87,6 +87,6 @@ def test_compiled_kernels_in_the_simulator(monkeypatch, case, row, schedule, cha
 def test_compiled_kernels_stay_inside_whatever_ptr_holds():
     batch = Case("garbage", (9, 4), heads=1, dim=16).make(torch.bfloat16)
     ptr = torch.tensor([2**62, -(2**63), 7])
-    x = Operands(batch.q, batch.k, batch.v, None, ptr, ptr, None, None)
+    x = Operands.plain(batch.q, batch.k, batch.v, ptr, ptr)
     with simulated(90, "bf16"):
         backend.forward(x, Options(1.0))

@@ -16,8 +16,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Attention = std::tuple<Tensor, Tensor>(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
-    const OptionalTensor& q_ptr, const Tensor& k_ptr, const OptionalTensor& pair_ptr,
-    const OptionalTensor& seed, double scale, double dropout);
+    const OptionalTensor& key_bias, const OptionalTensor& q_ptr, const Tensor& k_ptr,
+    const OptionalTensor& pair_ptr, const OptionalTensor& seed, double scale, double dropout);
 
 int main(int, char** argv) {
   if (dlsym(RTLD_DEFAULT, "Py_Initialize")) return std::cout << "Python is here\n", 1;
@@ -34,7 +34,7 @@ int main(int, char** argv) {
   std::copy(edges, edges + 4, ptr.data_ptr<int64_t>());
   const Tensor q = at::randn({rows, 2, 8}), k = at::randn({rows, 2, 8});
   const Tensor v = at::randn({rows, 2, 5});
-  const auto [out, lse] = attention.call(q, k, v, {}, ptr, ptr, {}, {}, scale, 0.0);
+  const auto [out, lse] = attention.call(q, k, v, {}, {}, ptr, ptr, {}, {}, scale, 0.0);
 
   Tensor right = at::full({rows, 2, 5}, 0.0), right_lse = at::full({rows, 2}, -INFINITY);
   for (int b = 0; b < 3; ++b) {

@@ -218,7 +218,8 @@ def launches(variant: Variant) -> list[Launch]:
     pairs = torch.tensor([0, len(q) * rows]) if options else None
     seed = torch.zeros(1, dtype=torch.int64) if options else None
     dropout, dlse = (0.1, lse) if options else (0.0, None)
-    x = Operands(q, k, k, bias, None if few else ptr, ptr, pairs, seed)
+    x = Operands.plain(q, k, k, None if few else ptr, ptr)
+    x = x._replace(bias=bias, pair_ptr=pairs, seed=seed)
     y, dy, given = Result(out, lse), Cotangents(out, dlse), Options(0.125, dropout)
     # gfx942 has a tensor core for exact float32
     capability = tile_table.GFX942 if variant.sm == GFX942 else divmod(variant.sm, 10)

@@ -57,9 +57,9 @@ def near_equal(
 def run(problem: dict[str, Any], kernels: KernelBackend) -> dict[str, Tensor]:
     """The three passes of a kernel backend."""
     p = problem
-    x = Operands(p["q"], p["k"], p["v"], None, p["q_ptr"], p["k_ptr"], None, None)
+    x = Operands.plain(p["q"], p["k"], p["v"], p["q_ptr"], p["k_ptr"])
     dy, options = Cotangents(p["dout"], p["dlse"]), Options(SCALE)
-    tangents = Tangents(p["ddq"], p["ddk"], p["ddv"], None)
+    tangents = Tangents(p["ddq"], p["ddk"], p["ddv"])
     y = kernels.forward(x, options)
     dx = kernels.backward(x, y, dy, options, False)
     gx = kernels.double_backward(x, y, dy, tangents, options)

@@ -282,7 +282,7 @@ def backward(
     chunk, parts = launch.query_chunks(x, complete)
     dq = launch.new_query_gradient(x, parts)
     y, dy = launch.result(y), launch.cotangents(dy, x.shared)
-    gradients = Gradients(dq, dk, dv, dbias if dbias.numel() else None)
+    gradients = Gradients(dq, dk, dv, dbias if dbias.numel() else None, None)
     common = launch.arguments(x, options) | dict(saved=saved)
     of_queries = common | dict(y=y, dy=dy, gradients=gradients, CHUNK=chunk)
     of_keys = common | dict(
@@ -302,4 +302,4 @@ def backward(
                 _key_kernel[(tiles * heads,)](**of_keys, **tile)
         if x.shared:
             dq = sum_parts(dq, x.q)
-    return Gradients(dq, dk, dv, dbias)
+    return Gradients(dq, dk, dv, dbias, launch.no_key_bias(x))

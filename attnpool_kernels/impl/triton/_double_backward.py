@@ -315,7 +315,7 @@ def double_backward(
     chunk, parts = launch.query_chunks(x, complete)
     gq = launch.new_query_gradient(x, parts)
     lse, dy = Result(None, launch.result(y).lse), launch.cotangents(dy, x.shared)
-    gradients = SecondGradients(gq, gk, gv, None if x.bias is None else gbias, gdout, gdlse)
+    gradients = SecondGradients(gq, gk, gv, None if x.bias is None else gbias, None, gdout, gdlse)
     common = launch.arguments(x, options) | dict(
         y=lse,
         t=launch.tangents(t),
@@ -336,4 +336,4 @@ def double_backward(
             _key_kernel[(tiles * heads,)](**of_keys, **key_tile)
         if x.shared:
             gq = sum_parts(gq, x.q)
-    return SecondGradients(gq, gk, gv, gbias, gdout, gdlse)
+    return SecondGradients(gq, gk, gv, gbias, launch.no_key_bias(x), gdout, gdlse)

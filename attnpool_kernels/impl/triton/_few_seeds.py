@@ -391,7 +391,7 @@ def backward(
     common = arguments(x, options) | dict(
         y=Result(None, launch.result(y).lse),
         dy=launch.cotangents(dy, x.shared),
-        gradients=Gradients(dq, dk, dv, dbias if dbias.numel() else None),
+        gradients=Gradients(dq, dk, dv, dbias if dbias.numel() else None, None),
         parts=parts,
         CHUNK=chunk,
     )
@@ -401,4 +401,4 @@ def backward(
             _backward_kernel[grid](**common, STATISTICS=True, **tile)
         _backward_kernel[(programs * heads,)](**common, STATISTICS=False, **tile)
         dq = sum_parts(dq, x.q)
-    return Gradients(dq, dk, dv, dbias)
+    return Gradients(dq, dk, dv, dbias, launch.no_key_bias(x))

@@ -207,7 +207,9 @@ def double_backward(
         y=Result(None, launch.result(y).lse),
         dy=launch.cotangents(dy, x.shared),
         t=launch.tangents(t),
-        gradients=SecondGradients(gq, gk, gv, None if x.bias is None else gbias, gdout, gdlse),
+        gradients=SecondGradients(
+            gq, gk, gv, None if x.bias is None else gbias, None, gdout, gdlse
+        ),
         parts=parts,
         CHUNK=chunk,
     )
@@ -220,4 +222,4 @@ def double_backward(
         if several:
             merge(common, tile, Result(gdout, None), Result(parts.gdout, None))
         gq = sum_parts(gq, x.q)
-    return SecondGradients(gq, gk, gv, gbias, gdout, gdlse)
+    return SecondGradients(gq, gk, gv, gbias, launch.no_key_bias(x), gdout, gdlse)

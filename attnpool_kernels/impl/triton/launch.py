@@ -16,6 +16,8 @@ _PROGRAMS = 2048  # wanted at least, where programs can be made larger or smalle
 
 def arguments(x: Operands, options: Options) -> dict:
     """Arguments that every pass takes, by name."""
+    if x.key_bias is not None:
+        raise NotImplementedError("the Triton kernels do not add a key_bias yet")
     return dict(
         x=x._replace(q=rows(x.q), k=rows(x.k), v=rows(x.v), bias=rows(x.bias)),
         B=x.molecules,
@@ -151,3 +153,8 @@ def new_pairs(x: Operands, wanted: bool) -> torch.Tensor:
         dtype = x.q.dtype if x.bias is None else x.bias.dtype
         return torch.empty((0, x.q.shape[1]), dtype=dtype, device=x.q.device)
     return new(x.bias)
+
+
+def no_key_bias(x: Operands) -> torch.Tensor:
+    """The gradient [0, H] of a bias that is not there, see ``arguments``."""
+    return torch.empty((0, x.q.shape[1]), dtype=x.q.dtype, device=x.q.device)
