@@ -83,9 +83,10 @@ class Ragged:
 
     ptr: [B + 1], int32 or int64; molecule i owns rows ptr[i]:ptr[i+1].
 
-    Make one with ``from_ptr``, ``from_batch`` or ``from_counts``. Contents on the CPU are checked
-    at once (ValueError); contents on another device are not read, see ``ragged.check``. What
-    adapters to other libraries read from them (the longest molecule) is read once.
+    Make one with ``from_ptr``, ``from_batch``, ``from_counts``, ``from_csr`` or ``from_mask``.
+    Contents on the CPU are checked at once (ValueError); contents on another device are not read,
+    see ``ragged.check``. What adapters to other libraries read from them (the longest molecule) is
+    read once.
 
     last: ptr[-1] once the contents have been checked, else None. kept: what has been read from the
     contents; whoever reads there compares ``ptr._version``, which a change in place raises.
@@ -147,6 +148,29 @@ class Ragged:
             num_molecules = largest + 1 if num_molecules is None else num_molecules
         edges = torch.arange(num_molecules + 1, device=batch.device, dtype=batch.dtype)
         return cls(torch.searchsorted(batch, edges, out_int32=batch.dtype == torch.int32))
+
+    @classmethod
+    def from_csr(cls, row_ptr: Tensor | Ragged, *, centre: bool = False) -> Ragged:
+        """From the row pointer [A + 1] of a neighbour list: set i is the neighbours of atom i.
+
+        centre: each set has one more row in front, that of the atom itself; see
+        ``layouts.with_centres``.
+        """
+        sets = row_ptr if isinstance(row_ptr, Ragged) else cls(row_ptr)
+        if not centre:
+            return sets
+        ptr = sets.ptr
+        return cls(ptr + torch.arange(len(sets) + 1, dtype=ptr.dtype, device=ptr.device))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Ragged:
+        """From a mask [B, S], True for the rows of a set in a padded batch; ``layouts.pack``."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, got {got}")
+        if mask.dim() != 2:
+            raise ValueError(f"mask must have shape [B, S], got {tuple(mask.shape)}")
+        return cls.from_counts(mask.sum(1))
 
     def pairs(self, keys: Ragged | None = None) -> Tensor:
         """Offsets [B + 1], int64, of each molecule's query-key pairs in a packed bias [P, H].

@@ -1,6 +1,7 @@
 """What people use today, in plain torch: the contenders that are not this package.
 
-Every function takes a batch and returns ``call(q, k, v) -> out`` on packed rows. What a program
+Every function takes a batch and returns ``call(q, k, v) -> out`` on packed rows (``naive`` takes a
+bias of the keys as well). What a program
 computes once per batch (indices, masks, lists of sizes) is prepared outside the clock, for all;
 padding and unpadding the rows happens in every call and is inside it.
 """
@@ -26,10 +27,13 @@ def naive(batch: WorkloadBatch) -> Call:
     pad = Padding(batch.workload.sizes, batch.device)
     bias, scale = pad.bias(batch.workload.dtype), batch.workload.dim**-0.5
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
         logits = (q * scale) @ k.transpose(2, 3)
-        if bias is not None:
-            logits = logits + bias
+        added = bias
+        if key_bias is not None:
+            added = key_bias if bias is None else key_bias + bias
+        if added is not None:
+            logits = logits + added
         return logits.softmax(3) @ v
 
     return padded(batch, attend, pad)
@@ -216,7 +220,14 @@ def _plain(formula: str) -> Kernel:
 
 
 CONTENDERS = (
-    Contender("naive", "naive, padded", naive, fits(), _plain("matmul, softmax, matmul")),
+    Contender(
+        "naive",
+        "naive, padded",
+        naive,
+        fits(),
+        _plain("matmul, softmax, matmul"),
+        key_bias=True,
+    ),
     Contender(
         "memory_efficient",
         "chunked (Rabe & Staats)",

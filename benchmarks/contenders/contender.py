@@ -27,6 +27,7 @@ class Contender:
     kernel: Kernel
     ours: bool = False
     module: bool = False
+    key_bias: bool = False  # whether it takes one
 
 
 def fits(order: int = 2, devices: tuple[str, ...] = ("cpu", "cuda")) -> Reasons:

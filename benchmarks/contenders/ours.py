@@ -26,6 +26,7 @@ def backend(name: str) -> Contender:
             value_dim=work.dim,
             capability=torch.cuda.get_device_capability() if on_gpu else None,
             seeds=work.seeds,
+            key_bias=work.key_bias,
             grad_order=PASSES.index(what),
         )
 
@@ -36,16 +37,28 @@ def backend(name: str) -> Contender:
         molecules = attnpool_kernels.Ragged.from_ptr(batch.ptr)
         if batch.workload.seeds is not None:
             pool = attnpool_kernels.seed_pool
-            return lambda seeds, k, v: pool(seeds, k, v, molecules, backend=name)
+            return lambda seeds, k, v, key_bias=None: pool(
+                seeds, k, v, molecules, key_bias=key_bias, backend=name
+            )
         attend = attnpool_kernels.set_attention
-        return lambda q, k, v: attend(q, k, v, molecules, backend=name)
+        return lambda q, k, v, key_bias=None: attend(
+            q, k, v, molecules, key_bias=key_bias, backend=name
+        )
 
     def kernel(work: Workload, device: str) -> str:
         details = _details(name, work, device)
         return f"attnpool_kernels {attnpool_kernels.__version__} {name} ({details})"
 
     native = attnpool_kernels.impl.load(name).KIND == "kernel"
-    return Contender(f"attnpool:{name}", f"attnpool {name}", prepare, why_not, kernel, ours=native)
+    return Contender(
+        f"attnpool:{name}",
+        f"attnpool {name}",
+        prepare,
+        why_not,
+        kernel,
+        ours=native,
+        key_bias=True,
+    )
 
 
 def _details(name: str, work: Workload, device: str) -> str:

@@ -66,17 +66,19 @@ class Padding:
         return zero.masked_fill(~self.real, -torch.inf)[:, None, None]
 
 
-def padded(
-    batch: WorkloadBatch, attend: Callable[[Tensor, Tensor, Tensor], Tensor], pad: Padding
-) -> Call:
-    """Around ``attend`` on [B, H, n, D]: padding in, unpadding out, seeds to every molecule."""
+def padded(batch: WorkloadBatch, attend: Callable[..., Tensor], pad: Padding) -> Call:
+    """Around ``attend`` on [B, H, n, D]: padding in, unpadding out, seeds to every molecule.
+
+    What is added to the logits of the keys [N, H] becomes [B, H, 1, n].
+    """
     seeds, molecules = batch.workload.seeds, len(batch.workload.sizes)
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, *of_keys: Tensor) -> Tensor:
         k, v = pad.pad(k).transpose(1, 2), pad.pad(v).transpose(1, 2)
+        added = [pad.pad(x).transpose(1, 2).unsqueeze(2) for x in of_keys]
         if seeds is not None:
             q = q.transpose(0, 1).expand(molecules, -1, -1, -1)
-            return attend(q, k, v).transpose(1, 2).contiguous()
-        return pad.unpad(attend(pad.pad(q).transpose(1, 2), k, v).transpose(1, 2))
+            return attend(q, k, v, *added).transpose(1, 2).contiguous()
+        return pad.unpad(attend(pad.pad(q).transpose(1, 2), k, v, *added).transpose(1, 2))
 
     return call

@@ -49,5 +49,6 @@ def for_workload(work: Workload, names: list[str] | None = None) -> list[Contend
         if contender.module == work.module
         and (names is None or contender.name in names)
         and (work.rivals or contender.ours)
+        and (contender.key_bias or not work.key_bias)
         and contender.name not in without
     ]

@@ -18,8 +18,10 @@ from ..workloads.batch import WorkloadBatch
 from ..workloads.workload import Workload
 
 
-def attention64(work: Workload, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The operation on packed rows, differentiable in any order: softmax(c·QKᵀ)V per molecule."""
+def attention64(
+    work: Workload, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None
+) -> Tensor:
+    """The operation on packed rows, differentiable in any order: softmax(c·QKᵀ + 1eᵀ)V."""
     ends = torch.tensor(work.sizes).cumsum(0).tolist()
     groups = defaultdict(list)
     for i, (n, end) in enumerate(zip(work.sizes, ends)):
@@ -31,6 +33,8 @@ def attention64(work: Workload, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = k[rows], v[rows]
         queries = q[rows] if work.seeds is None else q.expand(len(members), *q.shape)
         logits = torch.einsum("mihd,mjhd->mhij", queries, keys) * work.dim**-0.5
+        if key_bias is not None:
+            logits = logits + key_bias[rows].transpose(1, 2)[:, :, None]
         out = torch.einsum("mhij,mjhd->mihd", torch.softmax(logits, 3), values)
         if work.seeds is None:
             parts.append(out.flatten(0, 1))
@@ -104,18 +108,18 @@ def pick(work: Workload, count: int) -> Rows:
 
 def rows_of(batch: WorkloadBatch, rows: Rows) -> tuple[Tensor, Tensor]:
     """out and dq of the picked rows, each from all keys of its molecule."""
-    work, q, k, v = batch.workload, *(x.detach() for x in batch.inputs)
+    work, (q, k, v, *added) = batch.workload, [x.detach() for x in batch.inputs]
     douts, queries = batch.dout.detach()[rows.out].double(), q[rows.query].double()
     ends = torch.tensor(work.sizes).cumsum(0).tolist()
     out, dq = [], []
-    held: dict[int, tuple[Tensor, Tensor]] = {}  # of one molecule: it may be a giant
+    held: dict[int, tuple[Tensor, ...]] = {}  # of one molecule: it may be a giant
     for place, molecule in enumerate(rows.molecule.tolist()):
         if molecule not in held:
             own = slice(ends[molecule] - work.sizes[molecule], ends[molecule])
-            held = {molecule: (k[own].double(), v[own].double())}
-        keys, values = held[molecule]
-        weights = torch.einsum("hd,jhd->hj", queries[place], keys) * work.dim**-0.5
-        weights = weights.softmax(1)
+            held = {molecule: tuple(x[own].double() for x in (k, v, *added))}
+        keys, values, *biases = held[molecule]
+        logits = torch.einsum("hd,jhd->hj", queries[place], keys) * work.dim**-0.5
+        weights = (logits + sum(x.T for x in biases)).softmax(1)
         out.append(torch.einsum("hj,jhd->hd", weights, values))
         dp = torch.einsum("hd,jhd->hj", douts[place], values)
         ds = weights * (dp - (weights * dp).sum(1, keepdim=True))

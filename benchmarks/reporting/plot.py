@@ -51,7 +51,7 @@ def draw(rows: list[Row], stem: Path, title: str) -> list[Path]:
     for family in ("scaling", "constant"):
         figure = _scaling([r for r in rows if r.family == family], title, family)
         made += save(figure, stem, family)
-    batches = [r for r in rows if r.family in ("molecules", "mixed", "long")]
+    batches = [r for r in rows if r.family in ("molecules", "mixed", "long", "neighbours")]
     made += save(_batches(batches, title, "batches of molecules"), stem, "molecules")
     pooling = [r for r in rows if r.family == "seeds"]
     many = len({r.seeds for r in pooling}) > 3

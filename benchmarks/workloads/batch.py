@@ -18,7 +18,8 @@ Normal = Callable[..., Tensor]  # normal(*shape): standard normal numbers
 class WorkloadBatch:
     """``inputs`` that are differentiated, and cotangents for each pass.
 
-    q is [N, H, D] or, with seeds, [S, H, D]; k, v are [N, H, D]; out has the shape of q or
+    q is [N, H, D] or, with seeds, [S, H, D]; k, v are [N, H, D], then the bias of the keys [N, H]
+    where the workload has one; out has the shape of q or
     [B, S, H, D]. A module workload has x [N, C] and the module's weights instead.
     """
 
@@ -74,6 +75,8 @@ def make_batch(work: Workload, device: str, seed: int = 0) -> WorkloadBatch:
             inputs = list(normal(atoms, 3, *shape).unbind(1))
         else:
             inputs = [normal(atoms, *shape) for _ in range(3)]
+        if work.key_bias:
+            inputs.append(normal(atoms, work.heads))
         rows = (atoms,) if work.seeds is None else (molecules, work.seeds)
         dout = normal(*rows, *shape)
     none = [torch.empty(0)] * len(inputs)

@@ -25,7 +25,8 @@ NORMALS = {  # mean, standard deviation, smallest, largest: assumed shapes
     "QMugs-like": (55.0, 35.0, 4, 228),
     "n=55+-20": (55.0, 20.0, 4, 228),
 }
-DISTRIBUTIONS = (*HISTOGRAMS, *NORMALS)
+UNIFORM = {"neighbours": (20, 60)}  # rows of an atom and its neighbours inside 4.5 to 6 Å
+DISTRIBUTIONS = (*HISTOGRAMS, *NORMALS, *UNIFORM)
 
 
 def draw(distribution: str, molecules: int, seed: int = 0) -> tuple[int, ...]:
@@ -34,6 +35,8 @@ def draw(distribution: str, molecules: int, seed: int = 0) -> tuple[int, ...]:
     if distribution in HISTOGRAMS:
         histogram = HISTOGRAMS[distribution]
         return tuple(rng.choices(list(histogram), list(histogram.values()), k=molecules))
+    if distribution in UNIFORM:
+        return tuple(rng.randint(*UNIFORM[distribution]) for _ in range(molecules))
     mean, deviation, smallest, largest = NORMALS[distribution]
     sizes: list[int] = []
     while len(sizes) < molecules:

@@ -148,10 +148,36 @@ def _modules(device: str) -> list[Workload]:
     ]
 
 
+def _neighbours(device: str) -> list[Workload]:
+    """Sets of an atom and its neighbours, 20 to 60 rows, with the log of a cutoff as key bias."""
+    sizes = draw("neighbours", 10_000)
+
+    def sets(count: int, heads: int, dim: int, passes: tuple[str, ...] = PASSES) -> Workload:
+        chosen = (sizes * (-(-count // len(sizes))))[:count]
+        return Workload(
+            f"{count} neighbourhoods",
+            "neighbours",
+            chosen,
+            heads=heads,
+            dim=dim,
+            key_bias=True,
+            passes=passes,
+            x=count,
+            without=SLOW,
+        )
+
+    found = [sets(n, 8, 16) for n in (2000, 1000, 10_000)]
+    found += [sets(n, 10, 64, PASSES if n < 2000 else PASSES[:2]) for n in (1000, 2000)]
+    if device != "cpu":  # 4 million rows
+        found.append(sets(100_000, 8, 16))
+    return found
+
+
 SUITES: dict[str, tuple[str, Callable[[str], list[Workload]]]] = {
     "quick": ("scaling, QM7b, QM8, QMugs-like, seeds, all contenders", _quick),
     "paper": ("the scaling study: 8 to 100,000 atoms; distributions, widths, dtypes", _paper),
     "molecules": ("real molecule sizes, and the table of performance goals", _goals),
+    "neighbours": ("sets of 20 to 60 neighbours with a key bias, three passes", _neighbours),
     "seeds": ("seed pooling with 1 to 64 seeds", _seeds),
     "modules": ("a whole Set Transformer pooling module, forward and force training", _modules),
 }

@@ -26,6 +26,7 @@ class Workload:
     rivals: bool = True  # False: only our native backends, for what would take the others minutes
     patience: float = 1.0  # factor on the longest call that is waited for
     without: tuple[str, ...] = ()  # contenders left out unless they are asked for by name
+    key_bias: bool = False  # one number per key and head is added to the logits
     module: bool = False  # a whole Set Transformer pooling module instead of the operator
 
     @property
@@ -49,6 +50,7 @@ class Workload:
         """Names the workload in a CSV: two with one key would be the same measurement."""
         parts = [self.name, f"{self.heads}x{self.dim}", self.dtype_name]
         parts += [f"S={self.seeds}"] * (self.seeds is not None) + [self.layout]
+        parts += ["key_bias"] * self.key_bias
         return " ".join(parts)
 
     def work(self, what: str) -> tuple[float, float]:

@@ -1,0 +1,174 @@
+"""Between packed rows and the layouts that models hold: padded batches, and neighbour lists.
+
+Everything here is made of torch's indexing, so it is differentiable to any order. Nothing
+synchronises with an accelerator where the number of rows is passed (``rows``, ``longest``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import set_attention
+from .ragged import Ragged, last_of
+
+__all__ = ["pack", "padded_attention", "unpack", "with_centres"]
+
+
+def pack(x: Tensor, sets: Ragged | Tensor, rows: int | None = None) -> Tensor:
+    """Rows [N, ...] of a padded batch x [B, S, ...], set after set.
+
+    Args:
+        sets: the boundaries, where set i is the first rows of x[i]; or a mask [B, S] (bool), True
+            for the rows of a set, wherever they are. Its boundaries are ``Ragged.from_mask(mask)``.
+        rows: N, if it is known: on an accelerator, finding it out synchronises.
+
+    Raises TypeError, ValueError: a mask that is no mask, or sets that do not fit x.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [B, S, ...], got {tuple(x.shape)}")
+    if isinstance(sets, Ragged):
+        _check_sets(sets, x.shape[0])
+        index = _index(sets, x.shape[1], rows)
+    else:
+        mask = _checked_mask(sets)
+        if mask.shape != x.shape[:2]:
+            raise ValueError(f"mask must have shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+        flat = mask.flatten()
+        if rows is None:
+            index = flat.nonzero()[:, 0]
+        else:  # True before False, each in its order
+            index = flat.logical_not().to(torch.uint8).argsort(stable=True)[:rows]
+    return x.flatten(0, 1).index_select(0, index)
+
+
+def unpack(x: Tensor, sets: Ragged, longest: int | None = None, value: float = 0.0) -> Tensor:
+    """A padded batch [B, S, ...] of rows x [N, ...]: set i is the first rows of the result's i.
+
+    Args:
+        longest: S, if it is known: on an accelerator, finding it out synchronises. Sets must not be
+            longer.
+        value: of the padding.
+
+    Raises ValueError: a set on the CPU that is longer than ``longest``, or boundaries beyond x.
+    """
+    _check_sets(sets, len(sets))
+    counts = sets.counts()
+    if longest is None or counts.device.type == "cpu":
+        most = int(counts.max()) if len(sets) else 0
+        if longest is not None and longest < most:
+            raise ValueError(f"longest must be at least {most}, the largest set, got {longest}")
+        longest = most if longest is None else longest
+    if sets.last is not None and sets.last > x.shape[0]:
+        raise ValueError(f"sets must end within the {x.shape[0]} rows of x, got {sets.last}")
+    padded = x.new_full((len(sets) * longest, *x.shape[1:]), value)
+    rows = x.shape[0] if sets.last is None else sets.last
+    index = _index(sets, longest, rows)
+    return padded.index_copy(0, index, x[:rows]).unflatten(0, (len(sets), longest))
+
+
+def with_centres(
+    centres: Tensor, neighbours: Tensor, row_ptr: Tensor | Ragged
+) -> tuple[Tensor, Ragged]:
+    """The rows of every atom's neighbourhood with the atom itself in front: ([A + E, ...], sets).
+
+    Args:
+        centres: [A, ...], one row per atom.
+        neighbours: [E, ...], rows of the neighbour list sorted by centre.
+        row_ptr: [A + 1] the list's CSR row pointer.
+
+    Row ``sets.ptr[i]`` is that of atom i. ``sets`` is ``Ragged.from_csr(row_ptr, centre=True)``.
+    """
+    sets = Ragged.from_csr(row_ptr, centre=True)
+    if centres.shape[0] != len(sets) or centres.shape[1:] != neighbours.shape[1:]:
+        raise ValueError(
+            f"centres must have shape {(len(sets), *neighbours.shape[1:])}, "
+            f"got {tuple(centres.shape)}"
+        )
+    atoms, edges = centres.shape[0], neighbours.shape[0]
+    ptr = sets.ptr.long().to(centres.device)
+    own = ptr[:-1]
+    atom = torch.arange(atoms, device=own.device)
+    ends = ptr[1:] - atom - 1  # of each atom's neighbours among themselves
+    edge = torch.arange(edges, device=own.device)
+    place = edge + torch.searchsorted(ends, edge, right=True) + 1
+    rows = neighbours.new_empty(atoms + edges, *neighbours.shape[1:])
+    return rows.index_copy(0, own, centres).index_copy(0, place, neighbours), sets
+
+
+def padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    key_bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    """Attention on padded sets as ``scaled_dot_product_attention`` takes them: [B, H, S, D_v].
+
+    Set b is the first lengths[b] of the S rows of q, k and v; the other rows of the result are 0,
+    and what they hold reaches nothing. The rows are packed first, so that no product of the padding
+    is taken, and unpacked in the end: one copy of each.
+
+    Args:
+        q, k: [B, H, S, D]; v: [B, H, S, D_v]; any strides.
+        lengths: [B] int32 or int64, each from 0 to S.
+        key_bias: [B, S] or [B, H, S] added to the logits of a key, see ``set_attention``.
+        scale, dropout, backend: as in ``set_attention``.
+        rows: the sum of the lengths, if it is known: see ``pack``.
+
+    Raises as ``set_attention``; ValueError where the shapes do not fit.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or x.shape[:3] != q.shape[:3]:
+            raise ValueError(
+                f"{name} must have shape [B, H, S, D] with B, H and S of q, got {tuple(x.shape)}"
+            )
+    sets = Ragged.from_counts(lengths).to(q.device)
+    size = q.shape[2]
+    q, k, v = (pack(x.transpose(1, 2), sets, rows) for x in (q, k, v))
+    of_keys = None
+    if key_bias is not None:
+        wanted = (q.shape[0], size), (q.shape[0], q.shape[1], size)
+        if tuple(key_bias.shape) not in wanted:
+            raise ValueError(
+                f"key_bias must have shape {wanted[0]} or {wanted[1]}, got {tuple(key_bias.shape)}"
+            )
+        by_row = key_bias if key_bias.dim() == 2 else key_bias.transpose(1, 2)
+        of_keys = pack(by_row, sets, rows)
+    out = set_attention(
+        q, k, v, sets, key_bias=of_keys, scale=scale, dropout=dropout, backend=backend
+    )
+    return unpack(out, sets, size).transpose(1, 2)
+
+
+def _checked_mask(mask: object) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"sets must be a Ragged or a mask, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    return mask
+
+
+def _check_sets(sets: object, count: int) -> None:
+    if not isinstance(sets, Ragged):
+        raise TypeError(f"sets must be a Ragged, got {type(sets).__name__}")
+    if len(sets) != count:
+        raise ValueError(f"sets must be as many as x has, {count}, got {len(sets)}")
+
+
+def _index(sets: Ragged, longest: int, rows: int | None) -> Tensor:
+    """Places of the rows of the sets in a padded batch, flat."""
+    if rows is None:
+        rows = last_of(sets.ptr) if sets.last is None else sets.last
+    ptr = sets.ptr.long()
+    row = torch.arange(rows, device=ptr.device)
+    owner = torch.searchsorted(ptr[1:], row, right=True)
+    place = row - ptr[owner]
+    if ptr.device.type == "cpu" and rows and int(place.max()) >= longest:
+        raise ValueError(f"sets must have at most {longest} rows, got {int(place.max()) + 1}")
+    return owner * longest + place
