@@ -26,6 +26,7 @@ TITLES = {  # in this order
     "quick": "Every contender, at a few sizes",
     "seeds": "Seed pooling",
     "modules": "The whole pooling module beside PyG's",
+    "neighbours": "Sets of neighbours with a bias of the keys",
     "training": "A training step of a whole model",
     "forces": "Training on forces",
     "qm7b": "QM7b: test error by pooling",
@@ -322,6 +323,7 @@ def _batches(rows: list[Row]) -> list[str]:
     parts = []
     for title, families in (
         ("Batches of molecules", ("molecules", "mixed", "long")),
+        ("Neighbour sets", ("neighbours",)),
         ("Seed pooling", ("seeds",)),
         ("Pooling module", ("modules",)),
     ):

@@ -18,6 +18,7 @@ NEEDS = {
     "pyg_schnet": ["torch_geometric"],
     "schnetpack_forces": ["schnetpack"],
     "plain_torch": [],
+    "neighbour_sets": [],
     "md_forces": ["torch_geometric", "ase"],
 }
 SMALL = """
