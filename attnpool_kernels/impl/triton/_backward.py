@@ -282,13 +282,13 @@ def backward(
     chunk, parts = launch.query_chunks(x, complete)
     dq = launch.new_query_gradient(x, parts)
     y, dy = launch.result(y), launch.cotangents(dy, x.shared)
-    gradients = Gradients(dq, dk, dv, dbias if dbias.numel() else None, None)
+    gradients = launch.carry(Gradients, dq, dk, dv, dbias if dbias.numel() else None, None)
     common = launch.arguments(x, options) | dict(saved=saved)
     of_queries = common | dict(y=y, dy=dy, gradients=gradients, CHUNK=chunk)
     of_keys = common | dict(
-        y=Result(None, y.lse),
+        y=launch.carry(Result, None, y.lse),
         dy=Cotangents(dy.dout, None),
-        gradients=gradients._replace(dq=None, dbias=None),
+        gradients=launch.without(gradients, "dq", "dbias"),
         COMPLETE=complete,
     )
     with launch.on_device(x.q):

@@ -309,13 +309,15 @@ def double_backward(
     """out is not needed."""
     gk, gv, gbias = launch.new(x.k), launch.new(x.v), launch.new_pairs(x, True)
     gdout, gdlse = launch.new(dy.dout), launch.new(y.lse)
-    tile = launch.tile("double_backward_query", x)
-    key_tile = launch.tile("double_backward_key", x)
+    tile = launch.chosen("double_backward_query", x)
+    key_tile = launch.chosen("double_backward_key", x)
     complete, heads = tile["BLOCK_M"], x.q.shape[1]
     chunk, parts = launch.query_chunks(x, complete)
     gq = launch.new_query_gradient(x, parts)
-    lse, dy = Result(None, launch.result(y).lse), launch.cotangents(dy, x.shared)
-    gradients = SecondGradients(gq, gk, gv, None if x.bias is None else gbias, None, gdout, gdlse)
+    lse, dy = launch.carry(Result, None, launch.result(y).lse), launch.cotangents(dy, x.shared)
+    gradients = launch.carry(
+        SecondGradients, gq, gk, gv, None if x.bias is None else gbias, None, gdout, gdlse
+    )
     common = launch.arguments(x, options) | dict(
         y=lse,
         t=launch.tangents(t),
@@ -324,7 +326,7 @@ def double_backward(
     of_queries = common | dict(dy=dy, gradients=gradients, CHUNK=chunk)
     of_keys = common | dict(
         dy=Cotangents(dy.dout, None),
-        gradients=gradients._replace(gq=None, gbias=None, gdout=None),
+        gradients=launch.without(gradients, "gq", "gbias", "gdout"),
         COMPLETE=complete,
     )
     with launch.on_device(x.q):

@@ -369,7 +369,7 @@ def forward(x: Operands, options: Options) -> Result:
     if y.out.numel() == 0:
         return y
     common = arguments(x, options)
-    tile = launch.tile("few_seeds_forward", x)
+    tile = launch.chosen("few_seeds_forward", x)
     parts = Result(scratch(y.out, x), scratch(y.lse, x))
     with launch.on_device(x.q):
         grid = (few_tiles(x) * x.q.shape[1],)
@@ -384,14 +384,14 @@ def backward(
 ) -> Gradients:
     """out is not needed."""
     dk, dv, dbias = launch.new(x.k), launch.new(x.v), launch.new_pairs(x, need_dbias)
-    heads, tile = x.q.shape[1], launch.tile("few_seeds_backward", x)
+    heads, tile = x.q.shape[1], launch.chosen("few_seeds_backward", x)
     chunk, programs = launch.chunks(few_tiles(x), heads)
     dq = launch.new_query_gradient(x, programs)
     parts = Statistics(delta=scratch(y.lse, x), total=scratch(y.lse, x))
     common = arguments(x, options) | dict(
-        y=Result(None, launch.result(y).lse),
+        y=launch.carry(Result, None, launch.result(y).lse),
         dy=launch.cotangents(dy, x.shared),
-        gradients=Gradients(dq, dk, dv, dbias if dbias.numel() else None, None),
+        gradients=launch.carry(Gradients, dq, dk, dv, dbias if dbias.numel() else None, None),
         parts=parts,
         CHUNK=chunk,
     )

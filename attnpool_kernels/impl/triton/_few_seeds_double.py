@@ -199,16 +199,16 @@ def double_backward(
     gdout, gdlse = launch.new(dy.dout), launch.new(y.lse)
     names = ("delta", "total", "t", "y")
     parts = Parts(scratch(gdout, x), Statistics(**{name: scratch(y.lse, x) for name in names}))
-    heads, tile = x.q.shape[1], launch.tile("few_seeds_double_backward", x)
+    heads, tile = x.q.shape[1], launch.chosen("few_seeds_double_backward", x)
     chunk, programs = launch.chunks(few_tiles(x), heads)
     gq = launch.new_query_gradient(x, programs)
     common = arguments(x, options)
     given = common | dict(
-        y=Result(None, launch.result(y).lse),
+        y=launch.carry(Result, None, launch.result(y).lse),
         dy=launch.cotangents(dy, x.shared),
         t=launch.tangents(t),
-        gradients=SecondGradients(
-            gq, gk, gv, None if x.bias is None else gbias, None, gdout, gdlse
+        gradients=launch.carry(
+            SecondGradients, gq, gk, gv, None if x.bias is None else gbias, None, gdout, gdlse
         ),
         parts=parts,
         CHUNK=chunk,
@@ -220,6 +220,11 @@ def double_backward(
             _double_backward_kernel[grid](**given, STATISTICS=True, **tile)
         _double_backward_kernel[(programs * heads,)](**given, STATISTICS=False, **tile)
         if several:
-            merge(common, tile, Result(gdout, None), Result(parts.gdout, None))
+            merge(
+                common,
+                tile,
+                launch.carry(Result, gdout, None),
+                launch.carry(Result, parts.gdout, None),
+            )
         gq = sum_parts(gq, x.q)
     return SecondGradients(gq, gk, gv, gbias, launch.no_key_bias(x), gdout, gdlse)

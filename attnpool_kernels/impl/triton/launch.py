@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,8 +19,9 @@ def arguments(x: Operands, options: Options) -> dict:
     """Arguments that every pass takes, by name."""
     if x.key_bias is not None:
         raise NotImplementedError("the Triton kernels do not add a key_bias yet")
+    held: Any = x
     return dict(
-        x=x._replace(q=rows(x.q), k=rows(x.k), v=rows(x.v), bias=rows(x.bias)),
+        x=held._replace(q=rows(x.q), k=rows(x.k), v=rows(x.v), bias=rows(x.bias)),
         B=x.molecules,
         H=x.q.shape[1],
         n_q=x.q.shape[0],
@@ -44,13 +46,23 @@ def rows(x: torch.Tensor | None) -> Rows | None:
     return None if x is None else Rows(x, x.stride())
 
 
-def result(y: Result) -> Result:
+def carry(kind: Any, *members: Any) -> Any:
+    """A tuple as kernels take it: its members are Rows and the like, None where they are absent."""
+    return kind(*members)
+
+
+def without(carried: Any, *names: str) -> Any:
+    """The tuple with these members absent."""
+    return carried._replace(**dict.fromkeys(names))
+
+
+def result(y: Result) -> Any:
     """Rows of out and lse; molecules with shared seeds follow each other as if they were packed."""
-    return Result(Rows(y.out, y.out.stride()[-3:]), Rows(y.lse, y.lse.stride()[-2:]))
+    return carry(Result, Rows(y.out, y.out.stride()[-3:]), Rows(y.lse, y.lse.stride()[-2:]))
 
 
-def cotangents(dy: Cotangents, shared: bool) -> Cotangents:
-    return Cotangents(batched(dy.dout, shared), batched(dy.dlse, shared))
+def cotangents(dy: Cotangents, shared: bool) -> Any:
+    return carry(Cotangents, batched(dy.dout, shared), batched(dy.dlse, shared))
 
 
 def batched(x: torch.Tensor | None, shared: bool) -> Batched | None:
@@ -60,8 +72,8 @@ def batched(x: torch.Tensor | None, shared: bool) -> Batched | None:
     return Batched(x, x.stride(0), x.stride()[1:]) if shared else Batched(x, 0, x.stride())
 
 
-def tangents(t: Tangents) -> Tangents:
-    return Tangents(*map(rows, t))
+def tangents(t: Tangents) -> Any:
+    return carry(Tangents, *map(rows, t))
 
 
 def tile(pass_name: str, x: Operands) -> dict | None:
@@ -70,6 +82,13 @@ def tile(pass_name: str, x: Operands) -> dict | None:
     width = padded(max(x.q.shape[-1], x.v.shape[-1]))
     row = tile_table.precision(x.q.dtype)
     return tile_table.tile(pass_name, capability, row, width, has_options(x))
+
+
+def chosen(pass_name: str, x: Operands) -> dict:
+    """``tile`` of a pass that has one."""
+    found = tile(pass_name, x)
+    assert found is not None, pass_name
+    return found
 
 
 def has_options(x: Operands) -> bool:
@@ -83,7 +102,7 @@ def schedules(pass_name: str, x: Operands, number: int) -> list[dict]:
     Which tiles a molecule gets depends on its own size, not on its batch, so its bits do not
     either. number: rows of the tiled axis; a batch of fewer than LONG has no long molecule.
     """
-    short = tile(pass_name, x)
+    short = chosen(pass_name, x)
     long = None if has_options(x) or x.shared else tile(f"{pass_name}_long", x)
     if long is None:
         return [short | dict(SHORTEST=0, LONGEST=0)]

@@ -189,7 +189,7 @@ _TABLES = {
     "tf32": _FLOAT32_TABLE,
     "fp64": _by_pass(_FLOAT64, _FEW_FLOAT64, {}),
 }
-_OPTIONS = {
+_OPTIONS: dict[str, dict] = {
     "fp16": _HALF_OPTIONS,
     "bf16": _HALF_OPTIONS,
     "fp32": _FLOAT32_OPTIONS,
