@@ -129,11 +129,11 @@ def padded_attention(
                 f"{name} must have shape [B, H, S, D] with B, H and S of q, got {tuple(x.shape)}"
             )
     sets = Ragged.from_counts(lengths).to(q.device)
-    size = q.shape[2]
+    count, heads, size = q.shape[:3]
     q, k, v = (pack(x.transpose(1, 2), sets, rows) for x in (q, k, v))
     of_keys = None
     if key_bias is not None:
-        wanted = (q.shape[0], size), (q.shape[0], q.shape[1], size)
+        wanted = (count, size), (count, heads, size)
         if tuple(key_bias.shape) not in wanted:
             raise ValueError(
                 f"key_bias must have shape {wanted[0]} or {wanted[1]}, got {tuple(key_bias.shape)}"

@@ -27,8 +27,7 @@ from .workloads import suites
 from .workloads.workload import PASSES, Workload
 
 # Of the sweep; suites put the most telling points first, and the rest becomes "skipped".
-MINUTES = {"quick": 4.5}  # the others: LONG
-LONG = 8.0
+MINUTES = dict.fromkeys(suites.SUITES, 8.0) | {"quick": 4.5}
 # Timed seconds per contender, workload and pass; longest single call in seconds.
 BUDGET = {"quick": (0.12, 4.0), "paper": (0.15, 10.0), "seeds": (0.2, 10.0), "modules": (0.3, 25.0)}
 
@@ -245,7 +244,7 @@ def _limits(options: argparse.Namespace) -> Limits:
         budget_s=options.budget or budget,
         call_s=options.call or call,
         cap_bytes=int((options.memory or 0) * 1e9),
-        minutes=options.minutes or MINUTES.get(options.suite, LONG),
+        minutes=options.minutes or MINUTES[options.suite],
         fewest=fewest,
     )
 
