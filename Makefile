@@ -109,7 +109,7 @@ aot: $(VENV)/.test
 	PYTHONPATH=.:tests $(BIN)/python -m tools.triton_table check
 
 ## make triton-matrix  the Triton backend with Triton 3.6.0, 3.7.1, 3.8.0 and 3.9.0, and a table:
-##                 about 80 s of one core a version, ARGS=--all 200 s; installs them in build/triton
+##                 about 80 s of one core per version, ARGS=--all 200 s; installs them in build/triton
 triton-matrix: $(VENV)/.test
 	$(BIN)/python tests/tools/triton_versions.py --pip="$(PIP)" --jobs $(JOBS) $(ARGS)
 

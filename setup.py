@@ -5,7 +5,7 @@ ATTNPOOL_BUILD = auto    what this machine's tools allow and its torch can load 
                  cpu     the CPU library, or an error
                  cuda    the CPU and the CUDA library, or an error
 
-MAX_JOBS = compilers at a time (default: one a core)
+MAX_JOBS = compilers at a time (default: one per core)
 ATTNPOOL_CUDA_ARCHS = "80 90", say, instead of all; NVCCFLAGS, CXXFLAGS, LDFLAGS are appended
 
 torch is needed to build (its headers) but is no build requirement: an isolated build would download

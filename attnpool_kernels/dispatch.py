@@ -109,7 +109,7 @@ def check_name(name: object) -> None:
 
 
 def table(problem: Problem) -> str:
-    """One line a backend: chosen (*), able (+), or all reasons why not (-)."""
+    """One line per backend: chosen (*), able (+), or all reasons why not (-)."""
     facts = [f"{f.name}={getattr(problem, f.name)}" for f in fields(problem)[2:]]
     facts = [fact for fact in facts if not fact.endswith(("=None", "=False", "=0"))]
     lines, chosen = [f"{problem.dtype} on {problem.device}, {', '.join(facts)}"], False

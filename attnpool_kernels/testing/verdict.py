@@ -57,7 +57,7 @@ def violations(
     variances: dict[str, Tensor],
     slack: float = 1.0,
 ) -> list[str]:
-    """What is wrong with a result, one line a tensor; empty when it is inside the budget.
+    """What is wrong with a result, one line per tensor; empty when it is inside the budget.
 
     exact: the float64 oracle; variances: ``budget``; slack: a factor on it.
     """

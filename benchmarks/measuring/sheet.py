@@ -1,4 +1,4 @@
-"""Results as CSV: one row a measurement, one comment line of provenance for each run.
+"""Results as CSV: one row per measurement, one comment line of provenance for each run.
 
 A run appends to its file. A row is written whole or not at all: where the disk is full the
 half-written row is cut off again, earlier rows stay, and one message says so. At the end of a run

@@ -216,7 +216,7 @@ def _exponents(rows: list[Row]) -> str:
 
 
 def _others(rows: list[Row]) -> list[str]:
-    """Families without a layout of their own: one table, one line a measurement."""
+    """Families without a layout of their own: one table, one line per measurement."""
     known = ("scaling", "constant", "molecules", "mixed", "long", "seeds", "modules", "overhead")
     parts = []
     chosen = [r for r in rows if r.family not in known]

@@ -31,7 +31,7 @@ TAIL = 1500  # characters of a dead process's output in its row
 
 
 class Journal:
-    """``evidence.jsonl``: one flushed line a row, and the rows of runs before this one."""
+    """``evidence.jsonl``: one flushed line per row, and the rows of runs before this one."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.rows: list[dict[str, Any]] = []  # of this run, in their order

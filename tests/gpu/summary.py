@@ -12,7 +12,7 @@ LINES = 40  # of what went wrong; the rows have all of it
 
 
 def table(rows: list[dict[str, Any]], blocks: list[ModuleType], skipped: int) -> list[str]:
-    """A line a block, the blocks' own lines, and a line for each case that is not right."""
+    """A line per block, the blocks' own lines, and a line for each case that is not right."""
     cases = [row for row in rows if row["what"] == "case"]
     names = list(dict.fromkeys(row["block"] for row in cases))
     lines = ["", f"{'block':<12} {'cases':>5} {'s':>6}  outcome"]

@@ -33,7 +33,7 @@ NEEDS = {"3.6.0": ["numpy<2.4"]}  # its interpreter uses what later numpy remove
 PART = "error_budget and not float64 and (edges or everything or parts or long) or guard_sees"
 INTERPRETED = ("test_triton_interpreted", "test_triton_interpreted_bits")
 STEP, STEP_OF_ALL = 61, 19  # every 61st variant of the tile table is compiled
-SLACK = 256  # bytes a thread, a quarter of its registers
+SLACK = 256  # bytes per thread, a quarter of its registers
 MINUTES = 5  # for an installation, 200 MB
 # What pip says without an index that answers; with one it lists the versions that there are.
 OFFLINE = r"from versions: none|Max retries|timed out|Connection|HTTP error 5|IncompleteRead"
