@@ -75,12 +75,8 @@ def judge(case, dtype, backend, lse, gradients=True, slack=1.0):
         return result
 
     def ours(inputs):
-        own = batch.inputs()
-        inputs = {
-            name: x if own[name].dtype == dtype else x.to(own[name].dtype)
-            for name, x in inputs.items()
-        }
-        found = attend(batch, inputs, backend, lse)
+        own = {name: x.dtype for name, x in batch.inputs().items()}
+        found = attend(batch, {name: x.to(own[name]) for name, x in inputs.items()}, backend, lse)
         return found if lse else (found,)
 
     found = run(ours, dtype)
