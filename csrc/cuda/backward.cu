@@ -87,8 +87,8 @@ struct BackwardTiles {
 };
 
 // dk and dv of the 16 keys from `slot` on, and their KeySums in the first of several such sweeps,
-// over `queries` of the group's tile from row `from` on.
-// first_query: where these begin in the molecule; first_key: where the tile of keys does.
+// over `queries` of the group's tile from row `from` on. first_query: where these begin in the
+// molecule; first_key: where the tile of keys does.
 template <typename T, int D, int M>
 ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
                                    const BackwardTiles<T, D>& tiles, const Pairs<T>& pairs,

@@ -2,8 +2,8 @@
 // C = ddv, E = ddbias, f = ddkey_bias; an absent cotangent is zero and costs nothing.
 //
 // Grid, groups, one or two launches, shared seeds: as in backward.cu, with the tiles
-//   double_backward_queries_kernel  norm, delta, t, y; gq, gdout, gbias, gdlse, and gk, gv, gkey_bias too
-//                                   of molecules with at most ROWS queries and keys
+//   double_backward_queries_kernel  norm, delta, t, y; gq, gdout, gbias, gdlse, and gk, gv,
+//                                   gkey_bias too of molecules with at most ROWS queries and keys
 //   double_backward_keys_kernel     gk, gv, gkey_bias of the other molecules
 // Shared memory a group: seven tiles (q, dout, ddq; k, v, ddk, ddv), those of the other axis walked
 // through by halves (Walk), five numbers a query, and KeySums.
@@ -139,8 +139,8 @@ struct Products {
 };
 
 // gk and gv of the 16 keys from `slot` on, and their KeySums in the first of several such sweeps,
-// over `queries` of the group's tile from row `from` on,
-// where first_query lies; first_key: where the tile of keys begins in the molecule.
+// over `queries` of the group's tile from row `from` on, where first_query lies; first_key: where
+// the tile of keys begins in the molecule.
 template <typename T, int D, int M>
 ATTN_DEVICE void add_key_gradients(Acc<T> (&gk)[M][4], Acc<T> (&gv)[M][4], const KernelParams& p,
                                    const DoubleBackwardTiles<T, D>& tiles, const Pairs<T>& pairs,

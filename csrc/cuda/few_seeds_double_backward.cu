@@ -1,9 +1,10 @@
-// (D1)-(D13) for few seeds: the derivative of dq, dk, dv, dbias, dkey_bias with cotangents A = ddq,
-// B = ddk, C = ddv, E = ddbias, f = ddkey_bias; an absent cotangent is zero and costs nothing. Shape
-// of the work: few_seeds.cuh. Grid, launches, sweeps and d(q): as in few_seeds_backward.cu, with ddk and ddv
-// beside the keys and values. The statistics norm, delta, t and y of a row come from one sweep, as
-// means and covariances that are merged (Chan, Golub and LeVeque, 1983): sums of large products
-// would cancel. gdout of molecules of several parts is summed by merge_parts_kernel.
+// (D1)-(D13) for few seeds: the derivative of dq, dk, dv, dbias, dkey_bias with cotangents A =
+// ddq, B = ddk, C = ddv, E = ddbias, f = ddkey_bias; an absent cotangent is zero and costs
+// nothing. Shape of the work: few_seeds.cuh. Grid, launches, sweeps and d(q): as in
+// few_seeds_backward.cu, with ddk and ddv beside the keys and values. The statistics norm, delta,
+// t and y of a row come from one sweep, as means and covariances that are merged (Chan, Golub and
+// LeVeque, 1983): sums of large products would cancel. gdout of molecules of several parts is
+// summed by merge_parts_kernel.
 #include "../equations.h"
 #include "few_seeds.cuh"
 #include "instances.cuh"

@@ -38,8 +38,13 @@ EDITS = [
     ),
     ("few_seeds_double_backward.cu", "(total * share)", "share", "merging of covariances"),
     ("few_seeds_backward.cu", "sum += ds;", "sum = ds;", "sum over the seeds"),
-    ("few_seeds_double_backward.cu", "s, j, of_key) - lse", "s, j, 0) - lse", "key bias"),
-    ("few_seeds.cuh", "clear_element(x, p.key_bias_dtype, row, head);", "{}", "keys of nobody"),
+    ("few_seeds_double_backward.cu", "s, j, of_key) - lse", "s, j, 0 * of_key) - lse", "key bias"),
+    (
+        "few_seeds.cuh",
+        "(row < begin || row >= end))",
+        "(row < begin && row >= end))",
+        "keys of nobody",
+    ),
 ]
 
 

@@ -31,13 +31,12 @@ Pass pass_of(const std::string& name) {
 KernelParams params(const py::dict& call) {
   KernelParams p{};
   const std::pair<const char*, View*> views[] = {
-      {"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"bias", &p.bias},
-      {"key_bias", &p.key_bias}, {"out", &p.out}, {"lse", &p.lse},
-      {"dout", &p.dout}, {"dlse", &p.dlse}, {"dq", &p.dq}, {"dk", &p.dk}, {"dv", &p.dv},
-      {"dbias", &p.dbias}, {"dkey_bias", &p.dkey_bias}, {"ddq", &p.ddq}, {"ddk", &p.ddk}, {"ddv", &p.ddv},
-      {"ddbias", &p.ddbias}, {"ddkey_bias", &p.ddkey_bias}, {"gq", &p.gq}, {"gk", &p.gk}, {"gv", &p.gv}, {"gbias", &p.gbias},
-      {"gkey_bias", &p.gkey_bias},
-      {"gdout", &p.gdout}, {"gdlse", &p.gdlse}};
+      {"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"bias", &p.bias}, {"key_bias", &p.key_bias},
+      {"out", &p.out}, {"lse", &p.lse}, {"dout", &p.dout}, {"dlse", &p.dlse}, {"dq", &p.dq},
+      {"dk", &p.dk}, {"dv", &p.dv}, {"dbias", &p.dbias}, {"dkey_bias", &p.dkey_bias},
+      {"ddq", &p.ddq}, {"ddk", &p.ddk}, {"ddv", &p.ddv}, {"ddbias", &p.ddbias},
+      {"ddkey_bias", &p.ddkey_bias}, {"gq", &p.gq}, {"gk", &p.gk}, {"gv", &p.gv},
+      {"gbias", &p.gbias}, {"gkey_bias", &p.gkey_bias}, {"gdout", &p.gdout}, {"gdlse", &p.gdlse}};
   for (const auto& [name, target] : views)
     if (call.contains(name)) *target = view(call[name]);
   p.q_ptr = pointer<void>(call, "q_ptr");
