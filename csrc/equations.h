@@ -1,5 +1,5 @@
 // The elementwise equations of the three passes for one pair (query, key), on scalars (CUDA) or on
-// vectors (CPU). Numbers (F1) ... (D12) refer to the list in attnpool_kernels/autograd.py.
+// vectors (CPU). Numbers (F1) ... (D13) refer to the list in attnpool_kernels/autograd.py.
 //   s logit, lse log-sum-exp of its row, p weight, r keep factor (0 or 1 / (1 - dropout))
 //   delta = rowsum(O dO), delta_l = delta - dlse
 #pragma once

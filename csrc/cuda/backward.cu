@@ -1,13 +1,14 @@
-// (B1)-(B7): dq, dk, dv, dbias.
+// (B1)-(B8): dq, dk, dv, dbias, dkey_bias.
 //
 // Grid: x only, GROUPS tiles x heads a block; a group of ROWS / 16 warps owns ROWS rows of one
 // molecule and one head, 16 rows a warp, and waits for no other group. Two launches:
 //   backward_queries_kernel  tiles of queries: delta and dq. Where the molecule has at most ROWS
-//                            queries and keys the same group does its dk and dv as well, from the
-//                            rows already in shared memory: q, k, v, dout are read once.
-//   backward_keys_kernel     tiles of keys of the other molecules: dk and dv.
+//                            queries and keys the same group does its dk, dv and dkey_bias as
+//                            well, from the rows already in shared memory: q, k, v, dout are read
+//                            once.
+//   backward_keys_kernel     tiles of keys of the other molecules: dk, dv and dkey_bias.
 // Shared memory a group: four tiles (q, dout, k, v), the last two or the first two of them walked
-// through by halves (Walk), and norm, delta' and lse of the queries. norm is
+// through by halves (Walk), norm, delta' and lse of the queries, and KeySums. norm is
 // 1 / rowsum(exp(S - lse)), which is 1 but for the rounding of lse; with large logits that would be
 // the largest error of all. delta is rowsum(P o dP) in the accumulator's type, so `out` is not
 // read. No atomics; with shared seeds dq is written per molecule and summed afterwards
@@ -16,8 +17,8 @@
 #include "../equations.h"
 #include "copies.cuh"
 #include "instances.cuh"
+#include "key_sums.cuh"
 #include "launch.h"
-#include "pairs.cuh"
 #include "products.cuh"
 #include "sum_over_molecules.cuh"
 
@@ -33,7 +34,8 @@ struct BackwardPlan {
   static constexpr int UNITS = sizeof(T) == 2 || D < 128 ? D : 32;  // of a gradient at a time
   static constexpr int GROUP_THREADS = ROWS * 2;
   static constexpr int TILE = ROWS * STRIDE<T, D>;
-  static constexpr int GROUP_BYTES = 4 * TILE * int(sizeof(T)) + 4 * ROWS * int(sizeof(Acc<T>));
+  static constexpr int GROUP_BYTES =
+      4 * TILE * int(sizeof(T)) + (4 + KeySums<T>::PLACES) * ROWS * int(sizeof(Acc<T>));
   static constexpr int GROUPS = GROUP_BYTES <= (24 << 10) ? 2 : 1;
   static constexpr int THREADS = GROUPS * GROUP_THREADS, BYTES = GROUPS * GROUP_BYTES;
 };
@@ -51,10 +53,12 @@ struct BackwardTiles {
   using Plan = BackwardPlan<T, D>;
   T *q, *dout, *k, *v;
   QueryRow<Acc<T>>* rows;
+  Acc<T>* key_sums;
 
   ATTN_DEVICE explicit BackwardTiles(unsigned char* memory)
       : q(reinterpret_cast<T*>(memory)), dout(q + Plan::TILE), k(dout + Plan::TILE),
-        v(k + Plan::TILE), rows(reinterpret_cast<QueryRow<Acc<T>>*>(v + Plan::TILE)) {}
+        v(k + Plan::TILE), rows(reinterpret_cast<QueryRow<Acc<T>>*>(v + Plan::TILE)),
+        key_sums(reinterpret_cast<Acc<T>*>(rows + Plan::ROWS)) {}
 
   // Rows first ... of a molecule's queries, `most` of them, to row `to` of the tiles.
   ATTN_DEVICE void load_queries(const KernelParams& p, const Rows& tile, const Range& span,
@@ -82,8 +86,9 @@ struct BackwardTiles {
   }
 };
 
-// dk and dv of the 16 keys from `slot` on, over `queries` of the group's tile from row `from` on.
-// first_query: where these begin in the molecule; first_key: where the tile of keys does.
+// dk and dv of the 16 keys from `slot` on, and their KeySums in the first of several such sweeps,
+// over `queries` of the group's tile from row `from` on. first_query: where these begin in the
+// molecule; first_key: where the tile of keys does.
 template <typename T, int D, int M>
 ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
                                    const BackwardTiles<T, D>& tiles, const Pairs<T>& pairs,
@@ -119,6 +124,8 @@ ATTN_DEVICE void add_key_gradients(Acc<T> (&dk)[M][4], Acc<T> (&dv)[M][4],
         ds[n][e] = score_gradient(p, r * ds[n][e], row.delta);                   // (B1) (B3)
         weights[n][e] = p * r;
       }
+    if (pairs.p.dkey_bias.data && begin == 0)
+      KeySums<T>(tiles.key_sums, slot).add(ds);                                  // (B8)
     multiply_weights<T, D>(dv, weights, tiles.dout + at * S + begin);            // (B4)
     multiply_weights<T, D>(dk, ds, tiles.q + at * S + begin);                    // (B6)
   }
@@ -152,7 +159,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     walk.start(copy_keys);
   }
 
-  const Pairs<T> pairs(p, tile.molecule, head, keys);
+  const Pairs<T> pairs(p, tile.molecule, head, keys, tile.other.first);
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int first_query = tile.own.first + tile.first;
   // Of rows slot + g and slot + g + 8.
@@ -251,6 +258,8 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
 
   group_barrier(1 + group, Plan::GROUP_THREADS);  // delta' of the other warps
   if (slot >= keys) return;
+  const KeySums<T> sums(tiles.key_sums, slot);
+  if (p.dkey_bias.data) sums.clear();
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A dk[M][4], dv[M][4];
     clear(dk);
@@ -262,6 +271,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
                   pairs.scale);
     store_rows<T>(p.dv, 0, first_key, count, head, begin, int(p.value_dim), dv, A(1), A(1));
   }
+  if (p.dkey_bias.data) sums.store(pairs, p.dkey_bias, slot);
 }
 
 template <typename T, int D>
@@ -294,7 +304,9 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
     tiles.load_keys(p, tile.own, tile.first, ROWS, 0, head, thread);
     walk.start(copy_queries);
   }
-  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
+  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size, tile.own.first);
+  const KeySums<T> sums(tiles.key_sums, slot);
+  if (p.dkey_bias.data) sums.clear();
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A dk[M][4], dv[M][4];
     clear(dk);
@@ -311,6 +323,7 @@ ATTN_KERNEL ATTN_BOUNDS(BackwardPlan<T, D>::THREADS)
                   pairs.scale);
     store_rows<T>(p.dv, 0, first_key, live - slot, head, begin, int(p.value_dim), dv, A(1), A(1));
   }
+  if (p.dkey_bias.data && slot < live) sums.store(pairs, p.dkey_bias, tile_key + slot);
 }
 
 template <typename T, int D>

@@ -1,18 +1,18 @@
-// (D1)-(D12): the derivative of dq, dk, dv, dbias with cotangents A = ddq, B = ddk, C = ddv,
-// E = ddbias; an absent cotangent is zero and costs nothing.
+// (D1)-(D13): the derivative of dq, dk, dv, dbias, dkey_bias with cotangents A = ddq, B = ddk,
+// C = ddv, E = ddbias, f = ddkey_bias; an absent cotangent is zero and costs nothing.
 //
 // Grid, groups, one or two launches, shared seeds: as in backward.cu, with the tiles
-//   double_backward_queries_kernel  norm, delta, t, y; gq, gdout, gbias, gdlse, and gk, gv too of
-//                                   molecules with at most ROWS queries and keys
-//   double_backward_keys_kernel     gk, gv of the other molecules
+//   double_backward_queries_kernel  norm, delta, t, y; gq, gdout, gbias, gdlse, and gk, gv,
+//                                   gkey_bias too of molecules with at most ROWS queries and keys
+//   double_backward_keys_kernel     gk, gv, gkey_bias of the other molecules
 // Shared memory a group: seven tiles (q, dout, ddq; k, v, ddk, ddv), those of the other axis walked
-// through by halves (Walk), and five numbers a query.
+// through by halves (Walk), five numbers a query, and KeySums.
 // Nothing quadratic is stored.
 #include "../equations.h"
 #include "copies.cuh"
 #include "instances.cuh"
+#include "key_sums.cuh"
 #include "launch.h"
-#include "pairs.cuh"
 #include "products.cuh"
 #include "sum_over_molecules.cuh"
 
@@ -30,7 +30,8 @@ struct DoubleBackwardPlan {
   static constexpr int UNITS = smaller(D, 128 / int(sizeof(T)));  // of a gradient at a time
   static constexpr int GROUP_THREADS = ROWS * 2;
   static constexpr int TILE = ROWS * STRIDE<T, D>;
-  static constexpr int GROUP_BYTES = 7 * TILE * int(sizeof(T)) + 5 * ROWS * int(sizeof(Acc<T>));
+  static constexpr int GROUP_BYTES =
+      7 * TILE * int(sizeof(T)) + (5 + KeySums<T>::PLACES) * ROWS * int(sizeof(Acc<T>));
   static constexpr int GROUPS = GROUP_BYTES <= (24 << 10) ? 2 : 1;
   static constexpr int THREADS = GROUPS * GROUP_THREADS, BYTES = GROUPS * GROUP_BYTES;
 };
@@ -59,13 +60,13 @@ struct DoubleBackwardTiles {
   using A = Acc<T>;
   T *q, *dout, *a, *k, *v, *b, *c;
   Row<A>* rows;
-  A* lse;
+  A *lse, *key_sums;
 
   ATTN_DEVICE explicit DoubleBackwardTiles(unsigned char* memory)
       : q(reinterpret_cast<T*>(memory)), dout(q + Plan::TILE), a(dout + Plan::TILE),
         k(a + Plan::TILE), v(k + Plan::TILE), b(v + Plan::TILE), c(b + Plan::TILE),
         rows(reinterpret_cast<Row<A>*>(c + Plan::TILE)),
-        lse(reinterpret_cast<A*>(rows + Plan::ROWS)) {}
+        lse(reinterpret_cast<A*>(rows + Plan::ROWS)), key_sums(lse + Plan::ROWS) {}
 
   ATTN_DEVICE static void load(T* tile, const KernelParams& p, const View& x, uint32_t flag,
                                int molecule, int row, int most, int live, int head, int64_t units,
@@ -132,13 +133,14 @@ struct Products {
     }
     weight[n][e] = exponential<T>(pairs.logit(weight[n][e], i, j) - lse);              // (F2)
     dp[n][e] *= r;                                                                     // (B1)
-    tangent[n][e] = tangent[n][e] * pairs.scale + pairs.pair_value(pairs.p.ddbias, i, j);  // (D1)
+    tangent[n][e] = pairs.tangent(tangent[n][e], i, j);                                // (D1)
     g[n][e] *= r;                                                                      // (D3)
   }
 };
 
-// gk and gv of the 16 keys from `slot` on, over `queries` of the group's tile from row `from` on,
-// where first_query lies; first_key: where the tile of keys begins in the molecule.
+// gk and gv of the 16 keys from `slot` on, and their KeySums in the first of several such sweeps,
+// over `queries` of the group's tile from row `from` on, where first_query lies; first_key: where
+// the tile of keys begins in the molecule.
 template <typename T, int D, int M>
 ATTN_DEVICE void add_key_gradients(Acc<T> (&gk)[M][4], Acc<T> (&gv)[M][4], const KernelParams& p,
                                    const DoubleBackwardTiles<T, D>& tiles, const Pairs<T>& pairs,
@@ -165,6 +167,7 @@ ATTN_DEVICE void add_key_gradients(Acc<T> (&gk)[M][4], Acc<T> (&gv)[M][4], const
         x.weight[n][e] *= row.norm;
         second_order(x.weight[n][e], x.dp[n][e], x.tangent[n][e], x.g[n][e], r, row);
       }
+    if (p.gkey_bias.data && begin == 0) KeySums<T>(tiles.key_sums, slot).add(x.g);     // (D13)
     if (p.ddq.data) multiply_weights<T, D>(gk, x.dp, tiles.a + at * S + begin);        // (D8)
     multiply_weights<T, D>(gk, x.g, tiles.q + at * S + begin);
     multiply_weights<T, D>(gv, x.tangent, tiles.dout + at * S + begin);                // (D9)
@@ -198,7 +201,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
     walk.start(copy_keys);
   }
 
-  const Pairs<T> pairs(p, tile.molecule, head, keys);
+  const Pairs<T> pairs(p, tile.molecule, head, keys, tile.other.first);
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int first_query = tile.own.first + tile.first;
   // Of rows slot + g and slot + g + 8. lse = -inf: no finite logit, or no row.
@@ -300,6 +303,8 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
 
   group_barrier(1 + group, Plan::GROUP_THREADS);  // the statistics of the other warps
   if (slot >= keys) return;
+  const KeySums<T> sums(tiles.key_sums, slot);
+  if (p.gkey_bias.data) sums.clear();
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A gk[M][4], gv[M][4];
     clear(gk);
@@ -311,6 +316,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
                   pairs.scale);
     store_rows<T>(p.gv, 0, first_key, count, head, begin, int(p.value_dim), gv, A(1), A(1));
   }
+  if (p.gkey_bias.data) sums.store(pairs, p.gkey_bias, slot);
 }
 
 template <typename T, int D>
@@ -355,7 +361,9 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
     read_lse(0);
     if (thread < ROWS) tiles.lse[thread] = lse;
   }
-  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size);
+  const Pairs<T> pairs(p, tile.molecule, head, tile.own.size, tile.own.first);
+  const KeySums<T> sums(tiles.key_sums, slot);
+  if (p.gkey_bias.data) sums.clear();
   for (int begin = 0; begin < D; begin += Plan::UNITS) {
     A gk[M][4], gv[M][4];
     clear(gk);
@@ -373,6 +381,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
                   pairs.scale);
     store_rows<T>(p.gv, 0, first_key, live - slot, head, begin, int(p.value_dim), gv, A(1), A(1));
   }
+  if (p.gkey_bias.data && slot < live) sums.store(pairs, p.gkey_bias, tile_key + slot);
 }
 
 template <typename T, int D>

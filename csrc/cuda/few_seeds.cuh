@@ -267,6 +267,19 @@ ATTN_DEVICE void clear_rows_of_nobody(const KernelParams& p, const View& x, int6
     if (row < begin || row >= end) store_units<T>(x, 0, row, head, units, zeros);
 }
 
+// The same for a tensor like key_bias, a lane a row.
+ATTN_DEVICE void clear_keys_of_nobody(const KernelParams& p, const View& x, int64_t slot,
+                                      int head) {
+  if (!x.data) return;
+  const Axis axis = key_axis(p);
+  const int64_t begin = edge(axis, 0), end = edge(axis, p.molecules);
+  for (int i = lane_index(); i < p.split; i += 32) {
+    const int64_t row = slot * p.split + i;
+    if (row < p.key_rows && (row < begin || row >= end))
+      clear_element(x, p.key_bias_dtype, row, head);
+  }
+}
+
 ATTN_DEVICE void clear_pairs_of_nobody(const KernelParams& p, const View& dbias, int64_t slot,
                                        int head) {
   if (slot > 0) return;

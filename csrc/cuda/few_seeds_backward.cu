@@ -1,4 +1,4 @@
-// (B1)-(B7) for few seeds: dq, dk, dv, dbias. Shape of the work: few_seeds.cuh.
+// (B1)-(B8) for few seeds: dq, dk, dv, dbias, dkey_bias. Shape of the work: few_seeds.cuh.
 //
 // Grid: x only, one warp a head and slot of `split` keys (a part that is not its molecule's first,
 // and zeros for rows of no molecule), then one a head and `molecule_chunk` molecules. Each leaves a
@@ -92,6 +92,7 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
     clear_rows_of_nobody<T, Plan::UNITS>(p, p.dk, place.tile, head, head_dim);
     clear_rows_of_nobody<T, Plan::UNITS>(p, p.dv, place.tile, head, value_dim);
     clear_pairs_of_nobody(p, p.dbias, place.tile, head);
+    clear_keys_of_nobody(p, p.dkey_bias, place.tile, head);
   }
   A dq[SEEDS][Plan::UNITS];
   clear_seeds(dq);
@@ -102,7 +103,7 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
     if (part.last == 0) continue;
     const int tiles = (part.last - part.first + KEYS - 1) / KEYS;
     const bool whole = part.keys <= p.split, resident = whole && tiles <= Plan::STAGES;
-    const Pairs<T> pairs(p, part.molecule, head, part.keys);
+    const Pairs<T> pairs(p, part.molecule, head, part.keys, part.row);
     const auto load = [&](int tile, int stage) {
       const int first = part.first + tile * KEYS;
       load_tile<Plan, T, D>(b_k + stage * Plan::TILE, p.k, p.vector_loads & VECTOR_K, part, first,
@@ -124,11 +125,13 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
       add_products<Plan, T, D>(dp, b_v + row, b_dout, mask);
       complete_products<Plan>(weight, mask);
       complete_products<Plan>(dp, mask);
+      const bool real = j < part.last;
+      const A of_key = real ? pairs.key_value(p.key_bias, j) : A(0);
       ATTN_UNROLL
       for (int s = 0; s < SEEDS; ++s) {
         if (!(mask >> s & 1)) continue;
-        const bool real = j < part.last;
-        weight[s] = real ? exponential<T>(pairs.logit(weight[s], s, j) - b_lse[s]) : A(0);  // (F2)
+        weight[s] =
+            real ? exponential<T>(pairs.logit(weight[s], s, j, of_key) - b_lse[s]) : A(0);  // (F2)
         dp[s] = real && (kept >> s & 1) ? dp[s] * pairs.keep_scale : A(0);                // (B1)
       }
     };
@@ -186,7 +189,7 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
       const int first = part.first + tile * KEYS, j = first + key;
       const int at = (resident ? tile * KEYS : 0) + key;
       const uint32_t kept = keep_seeds(pairs, j, seeds);
-      A weight[SEEDS], dp[SEEDS];
+      A weight[SEEDS], dp[SEEDS], sum = 0;
       if (!resident) multiply(weight, dp, stage, j, kept);
       ATTN_UNROLL
       for (int s = 0; s < SEEDS; ++s) {
@@ -199,8 +202,10 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsBackwardPlan<T, D>::THREADS)
           b_ds[pair] = ds;
           b_kept[pair] = kept >> s & 1 ? x * pairs.keep_scale : A(0);
         }
+        sum += ds;
         if (j < part.last) pairs.store_pair(p.dbias, s, j, ds);                        // (B7)
       }
+      if (lane < KEYS && j < part.last) pairs.store_key(p.dkey_bias, j, sum);          // (B8)
       warp_barrier();
       add_gradients<Plan, T, D>(dq, p, part, first, head, pairs.scale, b_k + stage * Plan::TILE,
                                 b_q, b_dout, b_ds + at - key, b_kept + at - key, mask);

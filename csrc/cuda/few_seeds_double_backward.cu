@@ -1,9 +1,10 @@
-// (D1)-(D12) for few seeds: the derivative of dq, dk, dv, dbias with cotangents A = ddq, B = ddk,
-// C = ddv, E = ddbias; an absent cotangent is zero and costs nothing. Shape of the work:
-// few_seeds.cuh. Grid, launches, sweeps and d(q): as in few_seeds_backward.cu, with ddk and ddv
-// beside the keys and values. The statistics norm, delta, t and y of a row come from one sweep, as
-// means and covariances that are merged (Chan, Golub and LeVeque, 1983): sums of large products
-// would cancel. gdout of molecules of several parts is summed by merge_parts_kernel.
+// (D1)-(D13) for few seeds: the derivative of dq, dk, dv, dbias, dkey_bias with cotangents A =
+// ddq, B = ddk, C = ddv, E = ddbias, f = ddkey_bias; an absent cotangent is zero and costs
+// nothing. Shape of the work: few_seeds.cuh. Grid, launches, sweeps and d(q): as in
+// few_seeds_backward.cu, with ddk and ddv beside the keys and values. The statistics norm, delta,
+// t and y of a row come from one sweep, as means and covariances that are merged (Chan, Golub and
+// LeVeque, 1983): sums of large products would cancel. gdout of molecules of several parts is
+// summed by merge_parts_kernel.
 #include "../equations.h"
 #include "few_seeds.cuh"
 #include "instances.cuh"
@@ -104,6 +105,8 @@ struct SeedsDoubleBackwardTiles {
     if (p.ddv.data) add(c, dout);
     store(z);
     if (lane >= Plan::KEYS) return;
+    const A of_key = j < last ? pairs.key_value(p.key_bias, j) : A(0);
+    const A tangent_of_key = j < last ? pairs.key_value(p.ddkey_bias, j) : A(0);
     ATTN_ROLLED
     for (int s = 0; s < int(p.query_rows); ++s) {
       if (!(mask >> s & 1)) continue;
@@ -113,9 +116,9 @@ struct SeedsDoubleBackwardTiles {
         continue;
       }
       const A r = kept_bits >> s & 1 ? pairs.keep_scale : A(0);
-      kept[pair] = exponential<T>(pairs.logit(kept[pair], s, j) - lse[s]);             // (F2)
+      kept[pair] = exponential<T>(pairs.logit(kept[pair], s, j, of_key) - lse[s]);     // (F2)
       ds[pair] *= r;                                                                   // (B1)
-      u[pair] = u[pair] * pairs.scale + pairs.pair_value(p.ddbias, s, j);              // (D1)
+      u[pair] = pairs.tangent(u[pair], s, j, tangent_of_key);                          // (D1)
       z[pair] *= r;                                                                    // (D3)
     }
   }
@@ -182,6 +185,7 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsDoubleBackwardPlan<T, D>::THREADS)
     clear_rows_of_nobody<T, Plan::UNITS>(p, p.gk, place.tile, head, head_dim);
     clear_rows_of_nobody<T, Plan::UNITS>(p, p.gv, place.tile, head, value_dim);
     clear_pairs_of_nobody(p, p.gbias, place.tile, head);
+    clear_keys_of_nobody(p, p.gkey_bias, place.tile, head);
   }
   A gq[SEEDS][Plan::UNITS];
   clear_seeds(gq);
@@ -192,7 +196,7 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsDoubleBackwardPlan<T, D>::THREADS)
     if (part.last == 0 && (work.clears || p.only_statistics)) continue;  // no part
     const int count = (part.last - part.first + KEYS - 1) / KEYS;
     const bool whole = part.keys <= p.split, resident = whole && count <= Plan::STAGES;
-    const Pairs<T> pairs(p, part.molecule, head, part.keys);
+    const Pairs<T> pairs(p, part.molecule, head, part.keys, part.row);
     const auto load = [&](int tile, int stage) { tiles.load(p, part, tile, stage, head); };
     begin_tiles<Plan>(count, load);
     if (new_seeds) {
@@ -262,6 +266,7 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsDoubleBackwardPlan<T, D>::THREADS)
       const int at = (resident ? tile * KEYS : 0), row = stage * Plan::TILE;
       const uint32_t kept = keep_seeds(pairs, j, seeds);
       if (!resident) tiles.multiply(pairs, stage, at + key, j, part.last, kept, mask);
+      A sum = 0;
       ATTN_ROLLED
       for (int s = 0; s < seeds && lane < KEYS; ++s) {
         A z = 0;
@@ -276,8 +281,10 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsDoubleBackwardPlan<T, D>::THREADS)
           tiles.u[pair] = weight_cotangent(weight, tiles.u[pair], tiles.t[s]) * r;     // (D5)
           tiles.z[pair] = z;                                                           // (D6)
         }
+        sum += z;
         if (j < part.last) pairs.store_pair(p.gbias, s, j, z);                         // (D10)
       }
+      if (lane < KEYS && j < part.last) pairs.store_key(p.gkey_bias, j, sum);          // (D13)
       warp_barrier();
       const int rows = rows_from(part.last, first, KEYS);
       add_rows<Plan, T, D>(gq, tiles.z + at, tiles.k + row, rows, mask);               // (D7)

@@ -34,7 +34,7 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsForwardPlan<T, D>::THREADS)
   A* b_weights = b_q + Plan::SEED_ROWS;
   const int head_dim = int(p.head_dim), value_dim = int(p.value_dim), seeds = int(p.query_rows);
   const uint32_t mask = (1u << seeds) - 1;
-  const Pairs<T> pairs(p, part.molecule, head, part.keys);
+  const Pairs<T> pairs(p, part.molecule, head, part.keys, part.row);
   A out[SEEDS][Plan::UNITS], highest[SEEDS], total[SEEDS];
   clear_seeds(out);
   clear_seeds(total);  // of this lane's keys
@@ -55,10 +55,12 @@ ATTN_KERNEL ATTN_BOUNDS(SeedsForwardPlan<T, D>::THREADS)
     add_products<Plan, T, D>(logits, b_k + stage * Plan::TILE + key * STRIDE<T, D>, b_q, mask);
     complete_products<Plan>(logits, mask);
     const uint32_t kept = keep_seeds(pairs, j, seeds);
+    const A of_key = key < rows ? pairs.key_value(p.key_bias, j) : A(0);
     ATTN_UNROLL
     for (int s = 0; s < SEEDS; ++s) {
       if (!(mask >> s & 1)) continue;
-      const A logit = key < rows ? pairs.logit(logits[s], s, j) : -A(INFINITY);        // (F1)
+      const A logit =
+          key < rows ? pairs.logit(logits[s], s, j, of_key) : -A(INFINITY);            // (F1)
       A peak = max_below(logit, KEYS);
       peak = highest[s] > peak ? highest[s] : peak;
       const A shrink =

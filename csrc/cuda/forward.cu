@@ -61,7 +61,7 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
     copy_commit();
   }
 
-  const Pairs<T> pairs(p, tile.molecule, head, keys);
+  const Pairs<T> pairs(p, tile.molecule, head, keys, tile.other.first);
   const int g = lane_index() / 4, t = lane_index() % 4;
   A out[M][4], highest[2] = {A(-INFINITY), A(-INFINITY)}, sum[2] = {0, 0};
   clear(out);

@@ -1,4 +1,4 @@
-// The terms of one pair: bias, dropout, and where they lie in memory.
+// The terms of one pair: biases, dropout, and where they lie in memory.
 #pragma once
 
 #include "../philox.h"
@@ -11,14 +11,15 @@ namespace attnpool {
 template <typename T>
 struct Pairs {
   const KernelParams& p;
-  int molecule, head, keys;
+  int molecule, head, keys, first_key;  // first_key: row of the molecule's first one
   Span rows;  // of bias
   PhiloxKey key;
   Acc<T> scale, keep_scale;
 
-  ATTN_DEVICE Pairs(const KernelParams& params, int molecule_, int head_, int keys_)
-      : p(params), molecule(molecule_), head(head_), keys(keys_), rows{0, 0}, key{0, 0},
-        scale(static_cast<Acc<T>>(params.scale)),
+  ATTN_DEVICE Pairs(const KernelParams& params, int molecule_, int head_, int keys_,
+                    int first_key_)
+      : p(params), molecule(molecule_), head(head_), keys(keys_), first_key(first_key_),
+        rows{0, 0}, key{0, 0}, scale(static_cast<Acc<T>>(params.scale)),
         keep_scale(static_cast<Acc<T>>(params.keep_scale)) {
     const bool real = molecule >= 0 && molecule < p.molecules;
     if (p.pair_ptr && real) rows = pair_span(p, molecule);
@@ -28,21 +29,37 @@ struct Pairs {
   // Element (i, j) of bias or a tensor like it; 0 where there is none.
   ATTN_DEVICE Acc<T> pair_value(const View& x, int i, int j) const {
     const int64_t row = int64_t(i) * keys + j;
-    if (!x.data || row >= rows.size) return 0;
-    if (p.bias_dtype == p.dtype) return to_acc(*address<const T>(x, 0, rows.first + row, head));
-    return *address<const float>(x, 0, rows.first + row, head);
+    return x.data && row < rows.size ? element(x, p.bias_dtype, rows.first + row) : 0;
+  }
+
+  // Element j of key_bias or a tensor like it; 0 where there is none.
+  ATTN_DEVICE Acc<T> key_value(const View& x, int j) const {
+    return x.data && j < keys ? element(x, p.key_bias_dtype, first_key + j) : 0;
   }
 
   ATTN_DEVICE void store_pair(const View& x, int i, int j, Acc<T> value) const {
     const int64_t row = int64_t(i) * keys + j;
-    if (!x.data || row >= rows.size) return;
-    if (p.bias_dtype == p.dtype) from_acc(value, *address<T>(x, 0, rows.first + row, head));
-    else *address<float>(x, 0, rows.first + row, head) = static_cast<float>(value);
+    if (x.data && row < rows.size) store_element(x, p.bias_dtype, rows.first + row, value);
   }
 
-  // (F1) from the product q . k
+  ATTN_DEVICE void store_key(const View& x, int j, Acc<T> value) const {
+    if (x.data && j < keys) store_element(x, p.key_bias_dtype, first_key + j, value);
+  }
+
+  // (F1) from the product q . k and the key's element of key_bias
+  ATTN_DEVICE Acc<T> logit(Acc<T> product, int i, int j, Acc<T> of_key) const {
+    return product * scale + pair_value(p.bias, i, j) + of_key;
+  }
   ATTN_DEVICE Acc<T> logit(Acc<T> product, int i, int j) const {
-    return product * scale + pair_value(p.bias, i, j);
+    return logit(product, i, j, key_value(p.key_bias, j));
+  }
+
+  // (D1) from the product ddq . k + q . ddk, in the same way
+  ATTN_DEVICE Acc<T> tangent(Acc<T> product, int i, int j, Acc<T> of_key) const {
+    return product * scale + pair_value(p.ddbias, i, j) + of_key;
+  }
+  ATTN_DEVICE Acc<T> tangent(Acc<T> product, int i, int j) const {
+    return tangent(product, i, j, key_value(p.ddkey_bias, j));
   }
 
   // Which pairs of a 16 x 8 N accumulator are kept, one bit an element (bit 4 n + e). i and j: the
@@ -74,6 +91,16 @@ struct Pairs {
   }
 
  private:
+  // What is added to the logits is stored in T, or in float.
+  ATTN_DEVICE Acc<T> element(const View& x, Dtype stored, int64_t row) const {
+    if (stored == p.dtype) return to_acc(*address<const T>(x, 0, row, head));
+    return *address<const float>(x, 0, row, head);
+  }
+  ATTN_DEVICE void store_element(const View& x, Dtype stored, int64_t row, Acc<T> value) const {
+    if (stored == p.dtype) from_acc(value, *address<T>(x, 0, row, head));
+    else *address<float>(x, 0, row, head) = static_cast<float>(value);
+  }
+
   // Two bits, for the even and the odd one of key j and its neighbour, which share their words.
   ATTN_DEVICE uint32_t keep_two(int i, int j) const {
     const PhiloxWords words = keep_words(key, molecule, head, i, j);
@@ -84,17 +111,20 @@ struct Pairs {
   }
 };
 
+ATTN_DEVICE void clear_element(const View& x, Dtype stored, int64_t row, int head) {
+  if (stored == Dtype::float64) *address<double>(x, 0, row, head) = 0;
+  else if (stored == Dtype::float32) *address<float>(x, 0, row, head) = 0;
+  else *address<uint16_t>(x, 0, row, head) = 0;
+}
+
 // Zeros for the rows of dbias behind the last molecule's, by the first tile of the virtual molecule
 // behind the last one.
 ATTN_DEVICE void clear_pairs_of_nobody(const KernelParams& p, const View& dbias, const Rows& tile,
                                        int head, int thread, int threads) {
   if (!dbias.data || tile.molecule != p.molecules || tile.first != 0) return;
   const int64_t first = span_between(p.pair_ptr[p.molecules], p.pairs, p.pairs).first;
-  for (int64_t row = first + thread; row < p.pairs; row += threads) {
-    if (p.bias_dtype == Dtype::float64) *address<double>(dbias, 0, row, head) = 0;
-    else if (p.bias_dtype == Dtype::float32) *address<float>(dbias, 0, row, head) = 0;
-    else *address<uint16_t>(dbias, 0, row, head) = 0;
-  }
+  for (int64_t row = first + thread; row < p.pairs; row += threads)
+    clear_element(dbias, p.bias_dtype, row, head);
 }
 
 }  // namespace attnpool

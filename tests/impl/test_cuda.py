@@ -25,11 +25,30 @@ EDGES = [
     testing.Case("widest tiles", (16, 17, 33), heads=1, dim=128, value_dim=128, lse=True),
     testing.Case("more keys", (65, 3), q_counts=(2, 66), heads=1, dim=16, dropout=0.2),
     testing.Case("large of seeds", (70, 5), seeds=17, heads=1, dim=16, bias="pair", lse=True),
+    testing.Case("keys without queries", (9, 70, 3), q_counts=(0, 0, 5), key_bias="pair", nobody=4),
     testing.Case("seeds of many", (3,) * 130, seeds=9, heads=1, dim=4),
 ]
-MIXED = testing.Case("mixed", (18, 0, 33, 1, 70), heads=2, dim=16, bias="pair", lse=True, nobody=5)
+MIXED = testing.Case(
+    "mixed",
+    (18, 0, 33, 1, 70),
+    heads=2,
+    dim=16,
+    bias="pair",
+    key_bias="pair",
+    lse=True,
+    nobody=5,
+)
 # Few seeds have kernels and tests of their own: test_cuda_few_seeds.py.
-SEEDS = testing.Case("seeds", (18, 0, 70, 1), seeds=9, heads=2, dim=16, bias="pair", lse=True)
+SEEDS = testing.Case(
+    "seeds",
+    (18, 0, 70, 1),
+    seeds=9,
+    heads=2,
+    dim=16,
+    bias="pair",
+    key_bias="float32",
+    lse=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +103,7 @@ def test_a_molecule_has_the_same_bits_alone_and_in_a_batch(module, dtype, seeds)
             q=batch.q[q_rows],
             k=batch.k[rows],
             v=batch.v[rows],
+            key_bias=batch.key_bias[rows],
             q_ptr=None if seeds else ptr,
             k_ptr=ptr,
             dout=batch.dout[o_rows],
@@ -91,6 +111,7 @@ def test_a_molecule_has_the_same_bits_alone_and_in_a_batch(module, dtype, seeds)
             ddq=batch.ddq[q_rows],
             ddk=batch.ddk[rows],
             ddv=batch.ddv[rows],
+            ddkey_bias=batch.ddkey_bias[rows],
         )
         found = testing.run_kernels(alone, kernels)
         of_rows = {"out": o_rows, "lse": o_rows, "gdout": o_rows, "gdlse": o_rows}
@@ -112,7 +133,7 @@ def test_a_nan_stays_in_its_molecule(module, case):
         x[rows] = float("nan")
     found = testing.run_kernels(batch, kernels)
     for name, x in found.items():
-        if "bias" in name or (case.seeds and name in ("dq", "gq")):
+        if name in ("dbias", "gbias") or (case.seeds and name in ("dq", "gq")):
             continue
         by_molecule = case.seeds and name in ("out", "lse", "gdout", "gdlse")
         inside = slice(bad, bad + 1) if by_molecule else rows
@@ -130,14 +151,22 @@ def test_rows_of_nobody_are_zero(module, index):
     pad = torch.full((before, 2, 16), float("nan"))
     for name in ("q", "k", "v", "dout", "ddq", "ddk", "ddv"):
         setattr(batch, name, torch.cat([pad, getattr(batch, name)]))
-    batch.dlse = torch.cat([pad[..., 0], batch.dlse])
+    for name in ("dlse", "key_bias", "ddkey_bias"):
+        setattr(batch, name, torch.cat([pad[..., 0], getattr(batch, name)]))
     batch.q_ptr = batch.k_ptr = batch.k_ptr + before
     rows = sum(case.counts)
     for name, x in testing.run_kernels(batch, cuda_host.Kernels(module)).items():
         assert not x.isnan().any(), name
-        if "bias" not in name:
+        if name not in ("dbias", "gbias"):
             nobody = torch.cat([x[:before], x[before + rows :]])
             assert (nobody == (-torch.inf if name == "lse" else 0)).all(), name
+
+
+def test_keys_that_no_seed_asks_get_gradient_zero(module):
+    case = replace(SEEDS, seeds=0, bias=None, nobody=4)
+    result = testing.run_kernels(case.make(torch.bfloat16), cuda_host.Kernels(module))
+    for name in ("dk", "dv", "dkey_bias", "gk", "gv", "gkey_bias"):
+        assert len(result[name]) == sum(case.counts) + 4 and (result[name] == 0).all(), name
 
 
 def test_absent_cotangents_are_zero(module):
@@ -215,7 +244,7 @@ def test_largest_floats_and_infinities_in_float32(module, seeds, value):
     kernels = cuda_host.Kernels(module)
     out, _ = kernels.forward(batch.operands, batch.options)
     finite = batch.v.nan_to_num(0.0, 0.0, 0.0)  # the oracle multiplies other molecules by 0
-    expected, _ = testing.dense(batch, torch.float64, [batch.q, batch.k, finite])
+    expected, _ = testing.dense(batch, torch.float64, batch.inputs() | {"v": finite})
     own = (slice(0, 5) if seeds is None else slice(0, 1), ..., 0, 3)
     if abs(value) == torch.inf:
         assert (out[own] == value).all()

@@ -20,7 +20,14 @@ pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.miss
 # Molecules of one step and of two steps that stay in their tile; keys and queries that both stream,
 # in an odd and an even number of steps; keys that stream past queries that stay.
 CASE = testing.Case(
-    "bugs", (24, 90, 60, 70), q_counts=(30, 97, 62, 40), heads=1, dim=8, bias="pair", nobody=3
+    "bugs",
+    (24, 90, 60, 70),
+    q_counts=(30, 97, 62, 40),
+    heads=1,
+    dim=8,
+    bias="pair",
+    key_bias="pair",
+    nobody=3,
 )
 KERNELS = [f"{x}backward_{y}_kernel" for x in ("", "double_") for y in ("queries", "keys")]
 EDITS = [
@@ -34,6 +41,10 @@ EDITS = [
     ("backward.cu", "&tiles.rows[to].norm", "&tiles.rows[0].norm", "place of the statistics"),
     ("double_backward.cu", "lse[(walk.at ^ STAGE) +", "lse[walk.at +", "place of lse"),
     ("tiles.h", "axis.molecules + 2;", "axis.molecules + 1;", "last tile"),
+    ("backward.cu", ".dkey_bias.data && begin", ".dkey_bias.data && at > 0 && begin", "(B8)"),
+    ("double_backward.cu", "logit(weight[n][e], i, j)", "logit(weight[n][e], i, j, 0)", "key bias"),
+    ("pairs.cuh", "key_value(p.ddkey_bias, j)", "0", "cotangent of dkey_bias"),
+    ("key_sums.cuh", "own[32 * half] += sum", "own[32 * half] = sum", "sum over steps of queries"),
 ]
 
 

@@ -33,6 +33,7 @@ CASES = [
         heads=2,
         dim=16,
         bias="mask",
+        key_bias="mask",
         lse=True,
         dropout=0.2,
         layout="fused",
@@ -44,13 +45,18 @@ CASES = [
         heads=3,
         dim=48,
         bias="float32",
+        key_bias="float32",
         layout="transposed",
         index=torch.int32,
     ),
     testing.Case("large logits", (18, 31, 90), seeds=4, heads=2, dim=16, logits=30.0, lse=True),
+    testing.Case("key bias", (0, 70, 3, 600), seeds=3, heads=3, dim=8, key_bias="heads", nobody=40),
     testing.Case("only nobody", (), seeds=4, heads=2, dim=8, nobody=70),
+    testing.Case("key bias of nobody", (0, 0), seeds=4, heads=2, dim=8, key_bias="pair", nobody=70),
 ]
-PARTS = replace(SIZES, counts=(70, 1, 100, 0, 32, 33, 64, 5), bias="pair", lse=True)
+PARTS = replace(
+    SIZES, counts=(70, 1, 100, 0, 32, 33, 64, 5), bias="pair", key_bias="pair", lse=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def test_budget(module, case, dtype):
 def test_parts_of_the_real_size(module, seeds, dtype):
     case = testing.Case("parts", (511, 512, 3, 513, 1100), seeds=seeds, heads=1, dim=8, nobody=9)
     if dtype == torch.float64 or seeds == 3:
-        case = replace(case, counts=(514, 3), bias="pair", lse=True, dropout=0.1)
+        case = replace(case, counts=(514, 3), bias="pair", key_bias="pair", lse=True, dropout=0.1)
     kernels = cuda_host.Kernels(module)
     testing.judge(case, dtype, lambda batch: testing.run_kernels(batch, kernels))
 
@@ -99,11 +105,13 @@ def test_a_molecule_has_the_same_bits_alone_and_in_a_batch(module, dtype):
             case=replace(case, counts=(count,)),
             k=batch.k[rows],
             v=batch.v[rows],
+            key_bias=batch.key_bias[rows],
             k_ptr=torch.tensor([0, count]),
             dout=batch.dout[own],
             dlse=batch.dlse[own],
             ddk=batch.ddk[rows],
             ddv=batch.ddv[rows],
+            ddkey_bias=batch.ddkey_bias[rows],
         )
         found = testing.run_kernels(alone, kernels)
         of_molecule = ("out", "lse", "gdout", "gdlse")
@@ -138,6 +146,8 @@ def test_rows_of_nobody_are_zero(module, index):
     pad = torch.full((before, 2, 24), float("nan"))
     for name in ("k", "v", "ddk", "ddv"):
         setattr(batch, name, torch.cat([pad, getattr(batch, name)]))
+    for name in ("key_bias", "ddkey_bias"):
+        setattr(batch, name, torch.cat([pad[..., 0], getattr(batch, name)]))
     batch.k_ptr = batch.k_ptr + before
     more = torch.zeros(7, 2)
     batch.bias, batch.ddbias = torch.cat([batch.bias, more]), torch.cat([batch.ddbias, more])
@@ -145,7 +155,7 @@ def test_rows_of_nobody_are_zero(module, index):
     found = testing.run_kernels(batch, cuda_host.Kernels(module, split=SMALL))
     for name, x in found.items():
         assert not x.isnan().any(), name
-        if name in ("dk", "dv", "gk", "gv"):
+        if name in ("dk", "dv", "dkey_bias", "gk", "gv", "gkey_bias"):
             assert (torch.cat([x[:before], x[before + rows :]]) == 0).all(), name
         if name in ("dbias", "gbias"):
             assert (x[-7:] == 0).all(), name

@@ -16,7 +16,15 @@ pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.miss
 SPLIT = 96
 # Molecules that fit the stages, that do not, and of several parts, of two molecules in one slot.
 CASE = testing.Case(
-    "bugs", (20, 200, 100, 90), seeds=2, heads=1, dim=8, bias="pair", lse=True, nobody=3
+    "bugs",
+    (20, 200, 100, 90),
+    seeds=2,
+    heads=1,
+    dim=8,
+    bias="pair",
+    key_bias="pair",
+    lse=True,
+    nobody=3,
 )
 EDITS = [
     ("few_seeds.cuh", "/ p.split * 2 + (first == 0)", "/ p.split * 2", "slot of a part"),
@@ -29,6 +37,14 @@ EDITS = [
         "mask",
     ),
     ("few_seeds_double_backward.cu", "(total * share)", "share", "merging of covariances"),
+    ("few_seeds_backward.cu", "sum += ds;", "sum = ds;", "sum over the seeds"),
+    ("few_seeds_double_backward.cu", "s, j, of_key) - lse", "s, j, 0 * of_key) - lse", "key bias"),
+    (
+        "few_seeds.cuh",
+        "(row < begin || row >= end))",
+        "(row < begin && row >= end))",
+        "keys of nobody",
+    ),
 ]
 
 

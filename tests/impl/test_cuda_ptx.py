@@ -64,7 +64,16 @@ class Simulated(cuda_host.Kernels):
     ids=str,
 )
 def test_compiled_code_is_inside_the_budget(dtype, dim):
-    case = testing.Case("ptx", (5, 17), heads=2, dim=dim, bias="pair", lse=True, nobody=1)
+    case = testing.Case(
+        "ptx",
+        (5, 17),
+        heads=2,
+        dim=dim,
+        bias="pair",
+        key_bias="float32",
+        lse=True,
+        nobody=1,
+    )
     kernels = Simulated(cuda_host.build())
     testing.judge(case, dtype, lambda batch: testing.run_kernels(batch, kernels))
 
@@ -77,6 +86,16 @@ def test_seeds_and_dropout():
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 24), (torch.bfloat16, 72)], ids=str)
 def test_few_seeds(dtype, dim):
-    case = testing.Case("ptx few", (6, 40), seeds=2, heads=2, dim=dim, bias="pair", dropout=0.3)
+    case = testing.Case(
+        "ptx few",
+        (6, 40),
+        seeds=2,
+        heads=2,
+        dim=dim,
+        bias="pair",
+        key_bias="pair",
+        dropout=0.3,
+        nobody=1,
+    )
     kernels = Simulated(cuda_host.build(), split=32)
     testing.judge(case, dtype, lambda batch: testing.run_kernels(batch, kernels))

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 In a process of its own, because the sanitizer must be loaded first: all passes on tile edges, with
-bias, dropout and seeds, on strided inputs, and on garbage boundaries, under two schedules.
+biases, dropout and seeds, on strided inputs, and on garbage boundaries, under two schedules.
 """
 
 from __future__ import annotations
@@ -20,11 +20,30 @@ from attnpool_kernels.operands import Operands, Options
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
 
 CASES = [
-    testing.Case("edges", (1, 16, 17, 0, 33), heads=2, dim=8, bias="pair", lse=True, nobody=3),
+    testing.Case(
+        "edges",
+        (1, 16, 17, 0, 33),
+        heads=2,
+        dim=8,
+        bias="pair",
+        key_bias="mask",
+        lse=True,
+        nobody=3,
+    ),
     testing.Case("large", (70,), q_counts=(66,), heads=1, dim=5, value_dim=7, dropout=0.3),
     testing.Case("seeds", (9, 0, 66), seeds=9, heads=2, dim=16, bias="float32", layout="fused"),
+    testing.Case("keys", (33, 70), q_counts=(70, 0), dim=16, key_bias="heads", nobody=1),
     testing.Case("wide", (17,), heads=1, dim=72, layout="transposed"),
-    testing.Case("few", (9, 0, 70, 33), seeds=3, dim=5, value_dim=40, bias="pair", nobody=2),
+    testing.Case(
+        "few",
+        (9, 0, 70, 33),
+        seeds=3,
+        dim=5,
+        value_dim=40,
+        bias="pair",
+        key_bias="float32",
+        nobody=2,
+    ),
     testing.Case("few wide", (40, 3), seeds=8, heads=1, dim=72, dropout=0.3, lse=True),
 ]
 SPLIT = 32  # keys of a part of a molecule with few seeds

@@ -30,6 +30,7 @@ CASES = [
         dim=20,
         value_dim=32,
         bias="pair",
+        key_bias="pair",
         dropout=0.2,
         lse=True,
         nobody=2,
@@ -42,6 +43,7 @@ CASES = [
         dim=64,
         value_dim=40,
         bias="mask",
+        key_bias="mask",
         dropout=0.2,
         lse=True,
     ),
@@ -53,6 +55,7 @@ CASES = [
         dim=100,
         value_dim=128,
         bias="pair",
+        key_bias="float32",
         dropout=0.2,
         lse=True,
         layout="fused",
@@ -85,16 +88,18 @@ def test_bits_do_not_depend_on_the_schedule_or_on_16_byte_loads(module, case, dt
 
 @pytest.mark.parametrize("width", [32, 128])
 def test_a_molecule_has_the_same_bits_alone_and_behind_others(module, width):
-    case = testing.Case("alone", (81,), q_counts=(97,), heads=1, dim=width, lse=True)
+    case = testing.Case(
+        "alone", (81,), q_counts=(97,), heads=1, dim=width, key_bias="pair", lse=True
+    )
     alone = case.make(torch.float32)
     batch = replace(case, counts=(7, 81, 70), q_counts=(70, 97, 3)).make(torch.float32)
     queries, keys = slice(70, 70 + 97), slice(7, 7 + 81)
     for name in ("q", "dout", "dlse", "ddq"):
         getattr(batch, name)[queries] = getattr(alone, name)
-    for name in ("k", "v", "ddk", "ddv"):
+    for name in ("k", "v", "key_bias", "ddk", "ddv", "ddkey_bias"):
         getattr(batch, name)[keys] = getattr(alone, name)
     kernels = cuda_host.Kernels(module)
-    of_keys = ("dk", "dv", "gk", "gv")
+    of_keys = ("dk", "dv", "dkey_bias", "gk", "gv", "gkey_bias")
     together = {
         name: x[keys if name in of_keys else queries]
         for name, x in testing.run_kernels(batch, kernels).items()
@@ -118,6 +123,15 @@ def test_an_infinite_cotangent_of_an_empty_row_changes_nothing(module, width):
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 def test_compiled_code_is_inside_the_budget(module):
     """float64 of width 128 has the smallest stages, of 8 rows."""
-    case = testing.Case("ptx", (21, 5), q_counts=(5, 18), heads=1, dim=36, value_dim=33, lse=True)
+    case = testing.Case(
+        "ptx",
+        (21, 5),
+        q_counts=(5, 18),
+        heads=1,
+        dim=36,
+        value_dim=33,
+        key_bias="pair",
+        lse=True,
+    )
     kernels = test_cuda_ptx.Simulated(module)
     testing.judge(case, torch.float64, lambda batch: testing.run_kernels(batch, kernels))

@@ -152,18 +152,26 @@ class Kernels:
     def backward(
         self, x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
     ) -> Gradients:
-        dx = Gradients(*(_nan(rows, rows.shape) for rows in x[:3]), _bias(x, need_dbias))
+        rows = (_nan(part, part.shape) for part in x[:3])
+        dbias = _like_bias(x.bias if need_dbias else None, x.q)
+        dx = Gradients(*rows, dbias, _like_bias(x.key_bias, x.q))
         call = self._call(x, options) | y._asdict() | dy._asdict() | dx._asdict()
-        self._run("backward", x.q, call | {"dbias": dx.dbias if dx.dbias.shape[0] else None})
+        call["dbias"] = dx.dbias if need_dbias and x.bias is not None else None
+        call["dkey_bias"] = None if x.key_bias is None else dx.dkey_bias
+        self._run("backward", x.q, call)
         return dx
 
     def double_backward(
         self, x: Operands, y: Result, dy: Cotangents, tangents: Tangents, options: Options
     ) -> SecondGradients:
         rows = (_nan(part, part.shape) for part in x[:3])
-        gx = SecondGradients(*rows, _bias(x, True), *(_nan(part, part.shape) for part in y))
+        biases = (_like_bias(part, x.q) for part in (x.bias, x.key_bias))
+        gx = SecondGradients(*rows, *biases, *(_nan(part, part.shape) for part in y))
         call = self._call(x, options) | y._asdict() | dy._asdict() | tangents._asdict()
-        call |= gx._asdict() | {"gbias": gx.gbias if gx.gbias.shape[0] else None}
+        call |= gx._asdict()
+        for name in ("bias", "key_bias"):
+            if call[name] is None:
+                call[f"g{name}"] = None
         self._run("double_backward", x.q, call)
         return gx
 
@@ -182,6 +190,7 @@ class Kernels:
             "drop_threshold": math.floor(dropout * 2**32),
             "dtype": DTYPES[x.q.dtype],
             "bias_dtype": DTYPES[x.q.dtype if x.bias is None else x.bias.dtype],
+            "key_bias_dtype": DTYPES[x.q.dtype if x.key_bias is None else x.key_bias.dtype],
             "ptr_is_64": int(x.k_ptr.dtype == torch.int64),
             "shared_seeds": int(x.shared),
             "vector": self.vector,
@@ -227,10 +236,9 @@ def registered(kernels: Kernels) -> Kernels:
     return kernels
 
 
-def _bias(x: Operands, wanted: bool) -> Tensor:
-    if x.bias is None or not wanted:
-        return (x.q if x.bias is None else x.bias).new_empty((0, x.q.shape[1]))
-    return _nan(x.bias, x.bias.shape)
+def _like_bias(x: Tensor | None, q: Tensor) -> Tensor:
+    """A result for a bias or a key_bias; without rows where that is absent or none is wanted."""
+    return q.new_empty((0, q.shape[1])) if x is None else _nan(x, x.shape)
 
 
 def _nan(like: Tensor, shape, dtype: torch.dtype | None = None) -> Tensor:
@@ -249,7 +257,8 @@ def _view(x: Tensor | None, name: str, by_molecule: bool):
 
 def compare_absent_cotangents(kernels: Kernels, batch: testing.Batch) -> None:
     """A cotangent that is absent must give the bits of one that is zero."""
-    names = ("ddq", "ddk", "ddv", "ddbias", "dlse")
+    names = ["ddq", "ddk", "ddv", "dlse"]
+    names += [name for name in ("ddbias", "ddkey_bias") if getattr(batch, name) is not None]
     for name in names:
         zero, none = replace(batch), replace(batch)
         for other in names if name == "dlse" else (name,):

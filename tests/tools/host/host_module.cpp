@@ -31,11 +31,12 @@ Pass pass_of(const std::string& name) {
 KernelParams params(const py::dict& call) {
   KernelParams p{};
   const std::pair<const char*, View*> views[] = {
-      {"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"bias", &p.bias}, {"out", &p.out}, {"lse", &p.lse},
-      {"dout", &p.dout}, {"dlse", &p.dlse}, {"dq", &p.dq}, {"dk", &p.dk}, {"dv", &p.dv},
-      {"dbias", &p.dbias}, {"ddq", &p.ddq}, {"ddk", &p.ddk}, {"ddv", &p.ddv},
-      {"ddbias", &p.ddbias}, {"gq", &p.gq}, {"gk", &p.gk}, {"gv", &p.gv}, {"gbias", &p.gbias},
-      {"gdout", &p.gdout}, {"gdlse", &p.gdlse}};
+      {"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"bias", &p.bias}, {"key_bias", &p.key_bias},
+      {"out", &p.out}, {"lse", &p.lse}, {"dout", &p.dout}, {"dlse", &p.dlse}, {"dq", &p.dq},
+      {"dk", &p.dk}, {"dv", &p.dv}, {"dbias", &p.dbias}, {"dkey_bias", &p.dkey_bias},
+      {"ddq", &p.ddq}, {"ddk", &p.ddk}, {"ddv", &p.ddv}, {"ddbias", &p.ddbias},
+      {"ddkey_bias", &p.ddkey_bias}, {"gq", &p.gq}, {"gk", &p.gk}, {"gv", &p.gv},
+      {"gbias", &p.gbias}, {"gkey_bias", &p.gkey_bias}, {"gdout", &p.gdout}, {"gdlse", &p.gdlse}};
   for (const auto& [name, target] : views)
     if (call.contains(name)) *target = view(call[name]);
   p.q_ptr = pointer<void>(call, "q_ptr");
@@ -56,6 +57,7 @@ KernelParams params(const py::dict& call) {
   p.drop_threshold = call["drop_threshold"].cast<uint32_t>();
   p.dtype = static_cast<Dtype>(call["dtype"].cast<int32_t>());
   p.bias_dtype = static_cast<Dtype>(call["bias_dtype"].cast<int32_t>());
+  p.key_bias_dtype = static_cast<Dtype>(call["key_bias_dtype"].cast<int32_t>());
   p.ptr_is_64 = call["ptr_is_64"].cast<int32_t>();
   p.shared_seeds = call["shared_seeds"].cast<int32_t>();
   return p;
