@@ -132,7 +132,9 @@ def main() -> int:
         if all(table.get(name) == value for name, value in made.items()):
             found = table["archs"] | found
         table = made | {"archs": dict(sorted(found.items(), key=lambda x: int(x[0])))}
-        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        text = json.dumps(table, indent=1, sort_keys=True)
+        text = re.sub(r"\{\s+(\"registers\": \d+),\s+(\"spilled\": \d+)\s+\}", r"{\1, \2}", text)
+        TABLE.write_text(text + "\n")  # a kernel per line
     if options.check:
         lines = violations(found, table["archs"], options.archs)
         print("\n".join(lines) or "within the table")
