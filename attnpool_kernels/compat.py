@@ -155,7 +155,8 @@ def _weights(rows_of, lse, boundaries, seed, scale, dropout) -> Tensor:
             continue
         logits = scale * torch.einsum("ihd,jhd->hij", q[rows].to(lse), k[columns].to(lse))
         logits = logits + key_bias[columns].to(lse).T[:, None]
-        weights = (logits - lse[rows].T[:, :, None]).exp()
+        row_lse = lse[rows].T[:, :, None]
+        weights = (logits - row_lse).exp().masked_fill(row_lse == -torch.inf, 0.0)
         keep = keep_mask(seed, i, heads, n, m, dropout)
         found[i, :, :n, :m] = torch.where(keep, weights, -weights)
     return found

@@ -91,8 +91,9 @@ def set_attention(
         bias: [P, H], or [P, 1] for all heads, added to the logits, dtype of q or float32;
             P = Σ_b n_q·n_k, by molecule, then query, then key (``Ragged.pairs``). -inf forbids a
             pair.
-        key_bias: [N_k, H], or [N_k] for all heads, added to the logits of a key with every query of
-            its molecule, dtype of q or float32. -inf forbids a key. Takes no memory per pair.
+        key_bias: [N_k, H], or [N_k] or [N_k, 1] for all heads, added to the logits of a key with
+            every query of its molecule, dtype of q or float32. -inf forbids a key. Takes no memory
+            per pair.
         scale: factor of q·k, default D**-0.5.
         dropout: probability in [0, 1) of dropping an attention weight. The mask is a function of
             a seed from torch's generator and of (molecule, head, query, key): the same on all
@@ -473,7 +474,7 @@ def _check_bias(
     """
     bias, heads = _check_added("bias", given, k), k.shape[1]
     if bias.dim() != 2 or bias.shape[1] not in (1, heads):
-        raise ValueError(f"bias must have shape [P, {heads}], got {tuple(bias.shape)}")
+        raise ValueError(f"bias must have shape [P, {heads}] or [P, 1], got {tuple(bias.shape)}")
     if bias.shape[1] != heads:
         bias = bias.expand(-1, heads)
     n_k = _lengths(k_ptr, k.shape[0])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .functional import set_attention
-from .ragged import Ragged, last_of
+from .ragged import PTR_DTYPES, Ragged, last_of
+from .tracing import unreadable
 
 __all__ = ["pack", "padded_attention", "unpack", "with_centres"]
 
@@ -23,10 +24,10 @@ def pack(x: Tensor, sets: Ragged | Tensor, rows: int | None = None) -> Tensor:
             for the rows of a set, wherever they are. Its boundaries are ``Ragged.from_mask(mask)``.
         rows: N, if it is known: on an accelerator, finding it out synchronises.
 
-    Raises TypeError, ValueError: a mask that is no mask, or sets that do not fit x.
+    Raises TypeError, ValueError: a mask that is no mask, sets that do not fit x, or (on the CPU)
+    another number of rows than they have.
     """
-    if x.dim() < 2:
-        raise ValueError(f"x must have shape [B, S, ...], got {tuple(x.shape)}")
+    _check_rows("x", x, "[B, S, ...]", 2)
     if isinstance(sets, Ragged):
         _check_sets(sets, x.shape[0])
         index = _index(sets, x.shape[1], rows)
@@ -35,6 +36,8 @@ def pack(x: Tensor, sets: Ragged | Tensor, rows: int | None = None) -> Tensor:
         if mask.shape != x.shape[:2]:
             raise ValueError(f"mask must have shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
         flat = mask.flatten()
+        if rows is not None and _readable(flat):
+            _check_number(rows, int(flat.sum()))
         if rows is None:
             index = flat.nonzero()[:, 0]
         else:  # True before False, each in its order
@@ -52,9 +55,12 @@ def unpack(x: Tensor, sets: Ragged, longest: int | None = None, value: float = 0
 
     Raises ValueError: a set on the CPU that is longer than ``longest``, or boundaries beyond x.
     """
-    _check_sets(sets, len(sets))
+    _check_sets(sets, None)
+    _check_rows("x", x, "[N, ...]", 1)
     counts = sets.counts()
-    if longest is None or counts.device.type == "cpu":
+    if longest is not None and (isinstance(longest, bool) or not _is_int(longest)):
+        raise TypeError(f"longest must be an int, got {type(longest).__name__}")
+    if longest is None or _readable(counts):
         most = int(counts.max()) if len(sets) else 0
         if longest is not None and longest < most:
             raise ValueError(f"longest must be at least {most}, the largest set, got {longest}")
@@ -78,7 +84,14 @@ def with_centres(
         row_ptr: [A + 1] the list's CSR row pointer.
 
     Row ``sets.ptr[i]`` is that of atom i. ``sets`` is ``Ragged.from_csr(row_ptr, centre=True)``.
+    Raises TypeError, ValueError: rows that do not fit each other or the pointer, by name.
     """
+    for name, x in (("centres", centres), ("neighbours", neighbours)):
+        _check_rows(name, x, "[A, ...]" if name == "centres" else "[E, ...]", 1)
+    if centres.dtype != neighbours.dtype:
+        raise TypeError(
+            f"centres must have the dtype of neighbours, {neighbours.dtype}, got {centres.dtype}"
+        )
     sets = Ragged.from_csr(row_ptr, centre=True)
     if centres.shape[0] != len(sets) or centres.shape[1:] != neighbours.shape[1:]:
         raise ValueError(
@@ -86,6 +99,10 @@ def with_centres(
             f"got {tuple(centres.shape)}"
         )
     atoms, edges = centres.shape[0], neighbours.shape[0]
+    if sets.last is not None and sets.last != atoms + edges:
+        raise ValueError(
+            f"neighbours must have row_ptr[-1] = {sets.last - atoms} rows, got {edges}"
+        )
     ptr = sets.ptr.long().to(centres.device)
     own = ptr[:-1]
     atom = torch.arange(atoms, device=own.device)
@@ -124,15 +141,17 @@ def padded_attention(
     Raises as ``set_attention``; ValueError where the shapes do not fit.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rows(name, x, "[B, H, S, D]", 4)
         if x.dim() != 4 or x.shape[:3] != q.shape[:3]:
             raise ValueError(
                 f"{name} must have shape [B, H, S, D] with B, H and S of q, got {tuple(x.shape)}"
             )
-    sets = Ragged.from_counts(lengths).to(q.device)
     count, heads, size = q.shape[:3]
+    sets = _of_lengths(lengths, count, size).to(q.device)
     q, k, v = (pack(x.transpose(1, 2), sets, rows) for x in (q, k, v))
     of_keys = None
     if key_bias is not None:
+        _check_rows("key_bias", key_bias, "[B, S] or [B, H, S]", 2)
         wanted = (count, size), (count, heads, size)
         if tuple(key_bias.shape) not in wanted:
             raise ValueError(
@@ -146,18 +165,57 @@ def padded_attention(
     return unpack(out, sets, size).transpose(1, 2)
 
 
+def _of_lengths(lengths: object, count: int, size: int) -> Ragged:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a torch.Tensor, got {type(lengths).__name__}")
+    if lengths.dtype not in PTR_DTYPES:
+        raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
+    if tuple(lengths.shape) != (count,):
+        raise ValueError(f"lengths must have shape ({count},), got {tuple(lengths.shape)}")
+    if _readable(lengths) and count:
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > size:
+            raise ValueError(
+                f"lengths must be from 0 to {size}, got {least if least < 0 else most}"
+            )
+    return Ragged.from_counts(lengths)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether the contents can be looked at without waiting for a device or breaking a graph."""
+    return x.device.type == "cpu" and not unreadable(x)
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int | torch.SymInt)
+
+
+def _check_rows(name: str, x: object, shape: str, least: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() < least:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _check_number(rows: object, known: int) -> None:
+    if isinstance(rows, bool) or not _is_int(rows):
+        raise TypeError(f"rows must be an int, got {type(rows).__name__}")
+    if rows != known:
+        raise ValueError(f"rows must be the number of rows of all sets, {known}, got {rows}")
+
+
 def _checked_mask(mask: object) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"sets must be a Ragged or a mask, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
+        raise TypeError(f"sets must be a Ragged or a mask of bool, got {mask.dtype}")
     return mask
 
 
-def _check_sets(sets: object, count: int) -> None:
+def _check_sets(sets: object, count: int | None) -> None:
     if not isinstance(sets, Ragged):
         raise TypeError(f"sets must be a Ragged, got {type(sets).__name__}")
-    if len(sets) != count:
+    if count is not None and len(sets) != count:
         raise ValueError(f"sets must be as many as x has, {count}, got {len(sets)}")
 
 
@@ -165,10 +223,12 @@ def _index(sets: Ragged, longest: int, rows: int | None) -> Tensor:
     """Places of the rows of the sets in a padded batch, flat."""
     if rows is None:
         rows = last_of(sets.ptr) if sets.last is None else sets.last
+    elif sets.last is not None:
+        _check_number(rows, sets.last)
     ptr = sets.ptr.long()
     row = torch.arange(rows, device=ptr.device)
     owner = torch.searchsorted(ptr[1:], row, right=True)
     place = row - ptr[owner]
-    if ptr.device.type == "cpu" and rows and int(place.max()) >= longest:
+    if _readable(ptr) and rows and int(place.max()) >= longest:
         raise ValueError(f"sets must have at most {longest} rows, got {int(place.max()) + 1}")
     return owner * longest + place

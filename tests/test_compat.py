@@ -256,3 +256,15 @@ def test_flash_attns_own_tests():
     if result.returncode == 2:
         pytest.skip(result.stderr.splitlines()[-1])
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+def test_forbidden_keys():
+    """A key of -inf has weight 0; without any other the output and S_dmask are 0, the LSE +inf."""
+    q, k, v = (torch.randn(3, 1, 4) for _ in range(3))
+    ptr, call = torch.tensor([0, 2, 3]), varlen
+    key_bias = torch.tensor([0.5, -torch.inf, -torch.inf])
+    options = {"dropout_p": 0.5, "return_attn_probs": True, "key_bias": key_bias}
+    out, lse, weights = call(q, k, v, ptr, ptr, 2, 2, **options)
+    assert not out[2].any() and lse[0, 2] == torch.inf
+    assert weights.isfinite().all() and not weights[1].any() and not weights[0, :, :, 1].any()
+    assert torch.allclose(weights[0, :, :, 0].abs(), torch.ones(1, 2))

@@ -147,6 +147,19 @@ def test_biases_of_all_heads(native):
             assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_least_finite_bias_forbids_nothing(native, dtype):
+    """Many masks are made of it; in units of log 2 it would be -inf."""
+    q, k, v = (x.to(dtype) for x in tensors())
+    for value in (torch.finfo(dtype).min, torch.finfo(dtype).max):
+        wanted = set_attention(torch.zeros_like(q), k, v, PTR)
+        of_keys = torch.full((8,), value, dtype=dtype)
+        of_pairs = torch.full((34, 2), value, dtype=dtype)
+        for options in ({"key_bias": of_keys}, {"bias": of_pairs}):
+            found = set_attention(q, k, v, PTR, backend=native, **options)
+            assert torch.allclose(found, wanted, atol=1e-6 if dtype != torch.bfloat16 else 2e-2)
+
+
 def test_a_key_bias_is_a_bias_of_pairs(native):
     q, k, v = tensors()
     key_bias = torch.randn(8, 2)

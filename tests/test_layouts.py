@@ -7,6 +7,12 @@ from attnpool_kernels import Ragged, set_attention
 from attnpool_kernels.layouts import pack, padded_attention, unpack, with_centres
 
 COUNTS = (3, 0, 5, 1)
+PAIR = torch.tensor([0, 2])  # one atom with two neighbours
+
+
+def attend(lengths, *given, **options):
+    x = torch.zeros(4, 2, 6, 4)
+    return padded_attention(x, x, x, lengths, *given, **options)
 
 
 def padded(*shape, size=6, seed=0):
@@ -90,6 +96,14 @@ def test_what_the_padding_holds_reaches_nothing():
     assert torch.equal(out, padded_attention(q, q, q, lengths))
 
 
+def test_padded_attention_can_be_compiled():
+    """With the number of rows nothing is looked up on the way."""
+    q, lengths = padded(2, 4).transpose(1, 2), torch.tensor(COUNTS)
+    compiled = torch.compile(padded_attention, backend="eager", fullgraph=True)
+    found = compiled(q, q, q, lengths, rows=9)
+    assert torch.equal(found, padded_attention(q, q, q, lengths))
+
+
 def test_only_the_centre_asks():
     row_ptr = torch.tensor([0, 2, 2, 5])
     x, e = torch.randn(3, 2, 4), torch.randn(5, 2, 4)
@@ -111,6 +125,27 @@ def test_only_the_centre_asks():
         (lambda: unpack(torch.zeros(9), torch.tensor([0, 9])), TypeError, "Ragged"),
         (lambda: unpack(torch.zeros(9), Ragged.from_counts(COUNTS), 4), ValueError, "at least 5"),
         (lambda: unpack(torch.zeros(8), Ragged.from_counts(COUNTS)), ValueError, "8 rows"),
+        (lambda: pack(padded(), Ragged.from_counts(COUNTS), 8), ValueError, "9, got 8"),
+        (lambda: pack(padded(), torch.ones(4, 6) == 1, 5), ValueError, "rows must be"),
+        (lambda: pack(padded(), torch.ones(4, 6) == 1, 2.0), TypeError, "rows must be an int"),
+        (lambda: pack([1], Ragged.from_counts(COUNTS)), TypeError, "x must be"),
+        (lambda: unpack([1], Ragged.from_counts(COUNTS)), TypeError, "x must be"),
+        (lambda: unpack(torch.zeros(9), Ragged.from_counts(COUNTS), 6.0), TypeError, "longest"),
+        (lambda: with_centres(torch.zeros(1), torch.zeros(3), PAIR), ValueError, "2 rows, got 3"),
+        (lambda: with_centres(torch.zeros(1), torch.zeros(1), PAIR), ValueError, "2 rows, got 1"),
+        (lambda: with_centres(torch.zeros(1), [0.0], PAIR), TypeError, "neighbours"),
+        (
+            lambda: with_centres(torch.zeros(1), torch.zeros(2).double(), PAIR),
+            TypeError,
+            "centres must have the dtype of neighbours",
+        ),
+        (lambda: attend(torch.tensor([3, 0, 7, 1])), ValueError, "lengths must be from 0 to 6"),
+        (lambda: attend(torch.tensor([3, 0, -1, 1])), ValueError, "lengths must be from 0 to 6"),
+        (lambda: attend(torch.tensor([3.0, 0, 1, 1])), TypeError, "lengths must be int32 or int64"),
+        (lambda: attend(torch.tensor([3, 0])), ValueError, "lengths must have shape (4,)"),
+        (lambda: attend(COUNTS), TypeError, "lengths must be a torch.Tensor"),
+        (lambda: attend(torch.tensor(COUNTS), rows=8), ValueError, "rows must be"),
+        (lambda: attend(torch.tensor(COUNTS), [0.0]), TypeError, "key_bias"),
         (lambda: Ragged.from_mask(torch.zeros(2, 2)), TypeError, "float32"),
         (lambda: Ragged.from_mask(torch.zeros(2) == 0), ValueError, "[B, S]"),
         (

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operands import Operands, Options
+from ..operands import Operands, Options, accumulator
 from ..problem import Problem
 from ..ragged import Sets
 from .needs import Needs
@@ -45,14 +45,17 @@ def attention(x: Operands, options: Options, sets: Sets | None) -> tuple[Tensor,
         q = _pad(batch.q, q_rows, molecules, n)
     mask = (torch.arange(m, device=k.device) < batch.k_ptr.diff()[:, None])[:, None, None, :]
     dead = logits = None
+    given = [y for y in (x.bias, x.key_bias) if y is not None]
+    # A float32 bias of half-precision rows is not rounded, and neither is the sum of two.
+    wide = q.dtype if [y.dtype for y in given] == [q.dtype] else accumulator(q.dtype)
     if x.bias is not None and x.pair_ptr is not None:
         first = x.pair_ptr[:-1] if batch.live is None else x.pair_ptr[:-1][batch.live]
-        logits = _padded_bias(x.bias, first, batch, n, m)
+        logits = _padded_bias(x.bias.to(wide), first, batch, n, m)
     if batch.key_bias is not None:
-        of_keys = _pad(batch.key_bias[..., None], k_rows, molecules, m).transpose(2, 3)
+        of_keys = _pad(batch.key_bias.to(wide)[..., None], k_rows, molecules, m).transpose(2, 3)
         logits = of_keys if logits is None else logits + of_keys
     if logits is not None:
-        logits = logits.to(q.dtype).masked_fill(~mask, -torch.inf)
+        logits = logits.masked_fill(~mask, -torch.inf)
         dead = (logits == -torch.inf).all(3, keepdim=True)
         mask = logits.masked_fill(dead, 0.0)
     attend = torch.nn.functional.scaled_dot_product_attention

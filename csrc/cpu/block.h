@@ -230,18 +230,35 @@ ATTN_INLINE void for_keys(const AttnParams& a, const View& x, const Block& at, F
 // What is added to the logits of a block.
 enum class Added { nothing, keys, pairs };
 
+// A finite bias stays finite in units of log 2: masks are often made of the least finite number.
+template <typename V, typename T>
+ATTN_INLINE V bounded(V x, T) {
+  const T infinity = T(__builtin_inf());
+  const T most = (sizeof(T) == 8 ? T(__DBL_MAX__) : T(__FLT_MAX__)) / T(2 * LOG2_E);
+  if constexpr (sizeof(V) == sizeof(T)) {
+    const T high = x > most && x != infinity ? most : x;
+    return high < -most && high != -infinity ? -most : high;
+  } else {
+    const V high = (x > splat(most)) & (x != splat(infinity)) ? splat(most) : x;
+    return (high < splat(-most)) & (high != splat(-infinity)) ? splat(-most) : high;
+  }
+}
+
 // to: [nj] of the key bias; or as pack_pairs, together with it, where there is a bias of pairs.
 template <typename T>
 Added pack_bias(const AttnParams& a, const Block& at, T* to) {
   if (!a.bias.data && !a.key_bias.data) return Added::nothing;
   if (!a.bias.data) {
-    for_keys(a, a.key_bias, at, [&](int64_t j, auto* x) { to[j] = T(widened(*x)); });
+    for_keys(a, a.key_bias, at, [&](int64_t j, auto* x) { to[j] = bounded(T(widened(*x)), T()); });
     return Added::keys;
   }
   pack_pairs(a, a.bias, at, to);
+  for (int64_t j = 0; j < at.nj; ++j)
+    for (int64_t x = j * QUERIES; x < j * QUERIES + at.ni; x += WIDTH<T>)
+      store(to + x, bounded(load(to + x), T()));
   if (a.key_bias.data)
     for_keys(a, a.key_bias, at, [&](int64_t j, auto* key) {
-      const Vector<T> more = splat(T(widened(*key)));
+      const Vector<T> more = splat(bounded(T(widened(*key)), T()));
       for (int64_t x = j * QUERIES; x < j * QUERIES + at.ni; x += WIDTH<T>)
         store(to + x, load(to + x) + more);
     });
