@@ -11,8 +11,6 @@
 
 namespace attnpool {
 
-constexpr int64_t MAX_WIDTH = 512;  // of heads and values
-
 enum class Pass { forward, backward, double_backward };
 enum class Dtype : int32_t { float16, bfloat16, float32, float64 };
 

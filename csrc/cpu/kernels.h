@@ -9,6 +9,8 @@
 
 namespace attnpool {
 
+constexpr int64_t MAX_WIDTH = 512;  // of heads and values
+
 struct Task {
   int64_t molecule, molecule_end;
   int64_t head, head_end;

@@ -176,6 +176,9 @@ void check_contents(const AttnParams& a) {
 }
 
 void run(Pass pass, const Call& call) {
+  STD_TORCH_CHECK(call.a.head_dim <= MAX_WIDTH && call.a.value_dim <= MAX_WIDTH,
+                  "CPU kernels: head and value widths must be at most ", MAX_WIDTH, ", got ",
+                  call.a.head_dim, " and ", call.a.value_dim);
   check_contents(call.a);
   const std::vector<Output> outputs = outputs_of(call, pass);
   for (const Output& x : outputs) x.use_large_pages();

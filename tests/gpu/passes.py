@@ -52,8 +52,9 @@ def one(
         result = module.backward(x, y, dy, options, batch.bias is not None)._asdict()
     else:
         result = module.double_backward(x, y, dy, batch.tangents, options)._asdict()
-    if batch.bias is None:
-        result = {key: x for key, x in result.items() if not key.endswith("bias")}
+    for kind in ("bias", "key_bias"):
+        if getattr(batch, kind) is None:
+            result = {key: x for key, x in result.items() if key.lstrip("dg") != kind}
     if batch.dlse is None:
         result.pop("gdlse", None)
     return result
