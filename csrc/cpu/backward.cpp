@@ -5,6 +5,7 @@
 // logits, norms() walks all keys of a block of queries first and P is divided by its own sum.
 #include "../equations.h"
 #include "block.h"
+#include "key_sums.h"
 #include "passes.h"
 
 namespace attnpool {

@@ -4,6 +4,7 @@
 // backward.cpp.
 #include "../equations.h"
 #include "block.h"
+#include "key_sums.h"
 #include "passes.h"
 
 namespace attnpool {
