@@ -123,20 +123,20 @@ def padded_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
-    rows: int | None = None,
 ) -> Tensor:
     """Attention on padded sets as ``scaled_dot_product_attention`` takes them: [B, H, S, D_v].
 
     Set b is the first lengths[b] of the S rows of q, k and v; the other rows of the result are 0,
-    and what they hold reaches nothing. The rows are packed first, so that no product of the padding
-    is taken, and unpacked in the end: one copy of each.
+    and what they hold reaches nothing. No product of the padding is taken, and nothing is copied
+    where the rows of a batch lie one after the other in memory, as in a projection's
+    ``x.view(B, S, H, D).transpose(1, 2)`` or a fused one of q, k and v. Other strides cost a copy.
+    The result is such a view, too. Nothing waits for a device.
 
     Args:
-        q, k: [B, H, S, D]; v: [B, H, S, D_v]; any strides.
+        q, k: [B, H, S, D]; v: [B, H, S, D_v].
         lengths: [B] int32 or int64, each from 0 to S.
         key_bias: [B, S] or [B, H, S] added to the logits of a key, see ``set_attention``.
         scale, dropout, backend: as in ``set_attention``.
-        rows: the sum of the lengths, if it is known: see ``pack``.
 
     Raises as ``set_attention``; ValueError where the shapes do not fit.
     """
@@ -147,9 +147,7 @@ def padded_attention(
                 f"{name} must have shape [B, H, S, D] with B, H and S of q, got {tuple(x.shape)}"
             )
     count, heads, size = q.shape[:3]
-    sets = _of_lengths(lengths, count, size).to(q.device)
-    q, k, v = (pack(x.transpose(1, 2), sets, rows) for x in (q, k, v))
-    of_keys = None
+    queries, keys = _prefixes(_checked_lengths(lengths, count, size).to(q.device), size)
     if key_bias is not None:
         _check_rows("key_bias", key_bias, "[B, S] or [B, H, S]", 2)
         wanted = (count, size), (count, heads, size)
@@ -158,14 +156,40 @@ def padded_attention(
                 f"key_bias must have shape {wanted[0]} or {wanted[1]}, got {tuple(key_bias.shape)}"
             )
         by_row = key_bias if key_bias.dim() == 2 else key_bias.transpose(1, 2)
-        of_keys = pack(by_row, sets, rows)
+        key_bias = by_row.flatten(0, 1)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     out = set_attention(
-        q, k, v, sets, key_bias=of_keys, scale=scale, dropout=dropout, backend=backend
+        q,
+        k,
+        v,
+        queries,
+        k_ptr=keys,
+        key_bias=key_bias,
+        scale=scale,
+        dropout=dropout,
+        backend=backend,
     )
-    return unpack(out, sets, size).transpose(1, 2)
+    return out.unflatten(0, (count, size)).transpose(1, 2)
 
 
-def _of_lengths(lengths: object, count: int, size: int) -> Ragged:
+def _prefixes(lengths: Tensor, size: int) -> tuple[Ragged, Ragged]:
+    """Boundaries of the queries and of the keys of a padded batch, where it lies.
+
+    Three sets for each of the batch's: its rows; the queries of its padding, which see no key, so
+    that their result is 0; and the keys of its padding, which no query sees.
+    """
+    lengths = lengths.long()
+    ends = torch.arange(1, len(lengths) + 1, device=lengths.device) * size
+    filled = ends - size + lengths
+    first = lengths.new_zeros(1)
+    queries, keys = (
+        Ragged(torch.cat([first, torch.stack(edges, 1).flatten()]))
+        for edges in ((filled, ends, ends), (filled, filled, ends))
+    )
+    return queries, keys
+
+
+def _checked_lengths(lengths: object, count: int, size: int) -> Tensor:
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a torch.Tensor, got {type(lengths).__name__}")
     if lengths.dtype not in PTR_DTYPES:
@@ -178,7 +202,7 @@ def _of_lengths(lengths: object, count: int, size: int) -> Ragged:
             raise ValueError(
                 f"lengths must be from 0 to {size}, got {least if least < 0 else most}"
             )
-    return Ragged.from_counts(lengths)
+    return lengths
 
 
 def _readable(x: Tensor) -> bool:

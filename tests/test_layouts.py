@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnpool_kernels import Ragged, set_attention
+from attnpool_kernels import Ragged, layouts, set_attention
 from attnpool_kernels.layouts import pack, padded_attention, unpack, with_centres
 
 COUNTS = (3, 0, 5, 1)
@@ -90,18 +90,64 @@ def test_padded_attention_is_that_of_the_formula(heads_apart):
 
 def test_what_the_padding_holds_reaches_nothing():
     q = padded(2, 4).transpose(1, 2)
+    bias = padded()
     lengths = torch.tensor(COUNTS)
-    spoiled = q.masked_fill((torch.arange(6) >= lengths[:, None])[:, None, :, None], torch.nan)
-    out = padded_attention(spoiled, spoiled, spoiled, lengths)
-    assert torch.equal(out, padded_attention(q, q, q, lengths))
+    beyond = torch.arange(6) >= lengths[:, None]
+    of_rows = beyond[:, None, :, None]
+
+    def derivatives(q, bias, cotangent):
+        q, bias = q.detach().requires_grad_(), bias.detach().requires_grad_()
+        out = padded_attention(q, q, q, lengths, bias)
+        first = torch.autograd.grad(out, (q, bias), cotangent, create_graph=True)
+        spoilable = torch.where(of_rows, 0, first[0]).square().sum()
+        return out, *first, *torch.autograd.grad(spoilable, (q, bias))
+
+    found = derivatives(
+        q.masked_fill(of_rows, torch.nan),
+        bias.masked_fill(beyond, torch.nan),
+        q.cos().masked_fill(of_rows, torch.nan),
+    )
+    for x, y in zip(found, derivatives(q, bias, q.cos())):
+        assert torch.equal(x, y)
+        assert not x[beyond].any() if x.dim() == 2 else not (x * of_rows).any()
+
+
+def test_padded_rows_are_served_where_they_lie(monkeypatch):
+    """Rows of a fused projection: the operator gets its memory, and gives a view of its result."""
+    seen = []
+
+    def spy(q, k, v, *args, **options):
+        seen.extend((q, k, v))
+        return attend(q, k, v, *args, **options)
+
+    attend = layouts.set_attention
+    monkeypatch.setattr(layouts, "set_attention", spy)
+    fused = padded(3, 2, 4)
+    lengths = torch.tensor(COUNTS)
+    q, k, v = fused.permute(2, 0, 3, 1, 4)
+    out = padded_attention(q, k, v, lengths)
+    for rows, given in zip(seen, (q, k, v)):
+        assert rows.data_ptr() == given.data_ptr()
+    assert out.transpose(1, 2).is_contiguous()
+    sets = Ragged.from_counts(lengths)
+    packed = attend(*(pack(x.transpose(1, 2), sets) for x in (q, k, v)), sets)
+    assert torch.equal(pack(out.transpose(1, 2), sets), packed)
+
+
+def test_padded_attention_of_other_strides_and_no_sets():
+    q = padded(2, 4).transpose(1, 2)
+    lengths = torch.tensor(COUNTS, dtype=torch.int32)
+    apart = padded_attention(*[q.contiguous()] * 3, lengths)
+    assert torch.equal(apart, padded_attention(q, q, q, lengths))
+    for shape in ((0, 2, 6, 4), (4, 2, 0, 4)):
+        x = torch.zeros(shape)
+        assert padded_attention(x, x, x, torch.zeros(shape[0], dtype=torch.long)).shape == shape
 
 
 def test_padded_attention_can_be_compiled():
-    """With the number of rows nothing is looked up on the way."""
     q, lengths = padded(2, 4).transpose(1, 2), torch.tensor(COUNTS)
     compiled = torch.compile(padded_attention, backend="eager", fullgraph=True)
-    found = compiled(q, q, q, lengths, rows=9)
-    assert torch.equal(found, padded_attention(q, q, q, lengths))
+    assert torch.equal(compiled(q, q, q, lengths), padded_attention(q, q, q, lengths))
 
 
 def test_only_the_centre_asks():
@@ -144,7 +190,7 @@ def test_only_the_centre_asks():
         (lambda: attend(torch.tensor([3.0, 0, 1, 1])), TypeError, "lengths must be int32 or int64"),
         (lambda: attend(torch.tensor([3, 0])), ValueError, "lengths must have shape (4,)"),
         (lambda: attend(COUNTS), TypeError, "lengths must be a torch.Tensor"),
-        (lambda: attend(torch.tensor(COUNTS), rows=8), ValueError, "rows must be"),
+        (lambda: pack(padded(), Ragged.from_counts(COUNTS), rows=8), ValueError, "rows must be"),
         (lambda: attend(torch.tensor(COUNTS), [0.0]), TypeError, "key_bias"),
         (lambda: Ragged.from_mask(torch.zeros(2, 2)), TypeError, "float32"),
         (lambda: Ragged.from_mask(torch.zeros(2) == 0), ValueError, "[B, S]"),

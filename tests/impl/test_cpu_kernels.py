@@ -1,13 +1,15 @@
 """The C++ CPU kernels called directly: every vector width and pass, and what they must refuse."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from attnpool_kernels import testing
+from attnpool_kernels import set_attention, testing
 from attnpool_kernels.impl import cpu
 from attnpool_kernels.operands import Operands, Options, Tangents
 from attnpool_kernels.testing import Case
@@ -410,3 +412,32 @@ def test_memory_grows_with_atoms():
     """One matrix of pairs of 8,192 atoms and two heads has 512 MiB; all passes stay far below."""
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 64 * 1024
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="no large pages here"
+)
+def test_large_outputs_ask_for_large_pages():
+    """Each small page of fresh memory costs a fault, together more than a forward pass."""
+    rows = 20_000
+    q = torch.ones(rows, 2, 64, requires_grad=True)  # 10 MB
+    out = set_attention(q, q.detach(), q.detach(), torch.arange(0, rows + 1, 4))
+    (dq,) = torch.autograd.grad(out, q, torch.ones_like(out), create_graph=True)
+    cotangent = torch.ones_like(dq)
+    (gq,) = torch.autograd.grad(dq, q, cotangent)
+    for x in (out, dq, gq):
+        assert "hg" in _flags(x.data_ptr() + (6 << 20)), "not advised"
+    assert "hg" not in _flags(id(rows))
+
+
+def _flags(address: int) -> list[str]:
+    """What the kernel notes of the mapping that an address is in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            first, last = (int(x, 16) for x in words[0].split("-"))
+            inside = first <= address < last
+        elif inside and words[0] == "VmFlags:":
+            return words[1:]
+    raise AssertionError("not mapped")
