@@ -7,6 +7,7 @@ returns [B, C_out]. State dicts hold parameters only and do not depend on backen
 from .abp import AttentionPooling
 from .attention import SetAttention
 from .blocks import ISAB, MAB, ORIGINAL, PAPER, PMA, PYG, SAB, SetTransformer
+from .multihead import MultiheadAttention
 from .pooling import (
     AttentionalPooling,
     MaxPooling,
@@ -31,6 +32,7 @@ __all__ = [
     "AttentionalPooling",
     "MaxPooling",
     "MeanPooling",
+    "MultiheadAttention",
     "OrbitalWeightedAverage",
     "Perceptron",
     "SeedPooling",
