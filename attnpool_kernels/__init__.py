@@ -10,6 +10,7 @@ from .dispatch import BackendError, backends
 from .functional import explain, seed_pool, set_attention
 from .problem import Problem
 from .ragged import Ragged
+from .weights import attention_weights
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "BackendError",
     "Problem",
     "Ragged",
+    "attention_weights",
     "backends",
     "explain",
     "ragged",

@@ -120,7 +120,7 @@ def set_attention(
     Source of the algorithm: Milakov & Gimelshein 2018 (online softmax), Rabe & Staats 2021 and Dao
     et al. 2022 (attention in linear memory); equations and second derivative in ``autograd``.
     """
-    given = _Given(q, k, v, ptr, k_ptr, bias, key_bias, scale, dropout, backend, return_lse)
+    given = Given(q, k, v, ptr, k_ptr, bias, key_bias, scale, dropout, backend, return_lse)
     return _attend("q", given)
 
 
@@ -192,7 +192,7 @@ def seed_pool(
 
     Source: Lee et al. 2019 (Set Transformer, pooling by multi-head attention); Buterez et al. 2023.
     """
-    given = _Given(seeds, k, v, ptr, None, bias, key_bias, scale, dropout, backend, return_lse)
+    given = Given(seeds, k, v, ptr, None, bias, key_bias, scale, dropout, backend, return_lse)
     return _attend("seeds", given)
 
 
@@ -220,12 +220,12 @@ def explain(
     if isinstance(q, Problem):
         print(dispatch.table(q))
         return
-    given = _Given(q, k, v, ptr, k_ptr, bias, key_bias, scale, dropout, backend, return_lse)
-    x, options, _ = _checked("seeds" if shared else "q", given)
+    given = Given(q, k, v, ptr, k_ptr, bias, key_bias, scale, dropout, backend, return_lse)
+    x, options, _ = checked("seeds" if shared else "q", given)
     print(dispatch.table(_problem(x, options, given)))
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """The arguments of a call, as they came."""
 
     q: Any
@@ -241,8 +241,8 @@ class _Given(NamedTuple):
     return_lse: Any
 
 
-def _attend(name: str, given: _Given) -> Any:
-    x, options, sets = _checked(name, given)
+def _attend(name: str, given: Given) -> Any:
+    x, options, sets = checked(name, given)
     problem = _problem(x, options, given)
     if options.dropout > 0:
         x = x._replace(seed=draw_seed(x.q.device))
@@ -259,7 +259,7 @@ def _attend(name: str, given: _Given) -> Any:
     return (out, lse) if given.return_lse else out
 
 
-def _problem(x: Operands, options: Options, given: _Given) -> Problem:
+def _problem(x: Operands, options: Options, given: Given) -> Problem:
     tracked = torch.is_grad_enabled() and (
         x.q.requires_grad
         or x.k.requires_grad
@@ -273,7 +273,7 @@ def _problem(x: Operands, options: Options, given: _Given) -> Problem:
     return Problem.of(x, options, grad_order, given.return_lse)
 
 
-def _checked(name: str, given: _Given) -> tuple[Operands, Options, Sets]:
+def checked(name: str, given: Given) -> tuple[Operands, Options, Sets]:
     """Validates everything, in the order of the arguments; returns what the backends take."""
     q, k, v = given.q, given.k, given.v
     for label, tensor in ((name, q), ("k", k), ("v", v)):
@@ -319,7 +319,7 @@ def _checked(name: str, given: _Given) -> tuple[Operands, Options, Sets]:
     return Operands(q, k, v, bias, key_bias, q_ptr, k_ptr, pair_ptr, None), options, held
 
 
-def _checked_options(given: _Given, head_dim: int) -> Options:
+def _checked_options(given: Given, head_dim: int) -> Options:
     scale, dropout = given.scale, given.dropout
     if scale is None:
         scale = head_dim**-0.5

@@ -33,6 +33,7 @@ ALLOWED = {
     "testing": {"functional", "ragged", "dropout", "impl", "operands"},
     "compat": {"functional", "ragged", "dropout", "tracing"},
     "layouts": {"functional", "ragged", "tracing"},
+    "weights": {"functional", "operands", "ragged"},
 }
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # its public methods
 FOREIGN = {"flash_attn_varlen_func"}  # signatures of other libraries
