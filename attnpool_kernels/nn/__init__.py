@@ -19,6 +19,7 @@ from .pooling import (
     SumPooling,
     WeightedAverage,
 )
+from .readouts import BatchPooling, Multi, Set2Set, StdPooling, VarPooling
 
 __all__ = [
     "ISAB",
@@ -30,15 +31,20 @@ __all__ = [
     "SAB",
     "AttentionPooling",
     "AttentionalPooling",
+    "BatchPooling",
     "MaxPooling",
     "MeanPooling",
+    "Multi",
     "MultiheadAttention",
     "OrbitalWeightedAverage",
     "Perceptron",
     "SeedPooling",
+    "Set2Set",
     "SetAttention",
     "SetTransformer",
     "SoftmaxPooling",
+    "StdPooling",
     "SumPooling",
+    "VarPooling",
     "WeightedAverage",
 ]

@@ -76,7 +76,7 @@ def _select(x: Tensor, row: Tensor) -> Tensor:
     return torch.cat([x, x.new_zeros(1, x.shape[1])]).gather(0, row)
 
 
-class _Pooling(torch.nn.Module):
+class Pooling(torch.nn.Module):
     """Checks the arguments and makes the molecule index, which all simple poolings need."""
 
     channels: int | None = None
@@ -99,14 +99,14 @@ class _Pooling(torch.nn.Module):
         raise NotImplementedError
 
 
-class SumPooling(_Pooling):
+class SumPooling(Pooling):
     """Σ_i x_i."""
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         return segment_sum(x, ragged, batch)
 
 
-class MeanPooling(_Pooling):
+class MeanPooling(Pooling):
     """Σ_i x_i / n."""
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
@@ -115,21 +115,21 @@ class MeanPooling(_Pooling):
         return (sums / counts[:, None].to(sums.dtype)).to(x.dtype)
 
 
-class MaxPooling(_Pooling):
+class MaxPooling(Pooling):
     """max_i x_i, channel by channel; the gradient goes to the first of equal elements."""
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         return segment_max(x, ragged, batch)
 
 
-class SoftmaxPooling(_Pooling):
+class SoftmaxPooling(Pooling):
     """Σ_i x_i softmax_i(x), channel by channel (Buterez et al. 2023, OE62 baselines)."""
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         return segment_sum(x * segment_softmax(x, ragged, batch), ragged, batch)
 
 
-class AttentionalPooling(_Pooling):
+class AttentionalPooling(Pooling):
     """Σ_i softmax_i(gate(x)) · transform(x_i): gated pooling (Li et al. 2016, GGNN).
 
     Args:
@@ -176,7 +176,7 @@ class Perceptron(torch.nn.Sequential):
         return x
 
 
-class WeightedAverage(_Pooling):
+class WeightedAverage(Pooling):
     r"""Average of atom predictions with learned weights (WA of Chen et al. and Buterez et al.).
 
     ::

@@ -18,8 +18,10 @@ from torch_geometric.nn.aggr import Aggregation
 
 from ..nn.abp import AttentionPooling
 from ..nn.arguments import check_rows, flag, integer, module_or_none, number, one_of, positive
-from ..nn.blocks import PYG, SetTransformer, decoded
+from ..nn.attention import equal
+from ..nn.blocks import PMA, PYG, SAB, SetTransformer, decoded
 from ..nn.pooling import Perceptron
+from ..nn.readouts import set2set
 from ..ragged import Ragged
 from .graph import edges, lengths
 
@@ -123,6 +125,86 @@ class SetTransformerAggregation(Aggregation):
             f"{type(self).__name__}({self.channels}, num_seed_points={self.num_seed_points}, "
             f"heads={self.heads}, layer_norm={self.layer_norm}, dropout={self.dropout})"
         )
+
+
+class GraphMultisetTransformer(Aggregation):
+    r"""torch_geometric's GraphMultisetTransformer with the same weights and numbers, unpadded.
+
+    ::
+
+        PMA to k rows  →  SAB^num_encoder_blocks over them  →  PMA to one row
+
+    What is said of ``SetTransformerAggregation`` holds here. Args: channels: C; k; the others as
+    there. Source: Baek, Kang & Hwang 2021.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        k: int,
+        num_encoder_blocks: int = 1,
+        heads: int = 1,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels, self.k = positive("channels", channels), positive("k", k)
+        integer("num_encoder_blocks", num_encoder_blocks, 0)
+        self.heads, self.layer_norm, self.dropout = heads, flag("layer_norm", layer_norm), dropout
+        options = PYG | {"norm": layer_norm, "dropout": dropout, "backend": backend}
+        block = {name: value for name, value in options.items() if name != "pre_linear"}
+        self.pma1 = PMA(channels, k, heads, **options)
+        self.encoders = torch.nn.ModuleList(
+            SAB(channels, heads, **block) for _ in range(num_encoder_blocks)
+        )
+        self.pma2 = PMA(channels, 1, heads, **options)
+
+    def reset_parameters(self) -> None:
+        for block in (self.pma1, *self.encoders, self.pma2):
+            block.reset_parameters()  # type: ignore[operator]
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+        max_num_elements: int | None = None,
+    ) -> Tensor:
+        """[B, C] from x [N, C]; the arguments of ``SetTransformerAggregation.forward``."""
+        found = self.pma1(*grouped(x, index, ptr, dim_size, dim, max_num_elements))
+        rows = decoded(found, self.encoders).flatten(0, 1)
+        return self.pma2(rows, equal(rows, self.k)).squeeze(1)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.channels}, k={self.k}, heads={self.heads}, "
+            f"layer_norm={self.layer_norm}, dropout={self.dropout})"
+        )
+
+
+class Set2Set(torch_geometric.nn.aggr.Set2Set):
+    """torch_geometric's Set2Set with the same weights and numbers, on the rows as they are.
+
+    In addition it takes ``ptr`` alone and an unsorted ``index``. See ``nn.Set2Set``.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+        max_num_elements: int | None = None,
+    ) -> Tensor:
+        """[B, 2C] from x [N, C]; the arguments of ``SetTransformerAggregation.forward``."""
+        x, ragged = grouped(x, index, ptr, dim_size, dim, max_num_elements)
+        check_rows("x", x, self.in_channels)
+        return set2set(x, ragged, self.lstm, self.processing_steps)
 
 
 class RaggedSetTransformerAggregation(SetTransformerAggregation):
