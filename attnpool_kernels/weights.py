@@ -134,7 +134,7 @@ def _blocks(x: Operands, lse: Tensor, scale: float) -> Iterator[tuple[Tensor, in
     keys = x.k_ptr.tolist()
     queries = [seeds * i for i in range(len(keys))] if x.q_ptr is None else x.q_ptr.tolist()
     for i in range(len(keys) - 1):
-        a, b, c, d = *queries[i : i + 2], *keys[i : i + 2]
+        (a, b), (c, d) = queries[i : i + 2], keys[i : i + 2]
         if a == b or c == d:
             continue
         logits = scale * (q if x.q_ptr is None else q[:, a:b]) @ k[:, c:d].mT

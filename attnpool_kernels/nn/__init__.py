@@ -7,6 +7,7 @@ returns [B, C_out]. State dicts hold parameters only and do not depend on backen
 from .abp import AttentionPooling
 from .attention import SetAttention
 from .blocks import ISAB, MAB, ORIGINAL, PAPER, PMA, PYG, SAB, SetTransformer
+from .esa import EdgeSetAttention, edge_sets
 from .multihead import MultiheadAttention
 from .pooling import (
     AttentionalPooling,
@@ -32,6 +33,7 @@ __all__ = [
     "AttentionPooling",
     "AttentionalPooling",
     "BatchPooling",
+    "EdgeSetAttention",
     "MaxPooling",
     "MeanPooling",
     "Multi",
@@ -47,4 +49,5 @@ __all__ = [
     "SumPooling",
     "VarPooling",
     "WeightedAverage",
+    "edge_sets",
 ]

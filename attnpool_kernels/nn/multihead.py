@@ -141,8 +141,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             wanted = (keys,) if query.dim() == 2 else (count, keys)
             bias = _as_bias(key_padding_mask, wanted, query).flatten()
         ptr, key_ptr = (torch.arange(count + 1, device=query.device) * n for n in (size, keys))
-        given = (rows[id(x)] for x in (query, key, value))
-        out = self._attend(*given, ptr, None if key is query else key_ptr, bias)
+        q, k, v = (rows[id(x)] for x in (query, key, value))
+        out = self._attend(q, k, v, ptr, None if key is query else key_ptr, bias)
         if query.dim() == 2:
             return out
         out = out.unflatten(0, (count, size))

@@ -69,7 +69,7 @@ class Set2Set(torch.nn.Module):
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[B, 2C] from x [N, C] and the boundaries [B + 1]."""
-        check_rows("x", x, self.channels, self.lstm.weight_ih_l0)
+        check_rows("x", x, self.channels, next(self.lstm.parameters()))
         return set2set(*covered(x, ptr), self.lstm, self.steps)
 
 

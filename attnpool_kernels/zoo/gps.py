@@ -35,9 +35,10 @@ class GPSConv(torch_geometric.nn.GPSConv):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        if self.attn_type != "multihead":
+        attn = self.attn
+        if not isinstance(attn, torch.nn.MultiheadAttention):
             return
-        self.attn = MultiheadAttention.from_torch(self.attn)
+        self.attn: torch.nn.Module = MultiheadAttention.from_torch(attn)
         for name in ("add_bias_kv", "add_zero_attn"):
             if (options.get("attn_kwargs") or {}).get(name):
                 raise ValueError(f"attn_kwargs must not have {name}, got True")
@@ -59,7 +60,7 @@ class GPSConv(torch_geometric.nn.GPSConv):
             return super().forward(x, edge_index, index, **options)
         check_rows("x", x, self.channels)
         sets = _sets(x, batch)
-        index = batch
+        index: Any = batch
         if isinstance(batch, Ragged) and self.norm_with_batch:
             index = batch.batch(x.shape[0])
         local = None
