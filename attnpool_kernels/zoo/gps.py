@@ -55,14 +55,14 @@ class GPSConv(torch_geometric.nn.GPSConv):
 
         Raises TypeError, ValueError: rows of another width, an unsorted batch, by name.
         """
-        if not isinstance(self.attn, MultiheadAttention):
-            index = batch.batch(x.shape[0]) if isinstance(batch, Ragged) else batch
+        ours = isinstance(self.attn, MultiheadAttention)
+        index: Any = batch
+        if isinstance(batch, Ragged) and (self.norm_with_batch or not ours):
+            index = batch.batch(x.shape[0])
+        if not ours:
             return super().forward(x, edge_index, index, **options)
         check_rows("x", x, self.channels)
         sets = _sets(x, batch)
-        index: Any = batch
-        if isinstance(batch, Ragged) and self.norm_with_batch:
-            index = batch.batch(x.shape[0])
         local = None
         if self.conv is not None:  # first, as in torch_geometric, for the sake of the random state
             local = x + self._dropped(self.conv(x, edge_index, **options))
