@@ -139,6 +139,14 @@ class AttentionPooling(SetTransformer):
         x = self.pma(x, ragged, key_bias=key_bias)
         return reduced(decoded(x, self.decoders), self.head, self.reduce)
 
+    def weights(
+        self, x: Tensor, ptr: Tensor | Ragged, top: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See ``PMA.weights``. Raises ValueError with phantom rows, which have weights, too."""
+        if self.phantom is not None:
+            raise ValueError(f"phantom must be None for weights, got {self.phantom!r}")
+        return super().weights(x, ptr, top)
+
     def _missing(self, ragged: Ragged) -> Tensor:
         """Number of padded rows [B] of each molecule, float64."""
         counts = ragged.counts().double()

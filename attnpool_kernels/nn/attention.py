@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from ..dispatch import check_name
 from ..functional import seed_pool, set_attention
 from ..ragged import Ragged
+from ..weights import attention_weights
 from .arguments import check_rows, flag, number, one_of, positive, probability
 from .projection import add_linear, project
 
@@ -143,6 +144,39 @@ class SetAttention(torch.nn.Module):
         if base.shape[0] == out.shape[0]:
             return out + base
         return (out.view(-1, *base.shape) + base).view(out.shape)
+
+    def weights(
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged | None,
+        y: Tensor | None = None,
+        y_ptr: Tensor | Ragged | None = None,
+        *,
+        bias: Tensor | None = None,
+        key_bias: Tensor | None = None,
+        top: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The attention weights of ``forward``, [P, H], or the ``top`` largest of each row.
+
+        Arguments as there (no int for ptr); results as ``attnpool_kernels.attention_weights``.
+        Without dropout.
+        """
+        check_rows("x", x, self.query_dim, self.in_proj_bias)
+        if y is not None:
+            check_rows("y", y, self.key_dim, self.in_proj_bias)
+        q, k, _ = self._split(*self._projected(x, y))
+        scale, backend = self._options()["scale"], self.backend
+        return attention_weights(
+            q,
+            k,
+            ptr,
+            y_ptr,
+            bias=bias,
+            key_bias=key_bias,
+            scale=scale,
+            top=top,
+            backend=backend,
+        )
 
     def _attend(
         self,

@@ -251,11 +251,20 @@ class PMA(torch.nn.Module):
         key_bias: Tensor | None = None,
     ) -> Tensor:
         """[B, S, D] from x [N, in_dim] and the boundaries [B + 1]."""
-        check_rows("x", x, self.in_dim, self.seed)
-        if self.lin is not None:
-            x = relu_linear(x, self.lin)
-        out = self.mab(self.seed[0], None, x, ptr, bias=bias, key_bias=key_bias)
+        out = self.mab(self.seed[0], None, self._rows(x), ptr, bias=bias, key_bias=key_bias)
         return out.view(-1, *self.seed.shape[1:])
+
+    def _rows(self, x: Tensor) -> Tensor:
+        check_rows("x", x, self.in_dim, self.seed)
+        return x if self.lin is None else relu_linear(x, self.lin)
+
+    def weights(
+        self, x: Tensor, ptr: Tensor | Ragged, top: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What the seeds look at: [P, H], by molecule, then seed, then row; or the ``top`` largest,
+        (weights, rows) [B, S, H, top]. See ``attnpool_kernels.attention_weights``.
+        """
+        return self.mab.attn.weights(self.seed[0], None, self._rows(x), ptr, top=top)
 
 
 class SetTransformer(torch.nn.Module):
@@ -331,6 +340,16 @@ class SetTransformer(torch.nn.Module):
         for block in self.encoders:
             x = block(x, ragged)
         return reduced(decoded(self.pma(x, ragged), self.decoders), self.head, self.reduce)
+
+    def weights(
+        self, x: Tensor, ptr: Tensor | Ragged, top: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What the seeds look at among the encoder's rows; see ``PMA.weights``."""
+        check_rows("x", x, self.in_features)
+        x, ragged = covered(x, ptr)
+        for block in self.encoders:
+            x = block(x, ragged)
+        return self.pma.weights(x, ragged, top)
 
 
 def decoded(x: Tensor, decoders: torch.nn.ModuleList) -> Tensor:

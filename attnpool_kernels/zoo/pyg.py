@@ -23,6 +23,7 @@ from ..nn.blocks import PMA, PYG, SAB, SetTransformer, decoded
 from ..nn.pooling import Perceptron
 from ..nn.readouts import set2set
 from ..ragged import Ragged
+from .gps import GPSConv as GPSConv  # found here, where the other drop-ins are
 from .graph import edges, lengths
 
 EMPTY = ("attention", "zero")

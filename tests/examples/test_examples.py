@@ -15,6 +15,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Of each example the packages besides torch; the test below knows whether that is all.
 NEEDS = {
     "pyg_gin": ["torch_geometric"],
+    "pyg_gps": ["torch_geometric"],
+    "seed_attention": ["ase"],
     "pyg_schnet": ["torch_geometric"],
     "schnetpack_forces": ["schnetpack"],
     "plain_torch": [],

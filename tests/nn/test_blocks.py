@@ -13,6 +13,7 @@ from attnpool_kernels.nn import (
     PMA,
     PYG,
     SAB,
+    AttentionPooling,
     SetAttention,
     SetTransformer,
 )
@@ -258,3 +259,37 @@ def test_autocast_and_half():
 def test_bad_input(call, error, names):
     with pytest.raises(error, match=rf"\b{names}\b"):
         call()
+
+
+@pytest.mark.parametrize("top", [None, 2])
+def test_weights_of_the_seeds(top):
+    """They average the encoder's values to what the seeds get."""
+    counts, heads, seeds = (4, 0, 6), 2, 3
+    sets = Ragged.from_counts(counts)
+    torch.manual_seed(0)
+    model = AttentionPooling(8, 8, heads=heads, seeds=seeds).double()
+    x = torch.randn(10, 8, dtype=torch.float64)
+    rows = x
+    for block in model.encoders:
+        rows = block(rows, sets)
+    attn, seed = model.pma.mab.attn, model.pma.seed[0]
+    found = model.weights(x, sets, top)
+    direct = attn.weights(seed, None, rows, sets, top=top)
+    w_q, w_k, _ = attn.in_proj_weight.chunk(3)
+    b_q, b_k, _ = attn.in_proj_bias.chunk(3)
+    q, k = (seed @ w_q.t() + b_q).view(-1, 2, 4), (rows @ w_k.t() + b_k).view(-1, 2, 4)
+    wanted = [
+        (torch.einsum("shd,nhd->shn", q, part) * 8**-0.5).softmax(2) for part in k.split(counts)
+    ]
+    if top is None:
+        flat = torch.cat([w.transpose(1, 2).flatten(0, 1) for w in wanted])
+        assert torch.allclose(found, flat, rtol=1e-12) and torch.equal(found, direct)
+        return
+    for i, w in enumerate(wanted):
+        if w.shape[2]:
+            best = w.topk(top, 2)
+            assert torch.allclose(found[0][i], best.values, rtol=1e-12)
+            assert torch.equal(found[1][i], best.indices + sum(counts[:i]))
+    assert (found[1][1] == -1).all() and torch.equal(found[1], direct[1])
+    with pytest.raises(ValueError, match="phantom must be None for weights"):
+        AttentionPooling(8, 8, heads=2, phantom=9).weights(x.float(), sets)
