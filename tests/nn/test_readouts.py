@@ -126,3 +126,23 @@ def test_bad_input(call, error, words):
     with pytest.raises(error) as caught:
         call()
     assert words in str(caught.value)
+
+
+def test_in_chemprop(tmp_path):
+    """Its model takes the adapter for an aggregation, and keeps it in a checkpoint."""
+    chemprop = pytest.importorskip("chemprop")
+    smiles = ["CCO", "c1ccccc1", "CC(=O)C", "CCN"]
+    points = [chemprop.data.MoleculeDatapoint.from_smi(x, [1.0]) for x in smiles]
+    data = chemprop.data.MoleculeDataset(points)
+    (batch,) = chemprop.data.build_dataloader(data, batch_size=4, shuffle=False)
+    messages, mean = chemprop.nn.BondMessagePassing(), chemprop.nn.MeanAggregation()
+    ours = chemprop.models.MPNN(
+        messages, BatchPooling(MeanPooling()), chemprop.nn.RegressionFFN()
+    ).eval()
+    theirs = chemprop.models.MPNN(messages, mean, ours.predictor).eval()
+    torch.testing.assert_close(ours(batch.bmg), theirs(batch.bmg))
+    path = tmp_path / "model.pt"
+    chemprop.models.utils.save_model(path, ours)
+    again = chemprop.models.utils.load_model(path)
+    assert type(again.agg) is BatchPooling
+    torch.testing.assert_close(again.eval()(batch.bmg), ours(batch.bmg))
