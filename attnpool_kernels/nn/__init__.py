@@ -7,7 +7,7 @@ returns [B, C_out]. State dicts hold parameters only and do not depend on backen
 from .abp import AttentionPooling
 from .attention import SetAttention
 from .blocks import ISAB, MAB, ORIGINAL, PAPER, PMA, PYG, SAB, SetTransformer
-from .esa import EdgeSetAttention, edge_sets
+from .esa import EdgeSetAttention, EdgeSetEncoder, edge_sets
 from .multihead import MultiheadAttention
 from .pooling import (
     AttentionalPooling,
@@ -34,6 +34,7 @@ __all__ = [
     "AttentionalPooling",
     "BatchPooling",
     "EdgeSetAttention",
+    "EdgeSetEncoder",
     "MaxPooling",
     "MeanPooling",
     "Multi",

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import mish, silu
 
 from ..ragged import Ragged
-from .arguments import check_rows, covered, integer, one_of, positive, probability
+from .arguments import check_rows, covered, integer, one_of, positive
 from .attention import SetAttention, equal
 
 NORMS = ("pre", "post")
@@ -91,6 +91,49 @@ def edge_sets(edge_index: Tensor, ptr: Tensor | Ragged, of: str = "edges") -> tu
     return found, torch.where(near, 0.0, -torch.inf)[:, None]
 
 
+class EdgeSetEncoder(torch.nn.Module):
+    r"""x + [M S]*(x): the layers of ``EdgeSetAttention`` before P, for another pooling behind them.
+
+    Args: as there; layers: any "M" and "S".
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        layers: str = "MSMSM",
+        heads: int = 1,
+        norm: str = "pre",
+        mlp: str = "small",
+        mlp_hidden: int | None = None,
+        mlp_layers: int = 2,
+        dropout: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = positive("dim", dim)
+        if set(_letters(layers)) - set("MS"):
+            raise ValueError(f"layers must be any M and S, such as MSMSM, got {layers!r}")
+        self.layers = layers
+        row_wise = _row_wise(dim, mlp, mlp_hidden, mlp_layers)
+        self.blocks = torch.nn.ModuleList(
+            _Block(dim, heads, norm, row_wise, dropout, backend) for _ in layers
+        )
+
+    def forward(self, x: Tensor, sets: Tensor | Ragged, bias: Tensor | None = None) -> Tensor:
+        """[R, D] from rows x [R, D], their boundaries and M's mask, as ``edge_sets`` gives them."""
+        check_rows("x", x, self.dim)
+        if "M" in self.layers and bias is None:
+            raise TypeError("bias must be M's mask, see edge_sets, got None")
+        rows = x
+        for kind, block in zip(self.layers, self.blocks):
+            rows = block(rows, sets, bias if kind == "M" else None)
+        return x + rows
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, layers={self.layers!r}"
+
+
 class EdgeSetAttention(torch.nn.Module):
     r"""A graph's prediction from attention over its edges or atoms, see the module's formulas.
 
@@ -126,16 +169,28 @@ class EdgeSetAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.dim = positive("dim", dim)
-        self.layers = _checked_layers(layers)
-        hidden = dim if mlp_hidden is None else positive("mlp_hidden", mlp_hidden)
-        row_wise = one_of("mlp", mlp, MLPS), hidden, integer("mlp_layers", mlp_layers, 1)
-        one_of("norm", norm, NORMS)
-        probability("dropout", dropout)
+        before, found, after = _letters(layers).partition("P")
+        if not found or set(after) - {"S"}:
+            raise ValueError(
+                f"layers must be any M and S, one P and any S, such as MSMSMP, got {layers!r}"
+            )
+        self.encoder = EdgeSetEncoder(
+            dim,
+            layers=before,
+            heads=heads,
+            norm=norm,
+            mlp=mlp,
+            mlp_hidden=mlp_hidden,
+            mlp_layers=mlp_layers,
+            dropout=dropout,
+            backend=backend,
+        )
         self.seeds = torch.nn.Parameter(torch.empty(positive("seeds", seeds), dim))
         torch.nn.init.xavier_normal_(self.seeds)
-        self.blocks = torch.nn.ModuleList(
+        row_wise = _row_wise(dim, mlp, mlp_hidden, mlp_layers)
+        self.decoder = torch.nn.ModuleList(
             _Block(dim, heads, norm, row_wise, dropout, backend, pools=kind == "P")
-            for kind in layers
+            for kind in found + after
         )
         self.head = torch.nn.Linear(dim, positive("out_features", out_features))
 
@@ -146,21 +201,16 @@ class EdgeSetAttention(torch.nn.Module):
         has the result of attention that is 0.
         """
         check_rows("x", x, self.dim, self.seeds)
-        if "M" in self.layers and bias is None:
-            raise TypeError("bias must be M's mask, see edge_sets, got None")
         x, ragged = covered(x, sets)
-        encoders = self.layers.index("P")
-        rows = x
-        for kind, block in zip(self.layers, self.blocks[:encoders]):
-            rows = block(rows, ragged, bias if kind == "M" else None)
+        pool, *others = self.decoder
+        rows = pool(self.encoder(x, ragged, bias), ragged, seeds=self.seeds)
         seeds = len(self.seeds)
-        rows = self.blocks[encoders](rows + x, ragged, seeds=self.seeds)
-        for block in self.blocks[encoders + 1 :]:
+        for block in others:
             rows = block(rows, equal(rows, seeds))
         return mish(self.head(rows.view(-1, seeds, self.dim).mean(1)))
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, layers={self.layers!r}, seeds={len(self.seeds)}"
+        return f"{self.dim}, layers={self.encoder.layers + 'P' + 'S' * (len(self.decoder) - 1)!r}"
 
 
 class _Block(torch.nn.Module):
@@ -174,10 +224,10 @@ class _Block(torch.nn.Module):
         row_wise: tuple[str, int, int],
         dropout: float,
         backend: str | None,
-        pools: bool,
+        pools: bool = False,
     ) -> None:
         super().__init__()
-        self.pre = norm == "pre"
+        self.pre = one_of("norm", norm, NORMS) == "pre"
         self.attn = SetAttention(dim, heads, out_projection=False, dropout=dropout, backend=backend)
         self.out = torch.nn.Linear(dim, dim)
         for weight in (*self.attn.in_proj_weight.detach().chunk(3), self.out.weight):
@@ -230,12 +280,12 @@ def _mlp(kind: str, dim: int, hidden: int, layers: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(*(steps if layers == 1 else steps[:-1]))
 
 
-def _checked_layers(layers: object) -> str:
+def _letters(layers: object) -> str:
     if not isinstance(layers, str):
         raise TypeError(f"layers must be a str, got {type(layers).__name__}")
-    known = layers.count("P") == 1 and set(layers) <= set("MSP")
-    if not known or "M" in layers[layers.index("P") :]:
-        raise ValueError(
-            f"layers must be any M and S, one P and any S, such as MSMSMP, got {layers!r}"
-        )
     return layers
+
+
+def _row_wise(dim: int, mlp: str, hidden: int | None, layers: int) -> tuple[str, int, int]:
+    hidden = dim if hidden is None else positive("mlp_hidden", hidden)
+    return one_of("mlp", mlp, MLPS), hidden, integer("mlp_layers", layers, 1)

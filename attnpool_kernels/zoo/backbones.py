@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..nn.attention import positive
+from ..nn.esa import EdgeSetEncoder, edge_sets
 from ..ragged import Ragged
 from . import libraries
 from .basis import GaussianRBF, GaussianSmearing, SphericalBasis
@@ -30,6 +31,7 @@ class Backbone(torch.nn.Module):
     """
 
     name: str | None = None  # under which ``backbone`` makes it
+    rows = "atoms"  # what a row of ``located`` is
     elements: int = 99
 
     def __init__(self, channels: int, cutoff: float) -> None:
@@ -46,6 +48,14 @@ class Backbone(torch.nn.Module):
         Raises ValueError on the CPU, where reading costs nothing: an element that the embedding
         does not know, a position that is not finite, two atoms in the same place.
         """
+        return self.atoms(z, *self.graph(z, pos, ragged))
+
+    def located(self, z: Tensor, pos: Tensor, ragged: Ragged) -> tuple[Tensor, Ragged]:
+        """The rows that are pooled, and their boundaries."""
+        return self(z, pos, ragged), ragged
+
+    def graph(self, z: Tensor, pos: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
+        """The edges [2, E] (source, target), sorted by target, and pos[source] - pos[target]."""
         readable = pos.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable:
             self._check(z, pos)
@@ -59,7 +69,7 @@ class Backbone(torch.nn.Module):
             )
         # Quantised layers have no parameters or integers; the embeddings have the model's dtype.
         dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
-        return self.atoms(z, index, vectors.to(dtype))
+        return index, vectors.to(dtype)
 
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         """[N, channels] from the edges [2, E] (source, target) and pos[source] - pos[target]."""
@@ -329,6 +339,65 @@ class PaiNN(SchNetPackSchNet):
             interaction.register_forward_pre_hook(_in_one_dtype)
 
 
+class EdgeSets(Backbone):
+    r"""Attention over the edges within the cutoff, with rows for a pooling (Buterez et al. 2025).
+
+    ::
+
+        x_ij = W_2 mish(W_1 [embedding(z_i), embedding(z_j), Gaussians of |r_ij|])
+        rows = x + [M S]*(x),  in M edges that share an atom attend to each other
+
+    See ``nn.EdgeSetAttention``: with a pooling of seeds (``seed``, ``abp``) it is the published
+    model, but for its last activation. Memory grows with the square of a molecule's edges, so the
+    cutoff is that of bonds: 2 Å is the published one for 3-D structures. An edge that appears or
+    disappears at the cutoff changes the energy by a step, as in the published model. A molecule
+    without edges has the result of a pooling of no rows.
+
+    Args: hidden_channels: channels, the width of the rows. layers: any "M" and "S". heads, norm,
+    mlp: see there. num_gaussians: from 0 to the cutoff. cutoff: Å.
+    """
+
+    rows = "edges"
+
+    @made_plainly
+    def __init__(
+        self,
+        hidden_channels: int = 256,
+        layers: str = "MSMSM",
+        heads: int = 16,
+        num_gaussians: int = 50,
+        cutoff: float = 2.0,
+        norm: str = "pre",
+        mlp: str = "small",
+    ) -> None:
+        super().__init__(hidden_channels, cutoff)
+        width = positive("hidden_channels", hidden_channels)
+        self.distance_expansion = GaussianSmearing(
+            _at_least_two("num_gaussians", num_gaussians), self.cutoff
+        )
+        self.embedding = torch.nn.Embedding(self.elements + 1, width)
+        self.edge = torch.nn.Sequential(
+            torch.nn.Linear(2 * width + num_gaussians, width),
+            torch.nn.Mish(),
+            torch.nn.Linear(width, width),
+        )
+        self.encoder = EdgeSetEncoder(width, layers=layers, heads=heads, norm=norm, mlp=mlp)
+
+    def located(self, z: Tensor, pos: Tensor, ragged: Ragged) -> tuple[Tensor, Ragged]:
+        index, vectors = self.graph(z, pos, ragged)
+        sets, bias = edge_sets(index, ragged)
+        return self.encoder(self._edges(z, index, vectors), sets, bias), sets
+
+    def forward(self, z: Tensor, pos: Tensor, ragged: Ragged) -> Tensor:
+        """[E, channels], sorted by the edges' second atom."""
+        return self.located(z, pos, ragged)[0]
+
+    def _edges(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
+        x = self.embedding(z)
+        gaussians = self.distance_expansion(lengths(vectors))
+        return self.edge(torch.cat([x[index[0]], x[index[1]], gaussians], 1))
+
+
 def _in_one_dtype(interaction: torch.nn.Module, arguments: tuple) -> tuple:
     """SchNetPack starts PaiNN's vectors as zeros of the default dtype of the process."""
     rows, vectors, *others = arguments
@@ -357,6 +426,7 @@ BACKBONES: dict[str, type[Backbone]] = {
     "dimenet": DimeNet,
     "dimenet++": DimeNetPlusPlus,
     "painn": PaiNN,
+    "esa": EdgeSets,
 }
 
 

@@ -121,6 +121,11 @@ class PooledModel(torch.nn.Module):
         super().__init__()
         self.targets = positive("targets", targets)
         one_of("head", head, HEADS)
+        if backbone.rows != "atoms" and (head == "atom" or pooling in _PREDICTING):
+            raise ValueError(
+                f"backbone {backbone.name!r} has rows of {backbone.rows}: head must be 'molecule' "
+                f"and pooling none of {', '.join(_PREDICTING)}, got {head!r} and {pooling!r}"
+            )
         self.backbone = backbone
         self.acts_on = head
         self._config = {
@@ -221,14 +226,14 @@ class PooledModel(torch.nn.Module):
 
     def forward(self, molecules: Molecules) -> Tensor:
         """[B, T] in the targets' units."""
-        ragged, x = self._atoms(molecules)
+        x, rows = self._rows(molecules)
         if self.head is None:
-            y = self.pooling(x, ragged)
+            y = self.pooling(x, rows)
         elif self.acts_on == "molecule":
-            y = self.head(self.pooling(x, ragged))
+            y = self.head(self.pooling(x, rows))
         else:
-            y = self.pooling(self.head(x), ragged)
-        return self._scaled(molecules, ragged, y)
+            y = self.pooling(self.head(x), rows)
+        return self._scaled(molecules, y)
 
     def with_weights(self, molecules: Molecules) -> tuple[Tensor, Tensor]:
         """Predictions [B, T] and weights [N] of the atoms, of the weighted averages.
@@ -240,9 +245,8 @@ class PooledModel(torch.nn.Module):
                 f"pooling must be one of {', '.join(_PREDICTING)} for weights of atoms, got "
                 f"{type(self.pooling).__name__}"
             )
-        ragged, x = self._atoms(molecules)
-        y, weights = self.pooling.with_weights(x, ragged)
-        return self._scaled(molecules, ragged, y), weights
+        y, weights = self.pooling.with_weights(*self._rows(molecules))
+        return self._scaled(molecules, y), weights
 
     def orbital_loss(self, molecules: Molecules, *, factor: float = 0.1) -> Tensor:
         """factor · mean ((y - target) / std)² + mean (a - coefficients)² (OWA).
@@ -255,15 +259,16 @@ class PooledModel(torch.nn.Module):
         error = (y - molecules.y) / self.std
         return factor * error.square().mean() + mse_loss(weights, molecules.coefficients)
 
-    def _atoms(self, molecules: Molecules) -> tuple[Ragged, Tensor]:
-        ragged = molecules.ragged
-        return ragged, self.backbone(molecules.z, molecules.pos, ragged)
+    def _rows(self, molecules: Molecules) -> tuple[Tensor, Ragged]:
+        return self.backbone.located(molecules.z, molecules.pos, molecules.ragged)
 
-    def _scaled(self, molecules: Molecules, ragged: Ragged, y: Tensor) -> Tensor:
+    def _scaled(self, molecules: Molecules, y: Tensor) -> Tensor:
         each = self.atomref[molecules.z]
         if self.extensive:
             each = each + self.mean
-        constant = each.new_zeros(len(ragged), self.targets).index_add(0, molecules.batch, each)
+        constant = each.new_zeros(len(molecules.ragged), self.targets).index_add(
+            0, molecules.batch, each
+        )
         return y * self.std + (constant if self.extensive else constant + self.mean)
 
     def energy_and_forces(

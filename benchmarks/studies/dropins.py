@@ -98,7 +98,8 @@ class DenseEdgeSetAttention(EdgeSetAttention):
         rows = x.new_zeros(*real.shape, x.shape[1]).index_put(real.nonzero(as_tuple=True), x)
         adjacent = _dense(bias, counts, longest) if bias is not None else None
         h, first = rows, rows
-        for kind, block in zip(self.layers, self.blocks):
+        layers = self.encoder.layers + "P"
+        for kind, block in zip(layers, [*self.encoder.blocks, *self.decoder]):
             if kind == "P":
                 h = h + first
             n = block.norm(h)

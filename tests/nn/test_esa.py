@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import mish, silu
 
 from attnpool_kernels import Ragged
-from attnpool_kernels.nn import EdgeSetAttention, edge_sets
+from attnpool_kernels.nn import EdgeSetAttention, EdgeSetEncoder, edge_sets
 
 ATOMS = Ragged.from_counts((4, 1, 0, 3, 2))
 # a path, a lone atom, nothing, a triangle, one directed edge
@@ -80,7 +80,8 @@ def mlp(block, x):
 
 def formula(model, x, mask):
     first = x
-    for kind, block in zip(model.layers, model.blocks):
+    kinds = model.encoder.layers + "P" + "S" * (len(model.decoder) - 1)
+    for kind, block in zip(kinds, [*model.encoder.blocks, *model.decoder]):
         if kind == "P":
             x = x + first
         n = block.norm(x) if block.pre and block.norm is not None else x
@@ -156,6 +157,8 @@ def test_a_graph_is_itself_in_any_batch():
             TypeError,
             "edge_sets",
         ),
+        (lambda: EdgeSetEncoder(8, layers="MSP"), ValueError, "any M and S"),
+        (lambda: EdgeSetEncoder(8, layers=3), TypeError, "layers must be a str"),
         (
             lambda: EdgeSetAttention(8)(torch.zeros(2, 7), torch.tensor([0, 2])),
             ValueError,

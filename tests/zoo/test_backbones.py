@@ -14,6 +14,7 @@ from attnpool_kernels.zoo.graph import edges, triplets
 
 LIBRARY = {name: "torch_geometric" for name in ("schnet", "dimenet", "dimenet++")}
 LIBRARY |= {name: "schnetpack" for name in ("schnetpack_schnet", "painn")}
+OF_ATOMS = [name for name in BACKBONES if name != "esa"]
 SMALL = {
     "schnet": {
         "hidden_channels": 16,
@@ -42,12 +43,19 @@ SMALL = {
         "num_radial": 4,
     },
     "painn": {"n_atom_basis": 16, "n_interactions": 2, "n_rbf": 8},
+    "esa": {
+        "hidden_channels": 16,
+        "layers": "MS",
+        "heads": 2,
+        "num_gaussians": 8,
+        "cutoff": 4.0,
+    },
 }
 
 
 def small(name, **options):
     """A small backbone in float64; skips where its library is missing."""
-    if importlib.util.find_spec(LIBRARY[name]) is None:
+    if name in LIBRARY and importlib.util.find_spec(LIBRARY[name]) is None:
         pytest.skip(f"{LIBRARY[name]} is not installed")
     return backbone(name, **(SMALL[name] | options)).double()
 
@@ -65,7 +73,7 @@ def atoms(counts, spread=1.5):
     return torch.randint(1, 18, (sum(counts),)), torch.cat(pos), Ragged.from_counts(counts)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", OF_ATOMS)
 def test_atom_vectors(name):
     net = small(name)
     z, pos, ragged = atoms([5, 1, 0, 9, 1])
@@ -83,6 +91,27 @@ def test_atom_vectors(name):
     single = net.float()(z, pos.detach(), ragged)  # positions in float64 are no error
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), out.detach(), rtol=0, atol=1e-4)
+
+
+def test_edges_as_rows():
+    net = small("esa", cutoff=2.5)
+    z, pos, ragged = atoms([5, 1, 0, 9])
+    pos.requires_grad_()
+    rows, sets = net.located(z, pos, ragged)
+    index = edges(pos, ragged, 2.5)
+    assert rows.shape == (index.shape[1], 16) and len(sets) == 4 and net.rows == "edges"
+    owner = ragged.batch()[index[1]]
+    assert torch.equal(sets.counts(), owner.bincount(minlength=4)) and sets.counts()[1] == 0
+    assert torch.equal(net(z, pos, ragged), rows)
+    last, _ = net.located(z[6:], pos[6:], Ragged.from_counts([9]))
+    torch.testing.assert_close(rows[sets.ptr[3] :], last, rtol=0, atol=1e-13)
+    # what the rows are made of, by hand for one edge of a pair of atoms
+    z, pos = torch.tensor([6, 8]), torch.tensor([[0.0, 0, 0], [1.2, 0, 0]], dtype=torch.float64)
+    made = net._edges(z, *net.graph(z, pos, Ragged.from_counts([2])))
+    expanded = net.distance_expansion(torch.tensor([1.2], dtype=torch.float64))[0]
+    source, target = net.embedding(torch.tensor([8, 6]))
+    wanted = net.edge(torch.cat([source, target, expanded]))
+    torch.testing.assert_close(made[0], wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

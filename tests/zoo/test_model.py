@@ -72,6 +72,10 @@ def rounding(net, given):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_symmetries(name, pooling):
     """40 atoms within the cutoff: with 32 neighbours at most the order of the atoms would count."""
+    if name == "esa" and pooling == "sum":
+        with pytest.raises(ValueError, match="rows of edges"):
+            model(name, pooling, "atom")
+        return
     net = model(name, pooling, "atom" if pooling == "sum" else "molecule").eval()
     given = molecules(40, 6)
     neighbours = edges(given.pos, given.ptr, net.backbone.cutoff)[1].bincount()
