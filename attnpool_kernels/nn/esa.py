@@ -60,7 +60,8 @@ def edge_sets(edge_index: Tensor, ptr: Tensor | Ragged, of: str = "edges") -> tu
     if edge_index.dim() != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape [2, E], got {tuple(edge_index.shape)}")
     device = edge_index.device
-    edge_index, atoms = edge_index.long(), ragged.to(device).ptr.long()
+    edge_index = edge_index.long().contiguous()  # what a CSR list or nonzero() gives is not
+    atoms = ragged.to(device).ptr.long()
     inside = (edge_index >= 0) & (edge_index < atoms[-1])
     graphs = torch.searchsorted(atoms[1:], edge_index, right=True)
     if not bool((inside.all() & (graphs[0] == graphs[1]).all()).all()):

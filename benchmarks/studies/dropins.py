@@ -103,9 +103,8 @@ class DenseEdgeSetAttention(EdgeSetAttention):
             if kind == "P":
                 h = h + first
             n = block.norm(h)
-            mask = adjacent if kind == "M" else real[:, None].expand(-1, longest, -1)
             y = self.seeds.expand(len(counts), -1, -1) if kind == "P" else n
-            mask = mask[:, : y.shape[1]] if kind == "P" else mask
+            mask = adjacent if kind == "M" else real[:, None].expand(-1, y.shape[1], -1)
             a = _attend(block.attn, y, n, mask)
             h = a + mish(block.out(a)) + (0 if kind == "P" else n)
             h = h + block.mlp(block.norm_mlp(h))
