@@ -26,7 +26,7 @@ def test_both_have_the_same_numbers(name, monkeypatch):
         "gps-18": lambda: dropins._gps("QM9-like", 2),
         "multihead": lambda: dropins._multihead("QM9-like", 2),
         "gmt": lambda: dropins._aggregation(
-            "GraphMultisetTransformer", (16, 2, 1, 4), "QM9-like", 2
+            "GraphMultisetTransformer", (64, 2, 1, 4), "QM9-like", 2
         ),
         "esa-94": lambda: dropins._esa(24, 2),
     }
