@@ -153,7 +153,8 @@ def charge_and_spin(atoms: ase.Atoms) -> str:
     found: dict[str, object] = {}
     for held in (getattr(atoms.calc, "parameters", None), atoms.info):
         if isinstance(held, Mapping):
-            found |= {str(k): v for k, v in held.items() if str(k).lower() in _CLOSED_SHELL}
+            named = {str(k).rstrip(":"): v for k, v in held.items()}  # "charge: 1" is two words
+            found |= {k: v for k, v in named.items() if k.lower() in _CLOSED_SHELL}
     results = getattr(atoms.calc, "results", None)
     if isinstance(results, Mapping) and "magmom" in results:
         found["magmom"] = results["magmom"]

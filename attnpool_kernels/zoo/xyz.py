@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import ase
+
+
+_LENGTH = re.compile(
+    r"\b(?:length_|position_|pos_)?units?\s*[:=]\s*[\"']?(bohrs?|nm|nanomet\w*|pm|picomet\w*)\b",
+    re.I,
+)
 
 
 def read(lines: Iterable[str]) -> list[ase.Atoms]:
@@ -17,7 +24,8 @@ def read(lines: Iterable[str]) -> list[ase.Atoms]:
     reads the frames themselves: comments of key=value pairs and ``Properties`` keep their meaning.
 
     Raises ValueError that names the line: a frame must be a number of atoms, a comment, and as
-    many lines of an element and three coordinates (or what ``Properties`` says).
+    many lines of an element and three coordinates (or what ``Properties`` says). A comment that
+    states another unit of length than Å, which ASE passes over, is refused.
     """
     import ase.io
 
@@ -56,6 +64,11 @@ def frames(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
             raise ValueError(
                 f"the molecule of {atoms} atoms that begins in line {start} is cut off: the file "
                 f"ends after {len(body)} of them"
+            )
+        if stated := _LENGTH.search(numbered[at + 1][1]):
+            raise ValueError(
+                f"line {numbered[at + 1][0]} must be a comment of positions in angstrom, "
+                f"got {stated[0]!r}"
             )
         extended = "Properties" in numbered[at + 1][1]  # then ASE counts the columns
         for number, line in body:

@@ -260,6 +260,8 @@ def test_charges_are_said_once(tmp_path):
         ("Charge=1.0", "Charge=1.0"),
         ("total_charge=1 name=a", "total_charge=1"),
         ("charge 1", "charge"),
+        ("charge: +1", "charge"),
+        ("Charge: 0", "Charge"),  # ASE keeps the word, not the number
         ("magmom=2.0", "magmom=2.0"),
         ("charge=positive", "charge=positive"),
         ("charge=0 spin=0 multiplicity=1", None),
@@ -349,3 +351,26 @@ def test_lines_of_a_file(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b"\xef\xbb\xbfa\r\n\xe4\x0cb\rc")
     assert list(lines(path)) == ["a\n", "\ufffd\x0cb\n", "c"]
+
+
+@pytest.mark.parametrize(
+    ("comment", "stated"),
+    [
+        ("units=bohr", "units=bohr"),
+        ('pos_unit="Bohr" energy=1', "Bohr"),
+        ("Units: nm", "Units: nm"),
+        ("length_unit=pm", "pm"),
+        ("units=angstrom", None),
+        ("energy_units=hartree units=kcal/mol", None),
+        ("molecule of a bohr radius", None),
+    ],
+)
+def test_another_unit_of_length_is_refused(tmp_path, comment, stated):
+    path = tmp_path / "m.xyz"
+    path.write_text(f"1\nfirst\nH 0 0 0\n2\n{comment}\nO 0 0 0\nH 0 0 1\n")
+    if stated is None:
+        assert len(read_molecules(path)) == 2
+        return
+    with pytest.raises(ValueError, match="line 5 must be a comment of positions in angstrom") as e:
+        read_molecules(path)
+    assert stated in str(e.value)
