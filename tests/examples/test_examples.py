@@ -20,6 +20,7 @@ NEEDS = {
     "plain_torch": [],
     "neighbour_sets": [],
     "md_forces": ["torch_geometric", "ase"],
+    "pet_metatrain": ["metatrain", "ase"],
 }
 SMALL = """
 import json, runpy, sys
