@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attnpool_kernels"
 OPTIONAL = {"triton", "xformers", "flash_attn", "torch_geometric", "schnetpack", "ase", "numpy"}
+OPTIONAL |= {"metatrain", "metatomic"}
+ON_DEMAND = ("zoo/", "impl/triton/", "integrations/pet.py")  # loaded as a whole
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # module -> modules of the package that it may import at its top level
 ALLOWED = {
@@ -34,6 +36,7 @@ ALLOWED = {
     "compat": {"functional", "ragged", "dropout", "tracing"},
     "layouts": {"functional", "ragged", "tracing"},
     "weights": {"functional", "operands", "ragged"},
+    "integrations": {"functional", "ragged"},
 }
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # its public methods
 FOREIGN = {"flash_attn_varlen_func"}  # signatures of other libraries
@@ -75,7 +78,13 @@ def parts(path):
 
 @pytest.mark.parametrize("module", ALLOWED)
 def test_arrows(module):
-    files = {p.stem for p in PACKAGE.glob("*.py")} | {"impl", "nn", "zoo", "testing"}
+    files = {p.stem for p in PACKAGE.glob("*.py")} | {
+        "impl",
+        "nn",
+        "zoo",
+        "testing",
+        "integrations",
+    }
     for path in (PACKAGE / f"{module}.py", *(PACKAGE / module).rglob("*.py")):
         if path.exists():
             assert parts(path) & files <= ALLOWED[module] | {module}
@@ -99,8 +108,8 @@ def test_nn_needs_the_operator_only():
 def test_optional_packages_are_imported_inside_functions():
     for path in SOURCES:
         relative = path.relative_to(PACKAGE).as_posix()
-        if relative.startswith(("zoo/", "impl/triton/")):
-            continue  # loaded on demand as a whole
+        if relative.startswith(ON_DEMAND):
+            continue
         top = {name.split(".")[0] for name in imports(path)}
         assert not top & OPTIONAL, path
 

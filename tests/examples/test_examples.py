@@ -23,6 +23,7 @@ NEEDS = {
     "neighbour_sets": [],
     "allscaip_attention": [],
     "md_forces": ["torch_geometric", "ase"],
+    "pet_metatrain": ["metatrain", "ase"],
 }
 SMALL = """
 import json, runpy, sys
