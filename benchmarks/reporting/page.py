@@ -27,6 +27,7 @@ TITLES = {  # in this order
     "seeds": "Seed pooling",
     "modules": "The whole pooling module beside PyG's",
     "neighbours": "Sets of neighbours with a bias of the keys",
+    "dropins": "Modules, and the drop-ins for them",
     "training": "A training step of a whole model",
     "forces": "Training on forces",
     "qm7b": "QM7b: test error by pooling",
@@ -326,6 +327,7 @@ def _batches(rows: list[Row]) -> list[str]:
         ("Neighbour sets", ("neighbours",)),
         ("Seed pooling", ("seeds",)),
         ("Pooling module", ("modules",)),
+        ("Drop-ins", ("dropins",)),
     ):
         chosen = [r for r in rows if r.family in families and not r.contender.startswith("base:")]
         names = list(dict.fromkeys(r.contender for r in chosen if r.timed))
