@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .functional import set_attention
 from .ragged import PTR_DTYPES, Ragged, last_of
-from .tracing import unreadable
+from .tracing import unreadable, unrecorded
 
 __all__ = ["pack", "padded_attention", "unpack", "with_centres"]
 
@@ -197,7 +197,8 @@ def _checked_lengths(lengths: object, count: int, size: int) -> Tensor:
     if tuple(lengths.shape) != (count,):
         raise ValueError(f"lengths must have shape ({count},), got {tuple(lengths.shape)}")
     if _readable(lengths) and count:
-        least, most = int(lengths.min()), int(lengths.max())
+        with unrecorded():
+            least, most = int(lengths.min()), int(lengths.max())
         if least < 0 or most > size:
             raise ValueError(
                 f"lengths must be from 0 to {size}, got {least if least < 0 else most}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .functional import Given, checked, seed_pool, set_attention
+from .functional import Given, checked
 from .operands import Operands, accumulator
 from .ragged import Ragged
 
@@ -23,7 +23,6 @@ def attention_weights(
     key_bias: Tensor | None = None,
     scale: float | None = None,
     top: int | None = None,
-    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The weights of attention: all of them, [P, H], or the ``top`` largest of each query.
 
@@ -31,25 +30,26 @@ def attention_weights(
 
         p_ij = exp(scale · q_i·k_j + bias_ij + key_bias_j - L_i)
 
-    Nothing is normalised a second time, so the numbers are those that ``set_attention`` used.
+    With ``lse`` nothing is normalised a second time: the weights are as exact as L, which rounds to
+    eps·|L|. That shows where logits are in the thousands, and with a mask of the least finite
+    number, of which L keeps nothing else. Without it they are normalised here, and add up to 1.
 
     Args:
         q, k, ptr, k_ptr, bias, key_bias, scale: as given to ``set_attention``. ptr None: q are the
             seeds [S, H, D] of ``seed_pool``, which all molecules of k_ptr share.
         lse: as ``set_attention(..., return_lse=True)`` gave it, [N_q, H], or [B, S, H] of
-            ``seed_pool``; None: found first, by ``backend``.
+            ``seed_pool``; or None.
         top: how many keys of each query; None: all.
 
     Returns:
         weights [P, H], by molecule, then query, then key (``Ragged.pairs``), float32 (float64 for
         float64); rows of queries without keys have none. With ``top`` (weights, keys), both
         [N_q, H, top], or [B, S, H, top] of seeds: the largest weights, falling, and the rows of k
-        that they belong to, int64; 0 and -1 where a query has fewer keys (weight 0 counts: a
-        forbidden key is never among them).
+        that they belong to, int64; 0 and -1 where a query has fewer keys that are not forbidden.
 
-    Differentiable to any order, through ``lse`` too, where that has a graph. Works molecule by
-    molecule on the host's time, with memory for the result and one molecule's pairs; for pictures
-    and tables, not for layers.
+    Differentiable to any order, through ``lse`` too, where that has a graph. Autocast rounds q and
+    k, as for the attention, and nothing else. Works molecule by molecule on the host's time, with
+    memory for the result and one molecule's pairs; for pictures and tables, not for layers.
 
     Raises: as ``set_attention``, and TypeError, ValueError: lse, top, by name.
     """
@@ -58,7 +58,7 @@ def attention_weights(
         raise TypeError("k_ptr must be given where ptr is None (seeds of all molecules), got None")
     boundaries = (k_ptr, None) if shared else (ptr, k_ptr)
     name = "seeds" if shared else "q"
-    given = Given(q, k, k, *boundaries, bias, key_bias, scale, 0.0, backend, True)
+    given = Given(q, k, k, *boundaries, bias, key_bias, scale, 0.0, None, False)
     x, options, _ = checked(name, given)
     if top is not None and (isinstance(top, bool) or not isinstance(top, int)):
         raise TypeError(f"top must be an int, got {type(top).__name__}")
@@ -66,51 +66,37 @@ def attention_weights(
         raise ValueError(f"top must be at least 1, got {top}")
     molecules, queries, heads = len(x.k_ptr) - 1, *q.shape[:2]
     shape = (molecules, queries, heads) if shared else (queries, heads)
-    if lse is None:
-        lse = _lse(given, shared)
-    _check_lse(lse, shape, x.q)
-    lse = lse.reshape(-1, heads)
-    # A query without a finite logit has L = -inf, and weights 0.
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    blocks = _blocks(x, lse, options.scale)
-    if top is None:
-        found = [p.permute(1, 2, 0).flatten(0, 1) for p, _, _ in blocks]
-        return torch.cat([lse.new_zeros(0, heads), *found])
-    weights = lse.new_zeros(lse.shape[0], heads, top)
-    keys = torch.full(weights.shape, -1, device=lse.device)
-    largest, rows, places = [], [], []
-    for p, first, key in blocks:
-        some = p.topk(min(top, p.shape[2]), 2)
-        there = some.values > 0
-        place = torch.where(there, some.indices + key, -1)
-        missing = (0, top - there.shape[2])
-        largest.append(torch.nn.functional.pad(some.values, missing).transpose(0, 1))
-        places.append(torch.nn.functional.pad(place, missing, value=-1).transpose(0, 1))
-        rows.append(torch.arange(first, first + p.shape[1], device=p.device))
-    if rows:
-        index = torch.cat(rows)
-        weights = weights.index_copy(0, index, torch.cat(largest))
-        keys = keys.index_copy(0, index, torch.cat(places))
+    if lse is not None:
+        _check_lse(lse, shape, x.q)
+        lse = lse.reshape(-1, heads)
+    with torch.autocast(x.q.device.type, enabled=False):
+        blocks = _blocks(x, lse, options.scale)
+        if top is None:
+            found = [p.permute(1, 2, 0).flatten(0, 1) for p, *_ in blocks]
+            return torch.cat([x.q.new_zeros(0, heads, dtype=accumulator(x.q.dtype)), *found])
+        weights, keys = _largest(blocks, molecules * queries if shared else queries, top, x)
     return weights.view(*shape, top), keys.view(*shape, top)
 
 
-def _lse(given: Given, shared: bool) -> Tensor:
-    options = {"bias": given.bias, "key_bias": given.key_bias, "scale": given.scale}
-    values = given.k[:, :, :1]  # any; one column is least work
-    if shared:
-        return seed_pool(
-            given.q, given.k, values, given.ptr, **options, backend=given.backend, return_lse=True
-        )[1]
-    return set_attention(
-        given.q,
-        given.k,
-        values,
-        given.ptr,
-        given.k_ptr,
-        **options,
-        backend=given.backend,
-        return_lse=True,
-    )[1]
+def _largest(
+    blocks: Iterator[tuple[Tensor, Tensor, int, int]], rows: int, top: int, x: Operands
+) -> tuple[Tensor, Tensor]:
+    """Weights and keys [rows, H, top], by the logits: small weights may be 0 and still differ."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for p, logits, first, key in blocks:
+        best = logits.topk(min(top, p.shape[2]), 2)
+        place = torch.where(best.values > -torch.inf, best.indices + key, -1)
+        missing = (0, top - place.shape[2])
+        some = torch.nn.functional.pad(p.gather(2, best.indices), missing)
+        place = torch.nn.functional.pad(place, missing, value=-1)
+        row = torch.arange(first, first + p.shape[1], device=p.device)
+        found.append((row, some.transpose(0, 1), place.transpose(0, 1)))
+    weights = x.q.new_zeros(rows, x.q.shape[1], top, dtype=accumulator(x.q.dtype))
+    keys = torch.full(weights.shape, -1, device=x.q.device)
+    if found:
+        index, some, place = (torch.cat(parts) for parts in zip(*found))
+        weights, keys = weights.index_copy(0, index, some), keys.index_copy(0, index, place)
+    return weights, keys
 
 
 def _check_lse(lse: object, shape: tuple[int, ...], like: Tensor) -> None:
@@ -125,9 +111,11 @@ def _check_lse(lse: object, shape: tuple[int, ...], like: Tensor) -> None:
         raise ValueError(f"lse must be on the device of q, {like.device}, got {lse.device}")
 
 
-def _blocks(x: Operands, lse: Tensor, scale: float) -> Iterator[tuple[Tensor, int, int]]:
-    """Of each molecule with pairs: weights [H, n_q, n_k], its first row of lse, and of k."""
-    wide = lse.dtype
+def _blocks(
+    x: Operands, lse: Tensor | None, scale: float
+) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+    """Of each molecule with pairs: weights and logits [H, n_q, n_k], its first query, and key."""
+    wide = accumulator(x.q.dtype)
     q, k = (rows.to(wide).transpose(0, 1) for rows in (x.q, x.k))  # [H, N, D]
     seeds = x.q.shape[0]
     pairs = None if x.pair_ptr is None else x.pair_ptr.tolist()
@@ -143,4 +131,11 @@ def _blocks(x: Operands, lse: Tensor, scale: float) -> Iterator[tuple[Tensor, in
             logits = logits + own.view(b - a, d - c, -1).permute(2, 0, 1)
         if x.key_bias is not None:
             logits = logits + x.key_bias[c:d].to(wide).t()[:, None]
-        yield (logits - lse[a:b].t()[:, :, None]).exp(), a, c
+        # A query without a finite logit has L = -inf, and weights 0.
+        if lse is None:
+            dead = (logits == -torch.inf).all(2, keepdim=True)
+            p = logits.masked_fill(dead, 0.0).softmax(2).masked_fill(dead, 0.0)
+        else:
+            own = lse[a:b].t()[:, :, None]
+            p = (logits - own.masked_fill(own == -torch.inf, torch.inf)).exp()
+        yield p, logits, a, c

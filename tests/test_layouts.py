@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnpool_kernels import Ragged, layouts, set_attention
 from attnpool_kernels.layouts import pack, padded_attention, unpack, with_centres
@@ -148,6 +149,13 @@ def test_padded_attention_can_be_compiled():
     q, lengths = padded(2, 4).transpose(1, 2), torch.tensor(COUNTS)
     compiled = torch.compile(padded_attention, backend="eager", fullgraph=True)
     assert torch.equal(compiled(q, q, q, lengths), padded_attention(q, q, q, lengths))
+
+
+def test_padded_attention_can_be_recorded():
+    q, lengths = padded(2, 4).transpose(1, 2), torch.tensor(COUNTS)
+    for mode in ("real", "fake", "symbolic"):
+        recorded = make_fx(lambda q, n: padded_attention(q, q, q, n), tracing_mode=mode)(q, lengths)
+        assert torch.equal(recorded(q, lengths), padded_attention(q, q, q, lengths))
 
 
 def test_only_the_centre_asks():

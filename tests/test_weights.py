@@ -93,7 +93,7 @@ def test_seeds():
     seeds, k, v = rows(2, HEADS, 4), rows(ROWS, HEADS, 4, seed=1), rows(ROWS, HEADS, 3, seed=2)
     out, lse = seed_pool(seeds, k, v, SETS, return_lse=True)
     found = attention_weights(seeds, k, None, SETS, lse=lse)
-    assert torch.equal(found, attention_weights(seeds, k, None, SETS))
+    assert torch.allclose(found, attention_weights(seeds, k, None, SETS), rtol=1e-12)
     pairs = found.split([2 * n for n in COUNTS])
     for i, (p, a, b) in enumerate(zip(pairs, SETS.ptr.tolist(), SETS.ptr.tolist()[1:])):
         again = torch.einsum("sjh,jhd->shd", p.view(2, b - a, HEADS), v[a:b])
@@ -113,6 +113,33 @@ def test_queries_without_a_finite_logit_have_weights_zero():
     assert not found.any()
     assert not torch.autograd.grad(found.sum(), q)[0].any()
     assert attention_weights(q[:0], q[:0], torch.tensor([0])).shape == (0, HEADS)
+
+
+@pytest.mark.parametrize("value", [-1e9, 1e6, torch.finfo(torch.float32).min])
+def test_large_numbers_on_every_logit_of_a_query(value):
+    """As masks have them: nothing of the weights is left in the LSE."""
+    q, v = rows(3, 1, 4, dtype=torch.float32), rows(3, 1, 3, seed=1, dtype=torch.float32)
+    ptr, key_bias = torch.tensor([0, 3]), torch.full((3,), value)
+    out = set_attention(q, q, v, ptr, key_bias=key_bias)
+    found = attention_weights(q, q, ptr, key_bias=key_bias).view(3, 3)
+    assert torch.allclose(found.sum(1), torch.ones(3))
+    if value < 0:  # at 1e6 the last bit of a logit is worth 6 %
+        assert torch.allclose(found @ v[:, 0], out[:, 0], rtol=1e-5, atol=1e-5)
+    weights, keys = attention_weights(q, q, ptr, key_bias=key_bias, top=3)
+    assert keys.sort(2).values[:, 0].tolist() == [[0, 1, 2]] * 3
+    assert torch.allclose(weights.sum(2), torch.ones(3, 1))
+
+
+def test_autocast_rounds_nothing_but_the_rows():
+    q = rows(6, 1, 32, dtype=torch.float32) * 4
+    ptr = torch.tensor([0, 6])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, lse = set_attention(q, q, q, ptr, return_lse=True)
+        for given in (None, lse):
+            found = attention_weights(q, q, ptr, lse=given)
+            assert torch.allclose(found.view(6, 6).sum(1), torch.ones(6), atol=1e-4)
+    half = q.bfloat16()
+    assert torch.allclose(found, attention_weights(half, half, ptr), rtol=1e-3)
 
 
 @pytest.mark.parametrize(

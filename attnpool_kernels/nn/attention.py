@@ -165,18 +165,8 @@ class SetAttention(torch.nn.Module):
         if y is not None:
             check_rows("y", y, self.key_dim, self.in_proj_bias)
         q, k, _ = self._split(*self._projected(x, y))
-        scale, backend = self._options()["scale"], self.backend
-        return attention_weights(
-            q,
-            k,
-            ptr,
-            y_ptr,
-            bias=bias,
-            key_bias=key_bias,
-            scale=scale,
-            top=top,
-            backend=backend,
-        )
+        options: dict[str, Any] = {"bias": bias, "key_bias": key_bias, "top": top}
+        return attention_weights(q, k, ptr, y_ptr, scale=self._options()["scale"], **options)
 
     def _attend(
         self,

@@ -48,8 +48,8 @@ def edge_sets(edge_index: Tensor, ptr: Tensor | Ragged, of: str = "edges") -> tu
         The boundaries of the rows, and the bias [P, 1], float32, for all heads. P is the sum of the
         squares of the sets' sizes. Reads the boundaries on the host.
 
-    Raises TypeError, ValueError: shapes, an edge between two graphs or atoms of none, edges that
-    are not sorted by graph.
+    Raises TypeError, ValueError: shapes, an edge between two graphs or atoms of none; rows of edges
+    that are not sorted by graph.
     """
     one_of("of", of, SETS)
     ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
@@ -70,6 +70,8 @@ def edge_sets(edge_index: Tensor, ptr: Tensor | Ragged, of: str = "edges") -> tu
             f"outside 0 to {int(atoms[-1]) - 1}"
         )
     if of == "edges":
+        if bool((graphs[0, 1:] < graphs[0, :-1]).any()):
+            raise ValueError("edge_index must be sorted by graph, as in a batch of torch_geometric")
         found = Ragged.from_batch(graphs[0], len(ragged))
     else:
         found = ragged.to(device)
@@ -122,14 +124,19 @@ class EdgeSetEncoder(torch.nn.Module):
         )
 
     def forward(self, x: Tensor, sets: Tensor | Ragged, bias: Tensor | None = None) -> Tensor:
-        """[R, D] from rows x [R, D], their boundaries and M's mask, as ``edge_sets`` gives them."""
-        check_rows("x", x, self.dim)
+        """[R, D] from rows x [R, D], their boundaries and M's mask, as ``edge_sets`` gives them.
+
+        Rows of no set are 0.
+        """
+        check_rows("x", x, self.dim, next(self.parameters(), None))
         if "M" in self.layers and bias is None:
             raise TypeError("bias must be M's mask, see edge_sets, got None")
+        count = x.shape[0]
+        x, ragged = covered(x, sets)
         rows = x
         for kind, block in zip(self.layers, self.blocks):
-            rows = block(rows, sets, bias if kind == "M" else None)
-        return x + rows
+            rows = block(rows, ragged, bias if kind == "M" else None)
+        return torch.nn.functional.pad(x + rows, (0, 0, 0, count - x.shape[0]))
 
     def extra_repr(self) -> str:
         return f"{self.dim}, layers={self.layers!r}"

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from ..dispatch import check_name
 from ..functional import set_attention
 from ..ragged import Ragged
+from .arguments import covered
 from .projection import project
 
 
@@ -27,8 +28,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     - ``ptr`` takes packed rows [N, E] of a concatenated batch, without padding.
     - A query whose keys are all padding gets ``out_proj.bias``, where torch's gets NaN.
     - Dropout has the same distribution, other numbers.
-    - ``out_proj`` is called, so hooks, adapters and parametrisations of it act.
+    - ``out_proj`` is called, so hooks, adapters and parametrisations of it act; not where torch's
+      code runs, see below, which reads its weight.
 
+    In evaluation without gradients torch's ``TransformerEncoderLayer`` does not call its attention
+    but reads the weights; ``torch.backends.mha.set_fastpath_enabled(False)`` makes it call.
     Calls that need what no fused kernel gives, weights (``need_weights=True``), an ``attn_mask``,
     ``is_causal``, nested tensors, or a module with ``add_bias_kv`` or ``add_zero_attn``, go to
     torch's own code. For weights on demand see ``attnpool_kernels.attention_weights``.
@@ -84,12 +88,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key_bias: [N_k] or [N_k, H] added to the logits of a packed key.
 
         Raises TypeError, ValueError: shapes that do not fit; masks together with ptr.
+        NotImplementedError: ptr in a module with add_bias_kv or add_zero_attn.
         """
         if ptr is not None:
             if key_padding_mask is not None or attn_mask is not None or is_causal:
                 raise TypeError("ptr must come without masks: packed rows have no padding")
+            if not self._fused(query, key, value):
+                raise NotImplementedError(
+                    "ptr needs a module without add_bias_kv and add_zero_attn, and plain tensors"
+                )
             self._check(query, key, value, 2)
-            return self._attend(query, key, value, ptr, key_ptr, key_bias), None
+            return self._packed(query, key, value, ptr, key_ptr, key_bias), None
         if key_ptr is not None or key_bias is not None:
             raise TypeError("ptr must be given with key_ptr or key_bias, got None")
         if need_weights or is_causal or attn_mask is not None or not self._fused(query, key, value):
@@ -103,7 +112,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 average_attn_weights,
                 is_causal,
             )
-        self._check(query, key, value, query.dim())
+        self._check(query, key, value, 2 if query.dim() == 2 else 3)
         out = self._padded(query, key, value, key_padding_mask)
         return out, None
 
@@ -114,13 +123,37 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _check(self, query: Tensor, key: Tensor, value: Tensor, dim: int) -> None:
         widths = self.embed_dim, self.kdim, self.vdim
         for name, x, width in zip(("query", "key", "value"), (query, key, value), widths):
-            wrong = x.dim() != dim or dim not in (2, 3) or x.shape[-1] != width
+            wrong = x.dim() != dim or x.shape[-1] != width
             if wrong or (name == "value" and x.shape[:-1] != key.shape[:-1]):
                 like = "" if name != "value" else f" and the rows of key, {tuple(key.shape[:-1])}"
                 raise ValueError(
                     f"{name} must have {dim} dimensions, the last {width}{like}, "
                     f"got {tuple(x.shape)}"
                 )
+
+    def _packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        ptr: Tensor | Ragged,
+        key_ptr: Tensor | Ragged | None,
+        key_bias: Tensor | None,
+    ) -> Tensor:
+        """Of the rows that belong to a set; the others are 0 and reach no weight's gradient."""
+        rows, alone = query.shape[0], key is query
+        shared = value is key
+        query, sets = covered(query, ptr)
+        key, keys = (
+            (query, None)
+            if alone and key_ptr is None
+            else covered(key, sets if key_ptr is None else key_ptr)
+        )
+        value = key if shared else value[: key.shape[0]]
+        if key_bias is not None:
+            key_bias = key_bias[: key.shape[0]]
+        out = self._attend(query, key, value, sets, keys, key_bias)
+        return torch.nn.functional.pad(out, (0, 0, 0, rows - out.shape[0]))
 
     def _padded(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
@@ -186,5 +219,5 @@ def _as_bias(mask: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
     if tuple(mask.shape) != shape:
         raise ValueError(f"key_padding_mask must have shape {shape}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool:
-        return mask.to(like.dtype)
+        return mask if mask.dtype == torch.float32 else mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)

@@ -44,7 +44,10 @@ def _variance(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = MeanPooling().pool
     centre = torch.cat([mean(wide, ragged, batch), wide.new_zeros(1, x.shape[1])])
-    return mean((wide - centre.index_select(0, batch)).square(), ragged, batch)
+    distance = wide - centre.index_select(0, batch)
+    # the slope of a square would carry what rows of no molecule hold into their gradient
+    distance = distance.masked_fill((batch == len(ragged))[:, None], 0.0)
+    return mean(distance.square(), ragged, batch)
 
 
 class Set2Set(torch.nn.Module):

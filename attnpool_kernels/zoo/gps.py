@@ -39,9 +39,8 @@ class GPSConv(torch_geometric.nn.GPSConv):
         if not isinstance(attn, torch.nn.MultiheadAttention):
             return
         self.attn: torch.nn.Module = MultiheadAttention.from_torch(attn)
-        for name in ("add_bias_kv", "add_zero_attn"):
-            if (options.get("attn_kwargs") or {}).get(name):
-                raise ValueError(f"attn_kwargs must not have {name}, got True")
+        if attn.bias_k is not None or attn.add_zero_attn:
+            raise ValueError("attn_kwargs must not have add_bias_kv or add_zero_attn, got one")
 
     def forward(
         self, x: Tensor, edge_index: Any, batch: Tensor | Ragged | None = None, **options: Any

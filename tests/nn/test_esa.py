@@ -139,6 +139,16 @@ def test_a_graph_is_itself_in_any_batch():
     assert torch.equal(model(changed, *edge_sets(EDGES, ATOMS))[3:], together[3:])
 
 
+def test_rows_of_no_set():
+    encoder = EdgeSetEncoder(8, layers="MS", heads=2).double()
+    sets, bias = edge_sets(EDGES, ATOMS)
+    x = torch.cat([rows("edges"), torch.full((2, 8), torch.nan, dtype=torch.float64)])
+    out = encoder(x, sets, bias)
+    assert torch.equal(out[:-2], encoder(rows("edges"), sets, bias)) and not out[-2:].any()
+    gradients = torch.autograd.grad(out.sum(), list(encoder.parameters()))
+    assert all(bool(g.isfinite().all()) for g in gradients)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

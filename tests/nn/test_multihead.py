@@ -144,6 +144,39 @@ def test_a_module_is_turned_in_place():
     )
 
 
+def test_a_float_mask_keeps_its_digits():
+    """300.3 and 301.4 are one number in bfloat16, and the least of float32 is none of float16."""
+    ours = MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x = rows(2, 4, 8)
+    mask = torch.tensor([[300.3, 301.4, 300.9, 299.0], [torch.finfo(torch.float32).min] * 4])
+    half = copy.deepcopy(ours)
+    expected = ours(x, x, x, mask.double(), need_weights=False)[0]
+    expected[1] = ours(x[1:], x[1:], x[1:], need_weights=False)[0]
+    expected[1] = ours.out_proj(ours._projected(*[x[1]] * 3)[2].mean(0))
+    found = half.bfloat16()(*[x.bfloat16()] * 3, mask, need_weights=False)[0]
+    assert torch.allclose(found.double(), expected, atol=0.03)
+
+
+def test_rows_of_no_set():
+    """They are 0, and what they hold reaches no weight."""
+    _, ours = pair(8, 2)
+    x = rows(6, 8)
+    x[4:] = torch.nan
+    sets = torch.tensor([0, 3, 4])
+    out, _ = ours(x, x, x, ptr=sets)
+    assert not out[4:].any() and out[:4].isfinite().all()
+    gradients = torch.autograd.grad(out.sum(), list(ours.parameters()))
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    cross, _ = ours(x[:5], x, x, ptr=torch.tensor([0, 3, 4]), key_ptr=sets)
+    assert torch.allclose(cross[:4], out[:4], rtol=1e-12) and cross.shape == (5, 8)
+    assert not cross[4:].any()
+    biased, _ = ours(x, x, x, ptr=sets, key_bias=torch.zeros(6))
+    assert torch.allclose(biased[:4], out[:4])
+    for option in ("add_bias_kv", "add_zero_attn"):
+        with pytest.raises(NotImplementedError, match="add_bias_kv"):
+            pair(8, 2, **{option: True})[1](x, x, x, ptr=sets)
+
+
 def test_dropout_in_training_only():
     _, ours = pair(8, 2, batch_first=True, dropout=0.5)
     x = rows(2, 30, 8)
@@ -168,6 +201,7 @@ PTR = torch.tensor([0, 4])
     ("wrong", "error", "words"),
     [
         (lambda: call((4, 8), (4, 8), (3, 8), ptr=PTR), ValueError, "value must have"),
+        (lambda: call((1, 2, 4, 8)), ValueError, "query must have 3 dimensions"),
         (lambda: call((2, 4, 8), ptr=PTR), ValueError, "query must have 2 dimensions, the last 8"),
         (lambda: call((4, 7), ptr=PTR), ValueError, "got (4, 7)"),
         (lambda: call((2, 4, 8), (3, 4, 8), (3, 4, 8)), ValueError, "batch size of query, 2"),

@@ -90,6 +90,18 @@ def test_variance_of_distant_rows():
         assert VarPooling()(x.to(dtype), torch.tensor([0, 3])).item() == pytest.approx(2 / 3)
 
 
+def test_rows_of_no_molecule_may_hold_anything():
+    """Also where the boundaries have not been read, as those on a device."""
+    unread = Ragged.from_counts(COUNTS)
+    unread.last = None
+    x = atoms().detach()
+    x[sum(COUNTS) :] = torch.nan
+    x.requires_grad_()
+    for pool in (VarPooling(), StdPooling()):
+        (dx,) = torch.autograd.grad(pool(x, unread).sum(), x)
+        assert dx.isfinite().all() and not dx[sum(COUNTS) :].any()
+
+
 def test_by_batch_index():
     """Chemprop's call, agg(H, batch)."""
     pool = MeanPooling()

@@ -111,3 +111,6 @@ def test_bad_input():
         ours(rows()[:, :7], EDGES, BATCH)
     with pytest.raises(ValueError, match="add_bias_kv"):
         GPSConv(8, conv(), attn_kwargs={"add_bias_kv": True})
+    positional = 2, 0.0, "relu", None, "batch_norm", None, "multihead"
+    with pytest.raises(ValueError, match="add_zero_attn"):
+        GPSConv(8, None, *positional, {"add_zero_attn": True})
