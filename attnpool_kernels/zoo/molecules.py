@@ -153,16 +153,19 @@ def charge_and_spin(atoms: ase.Atoms) -> str:
     found: dict[str, object] = {}
     for held in (getattr(atoms.calc, "parameters", None), atoms.info):
         if isinstance(held, Mapping):
-            named = {str(k).rstrip(":"): v for k, v in held.items()}  # "charge: 1" is two words
-            found |= {k: v for k, v in named.items() if k.lower() in _CLOSED_SHELL}
+            found |= {str(k): v for k, v in held.items() if str(k).lower() in _CLOSED_SHELL}
     results = getattr(atoms.calc, "results", None)
     if isinstance(results, Mapping) and "magmom" in results:
         found["magmom"] = results["magmom"]
     stated = []
     for name, value in found.items():
         try:
-            neutral = value is None or (
-                value is not True and abs(float(value) - _CLOSED_SHELL[name.lower()]) < 0.01  # type: ignore[arg-type]
+            neutral = (
+                value is None
+                or str(value).lower() in ("none", "neutral")
+                or (
+                    value is not True and abs(float(value) - _CLOSED_SHELL[name.lower()]) < 0.01  # type: ignore[arg-type]
+                )
             )
         except (TypeError, ValueError):
             neutral = False

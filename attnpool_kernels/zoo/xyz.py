@@ -11,10 +11,20 @@ if TYPE_CHECKING:
     import ase
 
 
+# What a comment says of another unit of length, not of a property in powers of one (bohr^3, nm^-1).
 _LENGTH = re.compile(
-    r"\b(?:length_|position_|pos_)?units?\s*[:=]\s*[\"']?(bohrs?|nm|nanomet\w*|pm|picomet\w*)\b",
-    re.I,
+    r"""\b(?:(?:length|pos(?:ition)?s?|coord(?:inate)?s?|distance|cell|geometry)[_ ]?units?
+          [\s"']*[:=\[][\s"'{\[(]*(?:bohrs?|nm|pm|a0|au|a\.u\.)
+        |units?[\s"']*[:=\[][\s"'{\[(]*bohrs?
+        |(?:positions?|coordinates?|geometry)\b[^,;=]*\bbohrs?)
+    (?![\w^*/-]|\s+to\b|\s+converted\b)""",
+    re.IGNORECASE | re.VERBOSE,
 )
+# Numbers that ASE leaves as words, since no sign of equality is before them: "charge: +1".
+_STATED = {
+    "charge": re.compile(r"\bcharge\s*[:=]?\s*([+-]?\d+(?:\.\d+)?)", re.IGNORECASE),
+    "multiplicity": re.compile(r"\bmult(?:iplicity)?\s*[:=]?\s*(\d+)", re.IGNORECASE),
+}
 
 
 def read(lines: Iterable[str]) -> list[ase.Atoms]:
@@ -40,8 +50,22 @@ def read(lines: Iterable[str]) -> list[ase.Atoms]:
             raise ValueError(
                 f"molecule {len(found)} in lines {start} to {start + len(frame) - 1}: {reason}"
             ) from error
-        found.append(cast("ase.Atoms", atoms))
+        atoms = cast("ase.Atoms", atoms)
+        _state(atoms, frame[1])
+        found.append(atoms)
     return found
+
+
+def _state(atoms: ase.Atoms, comment: str) -> None:
+    """Puts charge and multiplicity of a comment into ``info``, in place of the words alone."""
+    for name, pattern in _STATED.items():
+        words = [k for k, x in atoms.info.items() if str(k).lower().startswith(name[:4])]
+        if any(atoms.info[k] is not True and "," not in str(atoms.info[k]) for k in words):
+            continue  # ASE found a value
+        for word in words:
+            del atoms.info[word]
+        if stated := pattern.search(comment):
+            atoms.info[name] = float(stated[1])
 
 
 def frames(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
