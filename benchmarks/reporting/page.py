@@ -29,6 +29,7 @@ TITLES = {  # in this order
     "neighbours": "Sets of neighbours with a bias of the keys",
     "training": "A training step of a whole model",
     "forces": "Training on forces",
+    "pet": "PET of metatrain with its own attention and with ours",
     "qm7b": "QM7b: test error by pooling",
 }
 CURVES = "-curves"  # files of learning curves are drawn, not tabulated
