@@ -54,6 +54,7 @@ def test_a_run_and_its_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(pet.WORKLOADS, "molecules60", (pet.small_molecules, 3, 1))
     path = tmp_path / "pet.csv"
     options = ["--workloads", "molecules60", "--samples", "2", "--budget", "0.1"]
+    options += ["--threads", "1", "--clock", "cpu"]
     assert pet.main([*options, "--output", str(path)]) == 0
     rows, runs = sheet.read(path)
     assert [(r.what, r.contender) for r in rows] == [
@@ -70,6 +71,7 @@ def test_a_run_and_its_file(tmp_path, capsys, monkeypatch):
     [
         (["--workloads", "gold"], "got 'gold'"),
         (["--steps", "md,energy"], "got 'energy'"),
+        (["--threads", "2", "--clock", "cpu"], "it needs --threads 1"),
         (["--budget", "0"], "--budget must be positive, got 0"),
     ],
 )
