@@ -28,7 +28,11 @@ def provenance(device: str, options: dict) -> dict:
         "versions": {name: x for name, x in versions.items() if x},
         "attnpool_kernels": attnpool_kernels.__version__,
         "commit": commit(),
-        "malloc": {name: x for name, x in os.environ.items() if name.startswith("MALLOC_")},
+        "malloc": {
+            name: x
+            for name, x in os.environ.items()
+            if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"
+        },
         "options": options,
     }
 

@@ -30,6 +30,7 @@ TITLES = {  # in this order
     "dropins": "Modules, and the drop-ins for them",
     "training": "A training step of a whole model",
     "forces": "Training on forces",
+    "pet": "PET of metatrain with its own attention and with ours",
     "qm7b": "QM7b: test error by pooling",
 }
 CURVES = "-curves"  # files of learning curves are drawn, not tabulated

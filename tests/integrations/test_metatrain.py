@@ -5,6 +5,7 @@ Real structures, real package, float64. A relative difference is that of norms.
 
 import copy
 import io
+import random
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,8 @@ pytest.importorskip("ase")
 
 import ase
 import ase.build
+import ase.io
+import numpy as np
 from metatomic.torch import ModelOutput, systems_to_torch
 from metatrain.pet import PET
 from metatrain.pet.modules import backend, transformer
@@ -217,6 +220,49 @@ def test_training_takes_the_same_way():
     assert relative(losses[1], losses[0]) < 1e-9 and losses[0][-1] < losses[0][0]
 
 
+def test_metatrains_trainer(tmp_path):
+    """An epoch of its own training program, on forces, leaves the same weights."""
+    from metatrain.pet import Trainer
+    from metatrain.utils.data import Dataset
+    from metatrain.utils.data.readers import read_systems, read_targets
+    from metatrain.utils.hypers import init_with_defaults
+    from metatrain.utils.loss import LossSpecification
+
+    path = str(tmp_path / "frames.xyz")
+    frames = structures()[:3]
+    for number, atoms in enumerate(frames):
+        atoms.info["energy"] = float(number)
+        atoms.arrays["forces"] = atoms.positions.copy()
+    ase.io.write(path, frames)
+    source = {"read_from": path, "reader": "ase", "key": "energy", "unit": "eV"}
+    source |= {"quantity": "energy", "type": "scalar", "sample_kind": "system"}
+    source |= {"num_subtargets": 1, "stress": False, "virial": False, "description": ""}
+    source["forces"] = {"read_from": path, "reader": "ase", "key": "forces"}
+    targets, info = read_targets({"energy": source})
+    known = [x.to(torch.float64) for x in read_systems(path)]
+    data = Dataset.from_dict({"system": known, "energy": targets["energy"]})
+    hypers = get_default_hypers("pet")
+    loss = init_with_defaults(LossSpecification)
+    training = hypers["training"] | {"num_epochs": 1, "batch_size": 2, "num_workers": 0}
+    training |= {"loss": {"energy": loss | {"gradients": {"positions": loss}}}}
+    training |= {"learning_rate": 1e-3, "warmup_fraction": 0.0}
+    results = []
+    for patch in (lambda x: x, use_attnpool):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        model = patch(PET(hypers["model"] | SMALL, DatasetInfo("angstrom", TYPES, info)))
+        before = torch.cat([x.detach().flatten().double() for x in model.parameters()])
+        Trainer(training).train(
+            model, torch.float64, [torch.device("cpu")], [data], [data], str(tmp_path)
+        )
+        after = torch.cat([x.detach().flatten() for x in model.parameters()])
+        assert relative(after, before) > 1e-4
+        results.append(after)
+    assert type(model.backend) is pet.PackedBackend
+    assert relative(*results) < SAME
+
+
 def test_it_is_the_same_object_and_goes_back():
     model = made()
     names, parameters = list(model.state_dict()), list(model.parameters())
@@ -306,7 +352,6 @@ def test_exported_model_runs_elsewhere(tmp_path):
     """Saved, it has PET's own attention and says so; unsaved, ASE runs ours."""
     import json
 
-    import ase.io
     from metatomic_ase import MetatomicCalculator
 
     model = use_attnpool(made())
