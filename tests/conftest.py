@@ -1,5 +1,6 @@
 """Shared fixtures: uninitialised memory is poisoned, threads are few, seeds are fixed."""
 
+import contextlib
 import os
 
 import pytest
@@ -11,6 +12,11 @@ from attnpool_kernels import backends, impl
 
 # Files that compile, interpret or run other processes for minutes: they begin first, so that with
 # several processes none is left alone with one of them at the end.
+# torch_geometric replaces torch.index_select by a function that TorchScript cannot compile, so what
+# metatrain compiles at its import must come before.
+with contextlib.suppress(ImportError):
+    import metatrain.pet  # noqa: F401
+
 FIRST = (
     "test_triton.py",
     "test_cuda_sanitizers.py",
