@@ -12,11 +12,6 @@ from attnpool_kernels import backends, impl
 
 # Files that compile, interpret or run other processes for minutes: they begin first, so that with
 # several processes none is left alone with one of them at the end.
-# torch_geometric replaces torch.index_select by a function that TorchScript cannot compile, so what
-# metatrain compiles at its import must come before.
-with contextlib.suppress(ImportError):
-    import metatrain.pet  # noqa: F401
-
 FIRST = (
     "test_triton.py",
     "test_cuda_sanitizers.py",
@@ -43,6 +38,15 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # torch_geometric replaces torch.index_select by a function that TorchScript cannot compile, so
+    # what metatrain compiles at its import comes before the tests that import both. Not in
+    # processes for single files, of which some have sanitizers loaded or Triton's interpreter.
+    named = [str(x).split("::")[0] for x in config.args]
+    if not all(x.endswith(".py") for x in named) or any(
+        "pet" in x or "metatrain" in x for x in named
+    ):
+        with contextlib.suppress(ImportError):
+            import metatrain.pet  # noqa: F401
     number = config.getoption("--seed-shift")
     os.environ[seeds.VARIABLE] = str(number)
     if number:
