@@ -97,31 +97,16 @@ def edge_sets(edge_index: Tensor, ptr: Tensor | Ragged, of: str = "edges") -> tu
 class EdgeSetEncoder(torch.nn.Module):
     r"""x + [M S]*(x): the layers of ``EdgeSetAttention`` before P, for another pooling behind them.
 
-    Args: as there; layers: any "M" and "S".
+    Args: dim: D; layers: any "M" and "S"; the options of a layer are those of ``EdgeSetAttention``.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        layers: str = "MSMSM",
-        heads: int = 1,
-        norm: str = "pre",
-        mlp: str = "small",
-        mlp_hidden: int | None = None,
-        mlp_layers: int = 2,
-        dropout: float = 0.0,
-        backend: str | None = None,
-    ) -> None:
+    def __init__(self, dim: int, *, layers: str = "MSMSM", **options) -> None:
         super().__init__()
         self.dim = positive("dim", dim)
         if set(_letters(layers)) - set("MS"):
             raise ValueError(f"layers must be any M and S, such as MSMSM, got {layers!r}")
         self.layers = layers
-        row_wise = _row_wise(dim, mlp, mlp_hidden, mlp_layers)
-        self.blocks = torch.nn.ModuleList(
-            _Block(dim, heads, norm, row_wise, dropout, backend) for _ in layers
-        )
+        self.blocks = torch.nn.ModuleList(_Block(dim, **options) for _ in layers)
 
     def forward(self, x: Tensor, sets: Tensor | Ragged, bias: Tensor | None = None) -> Tensor:
         """[R, D] from rows x [R, D], their boundaries and M's mask, as ``edge_sets`` gives them.
@@ -150,12 +135,12 @@ class EdgeSetAttention(torch.nn.Module):
             atoms' features and the edge's) or atoms.
         out_features: width of the result.
         layers: what follows what, in "M", "S" and "P": any "M" and "S", one "P", any "S".
-        heads: number of heads of all layers; divides D.
         seeds: k of P; the published program has 32.
-        norm: "pre" or "post".
-        mlp: "none"; "small": mlp_layers linear layers with mish between them; "gated": each is
+        heads: number of heads of all layers, default 1; divides D.
+        norm: "pre" (default) or "post".
+        mlp: "none"; "small" (default): mlp_layers linear layers with mish between; "gated": each is
             mish((silu(g) ∘ y) W + b), (y, g) = halves of a linear layer of twice mlp_hidden.
-        mlp_hidden: width inside; None: D.
+        mlp_hidden: width inside; None: D. mlp_layers: default 2.
         dropout: on the attention weights, in training.
         backend: None or the name of a backend, see ``explain``.
     """
@@ -166,14 +151,8 @@ class EdgeSetAttention(torch.nn.Module):
         out_features: int = 1,
         *,
         layers: str = "MSMSMP",
-        heads: int = 1,
         seeds: int = 32,
-        norm: str = "pre",
-        mlp: str = "small",
-        mlp_hidden: int | None = None,
-        mlp_layers: int = 2,
-        dropout: float = 0.0,
-        backend: str | None = None,
+        **options,
     ) -> None:
         super().__init__()
         self.dim = positive("dim", dim)
@@ -182,23 +161,11 @@ class EdgeSetAttention(torch.nn.Module):
             raise ValueError(
                 f"layers must be any M and S, one P and any S, such as MSMSMP, got {layers!r}"
             )
-        self.encoder = EdgeSetEncoder(
-            dim,
-            layers=before,
-            heads=heads,
-            norm=norm,
-            mlp=mlp,
-            mlp_hidden=mlp_hidden,
-            mlp_layers=mlp_layers,
-            dropout=dropout,
-            backend=backend,
-        )
+        self.encoder = EdgeSetEncoder(dim, layers=before, **options)
         self.seeds = torch.nn.Parameter(torch.empty(positive("seeds", seeds), dim))
         torch.nn.init.xavier_normal_(self.seeds)
-        row_wise = _row_wise(dim, mlp, mlp_hidden, mlp_layers)
         self.decoder = torch.nn.ModuleList(
-            _Block(dim, heads, norm, row_wise, dropout, backend, pools=kind == "P")
-            for kind in found + after
+            _Block(dim, pools=kind == "P", **options) for kind in found + after
         )
         self.head = torch.nn.Linear(dim, positive("out_features", out_features))
 
@@ -227,11 +194,14 @@ class _Block(torch.nn.Module):
     def __init__(
         self,
         dim: int,
-        heads: int,
-        norm: str,
-        row_wise: tuple[str, int, int],
-        dropout: float,
-        backend: str | None,
+        *,
+        heads: int = 1,
+        norm: str = "pre",
+        mlp: str = "small",
+        mlp_hidden: int | None = None,
+        mlp_layers: int = 2,
+        dropout: float = 0.0,
+        backend: str | None = None,
         pools: bool = False,
     ) -> None:
         super().__init__()
@@ -241,9 +211,11 @@ class _Block(torch.nn.Module):
         for weight in (*self.attn.in_proj_weight.detach().chunk(3), self.out.weight):
             torch.nn.init.xavier_normal_(weight)
         self.norm = torch.nn.LayerNorm(dim) if self.pre or not pools else None
-        kind, hidden, layers = row_wise
-        self.mlp = None if kind == "none" else _mlp(kind, dim, hidden, layers)
-        self.norm_mlp = None if self.mlp is None else torch.nn.LayerNorm(dim)
+        hidden = dim if mlp_hidden is None else positive("mlp_hidden", mlp_hidden)
+        integer("mlp_layers", mlp_layers, 1)
+        without = one_of("mlp", mlp, MLPS) == "none"
+        self.mlp = None if without else _mlp(mlp, dim, hidden, mlp_layers)
+        self.norm_mlp = None if without else torch.nn.LayerNorm(dim)
 
     def forward(
         self,
@@ -292,8 +264,3 @@ def _letters(layers: object) -> str:
     if not isinstance(layers, str):
         raise TypeError(f"layers must be a str, got {type(layers).__name__}")
     return layers
-
-
-def _row_wise(dim: int, mlp: str, hidden: int | None, layers: int) -> tuple[str, int, int]:
-    hidden = dim if hidden is None else positive("mlp_hidden", hidden)
-    return one_of("mlp", mlp, MLPS), hidden, integer("mlp_layers", layers, 1)

@@ -29,7 +29,37 @@ from .graph import edges, lengths
 EMPTY = ("attention", "zero")
 
 
-class SetTransformerAggregation(Aggregation):
+class RaggedAggregation(Aggregation):
+    """An aggregation of rows that lie group after group: ``pooled(x [N, C], Ragged)``."""
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+        max_num_elements: int | None = None,
+    ) -> Tensor:
+        """[B, C_out] from x [N, C] and the groups of its rows.
+
+        Args:
+            x: [N, C].
+            index: [N] group of each row, in any order.
+            ptr: [B + 1] boundaries of the groups; then ``index`` is not read.
+            dim_size: B; default: that of ptr, or the largest index + 1 (read on the host).
+            dim: of the rows, -2 or 0.
+            max_num_elements: not needed; checked against the largest group on the CPU.
+
+        Raises ValueError: a wrong width, shape, dim, dim_size, boundary or index, by name.
+        """
+        return self.pooled(*grouped(x, index, ptr, dim_size, dim, max_num_elements))
+
+    def pooled(self, x: Tensor, ragged: Ragged) -> Tensor:
+        raise NotImplementedError
+
+
+class SetTransformerAggregation(RaggedAggregation):
     r"""torch_geometric's SetTransformerAggregation with the same weights and numbers, unpadded.
 
     Constructor, ``forward``, state dict, ``repr`` and results are those of
@@ -92,28 +122,8 @@ class SetTransformerAggregation(Aggregation):
         for block in (*self.encoders, self.pma, *self.decoders):
             block.reset_parameters()
 
-    def forward(
-        self,
-        x: Tensor,
-        index: Tensor | None = None,
-        ptr: Tensor | None = None,
-        dim_size: int | None = None,
-        dim: int = -2,
-        max_num_elements: int | None = None,
-    ) -> Tensor:
-        """[B, S·C] or [B, C] from x [N, C] and the groups of its rows.
-
-        Args:
-            x: [N, C].
-            index: [N] group of each row, in any order.
-            ptr: [B + 1] boundaries of the groups; then ``index`` is not read.
-            dim_size: B; default: that of ptr, or the largest index + 1 (read on the host).
-            dim: of the rows, -2 or 0.
-            max_num_elements: not needed; checked against the largest group on the CPU.
-
-        Raises ValueError: a wrong width, shape, dim, dim_size, boundary or index, by name.
-        """
-        x, ragged = grouped(x, index, ptr, dim_size, dim, max_num_elements)
+    def pooled(self, x: Tensor, ragged: Ragged) -> Tensor:
+        """[B, S·C] or [B, C]."""
         for block in self.encoders:
             x = block(x, ragged)
         out = decoded(self.pma(x, ragged), self.decoders).nan_to_num()
@@ -128,7 +138,7 @@ class SetTransformerAggregation(Aggregation):
         )
 
 
-class GraphMultisetTransformer(Aggregation):
+class GraphMultisetTransformer(RaggedAggregation):
     r"""torch_geometric's GraphMultisetTransformer with the same weights and numbers, unpadded.
 
     ::
@@ -166,17 +176,9 @@ class GraphMultisetTransformer(Aggregation):
         for block in (self.pma1, *self.encoders, self.pma2):
             block.reset_parameters()  # type: ignore[operator]
 
-    def forward(
-        self,
-        x: Tensor,
-        index: Tensor | None = None,
-        ptr: Tensor | None = None,
-        dim_size: int | None = None,
-        dim: int = -2,
-        max_num_elements: int | None = None,
-    ) -> Tensor:
-        """[B, C] from x [N, C]; the arguments of ``SetTransformerAggregation.forward``."""
-        found = self.pma1(*grouped(x, index, ptr, dim_size, dim, max_num_elements))
+    def pooled(self, x: Tensor, ragged: Ragged) -> Tensor:
+        """[B, C]."""
+        found = self.pma1(x, ragged)
         rows = decoded(found, self.encoders).flatten(0, 1)
         return self.pma2(rows, equal(rows, self.k)).squeeze(1)
 
@@ -187,23 +189,14 @@ class GraphMultisetTransformer(Aggregation):
         )
 
 
-class Set2Set(torch_geometric.nn.aggr.Set2Set):
+class Set2Set(RaggedAggregation, torch_geometric.nn.aggr.Set2Set):
     """torch_geometric's Set2Set with the same weights and numbers, on the rows as they are.
 
     In addition it takes ``ptr`` alone and an unsorted ``index``. See ``nn.Set2Set``.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        index: Tensor | None = None,
-        ptr: Tensor | None = None,
-        dim_size: int | None = None,
-        dim: int = -2,
-        max_num_elements: int | None = None,
-    ) -> Tensor:
-        """[B, 2C] from x [N, C]; the arguments of ``SetTransformerAggregation.forward``."""
-        x, ragged = grouped(x, index, ptr, dim_size, dim, max_num_elements)
+    def pooled(self, x: Tensor, ragged: Ragged) -> Tensor:
+        """[B, 2C]."""
         check_rows("x", x, self.in_channels)
         return set2set(x, ragged, self.lstm, self.processing_steps)
 
@@ -212,10 +205,10 @@ class RaggedSetTransformerAggregation(SetTransformerAggregation):
     """The same under a name that torch_geometric's resolver can tell from its own."""
 
 
-class PoolingAggregation(Aggregation):
+class PoolingAggregation(RaggedAggregation):
     """Any pooling ``pool(x [N, C], Ragged) → [B, C_out]`` as an aggregation of torch_geometric.
 
-    ``head``: applied to the pooled rows. Arguments of ``forward``: see SetTransformerAggregation.
+    ``head``: applied to the pooled rows.
     """
 
     def __init__(self, pool: torch.nn.Module, head: torch.nn.Module | None = None) -> None:
@@ -230,16 +223,9 @@ class PoolingAggregation(Aggregation):
             if reset is not None:
                 reset()
 
-    def forward(
-        self,
-        x: Tensor,
-        index: Tensor | None = None,
-        ptr: Tensor | None = None,
-        dim_size: int | None = None,
-        dim: int = -2,
-        max_num_elements: int | None = None,
-    ) -> Tensor:
-        out = self.pool(*grouped(x, index, ptr, dim_size, dim, max_num_elements))
+    def pooled(self, x: Tensor, ragged: Ragged) -> Tensor:
+        """[B, C_out]."""
+        out = self.pool(x, ragged)
         return out if self.head is None else self.head(out)
 
     def __repr__(self) -> str:

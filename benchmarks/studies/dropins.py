@@ -34,7 +34,7 @@ from ..measuring.provenance import provenance
 from ..measuring.sheet import BenchmarkError, Row, Sheet
 from ..reporting import tables
 from ..workloads.sizes import draw
-from .options import add_shared, positive
+from .options import add_shared, exit_code, positive
 
 SAME = 1e-8  # relative difference in float64
 STEPS = ("backward", "force step")
@@ -306,7 +306,7 @@ def table(rows: list[Row]) -> str:
     return tables.render(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "python -m benchmarks.studies.dropins",
         description=__doc__,
@@ -316,28 +316,29 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--cases", default=",".join(whole), metavar="LIST", help="default: %(default)s")
     p.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds a contender")
     add_shared(p, "dropins")
-    options = p.parse_args(arguments)
-    try:
-        positive(options, "budget", "threads")
-        names = options.cases.split(",")
-        for name in names:
-            if name not in CASES:
-                raise BenchmarkError(f"--cases must be of {', '.join(CASES)}, got {name!r}")
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        out = Sheet(options.output)
-        chosen = {k: v for k, v in vars(options).items() if isinstance(v, str | int | float)}
-        out.start(provenance("cpu", {"command": "python -m benchmarks.studies.dropins", **chosen}))
-        for name in names:
-            for what in CASES[name]().steps:
-                for row in run(name, what, options.budget):
-                    out.add(row)
-                print(table(out.rows[-2:]), flush=True)
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        memory.stop()
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(_main, parser().parse_args(arguments))
+
+
+def _main(options: argparse.Namespace) -> int:
+    positive(options, "budget", "threads")
+    names = options.cases.split(",")
+    for name in names:
+        if name not in CASES:
+            raise BenchmarkError(f"--cases must be of {', '.join(CASES)}, got {name!r}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    out = Sheet(options.output)
+    chosen = {k: v for k, v in vars(options).items() if isinstance(v, str | int | float)}
+    out.start(provenance("cpu", {"command": "python -m benchmarks.studies.dropins", **chosen}))
+    for name in names:
+        for what in CASES[name]().steps:
+            for row in run(name, what, options.budget):
+                out.add(row)
+            print(table(out.rows[-2:]), flush=True)
     return int(any(row.status != "ok" for row in out.rows))
 
 

@@ -39,7 +39,7 @@ from ..measuring import sheet
 from ..measuring.clock import Timing
 from ..measuring.provenance import provenance
 from ..measuring.sheet import BenchmarkError, Row
-from .options import add_shared, positive
+from .options import add_shared, exit_code, positive
 
 CONFIG: dict[str, Any] = {
     "backbone": "schnet",
@@ -261,12 +261,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        return _main(options)
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(_main, parser().parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

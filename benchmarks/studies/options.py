@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from ..measuring import memory
 from ..measuring.sheet import OUT, BenchmarkError
 
 
@@ -26,3 +29,14 @@ def positive(options: argparse.Namespace, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:  # nan too
             raise BenchmarkError(f"--{name} must be positive, got {value:g}")
+
+
+def exit_code(study: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Of a command: what the study returns, or 2 and one line of what is wrong with the options."""
+    try:
+        return study(options)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        memory.stop()

@@ -37,7 +37,7 @@ from ..measuring import clock, memory, sheet
 from ..measuring.provenance import provenance
 from ..measuring.sheet import BenchmarkError, Row
 from ..reporting import tables
-from .options import add_shared, positive
+from .options import add_shared, exit_code, positive
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STEPS = ("training", "md")
@@ -313,14 +313,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        return _main(options)
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        memory.stop()
+    return exit_code(_main, parser().parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

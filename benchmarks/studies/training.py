@@ -34,7 +34,7 @@ from ..measuring.sheet import BenchmarkError, Row
 from ..reporting import tables
 from ..workloads.sizes import draw
 from . import molecules
-from .options import add_shared, positive
+from .options import add_shared, exit_code, positive
 from .poolings import CONTENDERS, SIZES, STEPS, PoolingContender, Size
 
 SAME = 1e-9  # relative difference in float64 of outputs and gradients, for the same weights
@@ -304,14 +304,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        return _main(options)
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        memory.stop()
+    return exit_code(_main, parser().parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:
