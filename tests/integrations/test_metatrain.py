@@ -74,7 +74,7 @@ def made(dtype=torch.float64, **hypers):
 
 
 def structures():
-    """Molecules, an atom without neighbours, and shaken crystals: 0 to 42 neighbours."""
+    """Molecules, an atom without neighbours, shaken crystals, a far pair: 0 to 42 neighbours."""
     found = [ase.build.molecule(name) for name in ("H2O", "CH4", "CH3CH2OH")]
     found.append(ase.Atoms("O", [[0.0, 0.0, 0.0]]))
     found.append(ase.build.bulk("Si", cubic=True))
@@ -82,6 +82,8 @@ def structures():
     found.append(ase.build.bulk("Cu", cubic=True))
     for seed, atoms in enumerate(found):
         atoms.rattle(0.08, seed=seed)
+    # A pair so near to the cutoff that its factor is 0, of which PET takes no logarithm.
+    found.append(ase.Atoms("OHO", [[0.0, 0.0, 0.0], [0.9, 0.0, 0.0], [0.0, 4.499, 0.0]]))
     return found
 
 
