@@ -64,6 +64,9 @@ def test_a_run_and_its_file(tmp_path, capsys, monkeypatch):
         assert row.ok and row.samples >= 2 and row.error < 1e-4 and row.dim == 8
     assert "metatrain" in runs[0]["versions"] and str(tmp_path) not in path.read_text()
     assert "faster" in capsys.readouterr().out
+    assert pet.main([*options, "--steps", "md", "--resume", "--output", str(path)]) == 0
+    rows, runs = sheet.read(path)
+    assert len(runs) == 2 and [r.run for r in rows] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
