@@ -123,17 +123,22 @@ def test_error_budget_of_schedules(short_limits, case, dtype):
     testing.judge(case, dtype, run)
 
 
+@pytest.mark.parametrize("kind", ["bias", "key_bias"])
 @pytest.mark.parametrize("seeds", [None, 2])
-def test_the_least_finite_key_bias_forbids_nothing(short_limits, seeds):
+def test_the_least_finite_bias_forbids_nothing(short_limits, seeds, kind):
     """It leaves no bit of the logits or of the sum in LSE: all keys weigh the same, as they do
     without it where q is 0. Half types have no norm of the weights but for this."""
     case = Case("least", (34,), q_counts=None if seeds else (33,), seeds=seeds, heads=1, lse=True)
     batch = case.make(torch.bfloat16)
     batch.q = torch.zeros_like(batch.q)
     found = []
+    rows = 34 if kind == "key_bias" else 34 * (seeds or 33)
     for value in (0.0, torch.finfo(torch.float32).min):
-        batch.key_bias = torch.full((34, 1), value)
-        batch.ddkey_bias = batch.key_bias * 0 + 1
+        bias = torch.full((rows, 1), value)
+        setattr(batch, kind, bias)
+        setattr(batch, f"dd{kind}", torch.ones_like(bias))
+        if kind == "bias":
+            batch.pair_ptr = torch.tensor([0, rows])
         found.append(run(replace(batch)))
     assert (found[1].pop("lse") == torch.finfo(torch.float32).min).all() and found[0].pop(
         "lse"

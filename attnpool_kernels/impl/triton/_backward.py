@@ -107,7 +107,7 @@ def _query_kernel(
             b_dlse = load_row_values(of_molecule(dy.dlse, molecule), at_m, 0.0)
             b_dlse = tl.where(b_lse == float("-inf"), 0.0, b_dlse)
         b_norm = tl.full((BLOCK_M,), 1.0, ACC)
-        large = renormalise(b_lse, x.key_bias, x.q.data.dtype.element_ty)
+        large = renormalise(b_lse, x.bias, x.key_bias, x.q.data.dtype.element_ty)
         if large & (of.keys > BLOCK_N):
             total = tl.zeros((BLOCK_M,), ACC)
             for first_k in range(0, of.keys, BLOCK_N):

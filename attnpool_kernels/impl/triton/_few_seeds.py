@@ -391,7 +391,8 @@ def forward(x: Operands, options: Options) -> Result:
         return y
     common = arguments(x, options)
     tile = launch.chosen("few_seeds_forward", x)
-    total = None if x.key_bias is None else scratch(y.lse, x)
+    biased = x.bias is not None or x.key_bias is not None
+    total = scratch(y.lse, x) if biased else None
     parts = Outputs(scratch(y.out, x), scratch(y.lse, x), total)
     with launch.on_device(x.q):
         grid = (few_tiles(x) * x.q.shape[1],)

@@ -368,12 +368,12 @@ def weights(s, b_lse):
 
 
 @triton.jit
-def renormalise(b_lse, key_bias, dtype: tl.constexpr):
+def renormalise(b_lse, bias, key_bias, dtype: tl.constexpr):
     """Whether the rounding of a row's LSE, a relative error of P, would show in this dtype."""
     HALF: tl.constexpr = (dtype == tl.float16) or (dtype == tl.bfloat16)
-    if HALF and key_bias is None:
+    if HALF and bias is None and key_bias is None:
         large = False
-    else:  # a key bias may be the least finite number, of which LSE keeps nothing else
+    else:  # a bias may be the least finite number, of which LSE keeps nothing else
         LIMIT: tl.constexpr = 1024.0 if HALF else 8.0
         large = tl.max(tl.where(b_lse == float("-inf"), 0.0, tl.abs(b_lse)), 0) > LIMIT
     return large
