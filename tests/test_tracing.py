@@ -39,7 +39,7 @@ def biased_energy(native):
             *projected(w, x),
             Ragged(ptr),
             bias=bias,
-            key_bias=None if native == "triton" else key_bias,
+            key_bias=key_bias,
             backend=native,
             return_lse=True,
         )

@@ -19,18 +19,27 @@ from .case import Outcome
 SCHEDULES = (
     testing.Case("long molecules", (300, 18, 255, 256), heads=2, dim=32, lse=True),
     testing.Case("parts of seeds", (600, 18, 0, 513), heads=2, dim=32, seeds=4, lse=True),
-    testing.Case("parts and options", (600, 18), heads=2, seeds=3, bias="pair", dropout=0.3),
+    testing.Case(
+        "parts and options",
+        (600, 18),
+        heads=2,
+        seeds=3,
+        bias="pair",
+        key_bias="float32",
+        dropout=0.3,
+    ),
+    testing.Case("key bias of long molecules", (300, 18), heads=2, dim=32, key_bias="pair"),
     testing.Case("dimension 128", (33, 18, 70), heads=2, dim=128, lse=True),
     testing.Case("seeds, dimension 128", (33, 18, 70), heads=2, dim=128, seeds=4, lse=True),
 )
 # What Triton's interpreter can bear: a second a pass.
 SMALLEST = (
     testing.Case("smallest", (3, 0, 2), heads=1, dim=16, lse=True),
-    testing.Case("smallest of seeds", (3, 0, 2), heads=1, dim=16, seeds=2),
+    testing.Case("smallest of seeds", (3, 0, 2), heads=1, dim=16, seeds=2, key_bias="pair"),
 )
 TINY = ("molecules", "empty among them", "four seeds", "bias", "dropout")
 CASES = {case.name: case for case in (*testing.CASES, *SCHEDULES, *SMALLEST)}
-TENSORS = ("q", "k", "v", "dout", "dlse", "ddq", "ddk", "ddv")
+TENSORS = ("q", "k", "v", "key_bias", "dout", "dlse", "ddq", "ddk", "ddv", "ddkey_bias")
 
 
 def positive(batch: Batch) -> Batch:
@@ -116,10 +125,13 @@ def make(name: str, dtype: torch.dtype, device: str) -> Batch:
 
 
 def mixed(dtype: torch.dtype, device: str, seeds: int | None = None, small: bool = False) -> Batch:
-    """Every size class of molecules in one batch; small: what an interpreter can bear."""
+    """Every size class of molecules in one batch; small: what an interpreter can bear.
+
+    Seeds have a key bias; with one, sets would have no tiles of long molecules.
+    """
     counts = (3, 0, 2) if small else (18, 0, 33, 1, 64, 17, 130, 700)
     case = testing.Case("mixed", counts, heads=1 if small else 4, dim=32, seeds=seeds, lse=True)
-    return case.make(dtype, device)
+    return replace(case, key_bias="pair" if seeds else None).make(dtype, device)
 
 
 def on_cpu(batch: Batch) -> Batch:

@@ -55,8 +55,8 @@ def using(tiles: dict[Key, Tile]) -> Iterator[None]:
     """Other entries of the table inside."""
     original = tile_table.tile
 
-    def tile(name, capability, row, width, with_options):
-        entry = original(name, capability, row, width, with_options)
+    def tile(name, capability, row, width, *rest):
+        entry = original(name, capability, row, width, *rest)
         other = tiles.get(Key(row, width, name))
         return entry if entry is None or other is None else entry | options(other)
 

@@ -25,12 +25,11 @@ H100 = {"device": "cuda", "dtype": torch.float32, "head_dim": 32, "value_dim": 3
     [
         ({}, None),
         ({"capability": (9, 0), "grad_order": 2, "deterministic": True, "bias": True}, None),
-        ({"dtype": torch.float64, "seeds": 4, "dropout": True}, None),
+        ({"dtype": torch.float64, "seeds": 4, "key_bias": True, "dropout": True}, None),
         ({"device": "cpu"}, "tensors on cpu: needs cuda"),
         ({"capability": (7, 5)}, "sm_75: needs sm_80"),
         ({"dtype": torch.float8_e4m3fn}, "needs float16"),
         ({"head_dim": 257}, "head dimension 257"),
-        ({"key_bias": True}, "key_bias: its kernels do not add one yet"),
         ({"value_dim": 300}, "value dimension 300"),
         ({"grad_order": 3}, "second order"),
     ],
@@ -133,7 +132,10 @@ def recorded(counts, heads=2, dim=16, **options):
 
 
 @needs_triton
-@pytest.mark.parametrize("options", [{}, {"bias": "pair", "dropout": 0.2}, {"seeds": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": "pair", "key_bias": "heads", "dropout": 0.2}, {"seeds": 4, "key_bias": "pair"}],
+)
 def test_lengths_never_compile_again(options):
     """Same signature, constants and alignment for any number of rows and molecules."""
     first = [launch.source().hash() for launch in recorded((5, 18), **options)]
@@ -180,16 +182,17 @@ def test_compiles_on_cuda_without_a_graph_break(monkeypatch):
         return graph.forward
 
     @torch.compile(fullgraph=True, dynamic=True, backend=keep)
-    def model(x, seeds, bias, ptr):
-        x = set_attention(x, x, x, ptr, bias=bias, dropout=0.1)
-        return seed_pool(seeds, x, x, ptr)
+    def model(x, seeds, bias, key_bias, ptr):
+        x = set_attention(x, x, x, ptr, bias=bias, key_bias=key_bias, dropout=0.1)
+        return seed_pool(seeds, x, x, ptr, key_bias=key_bias)
 
     with FakeTensorMode():
         seeds, bias = torch.empty(3, 2, 16, device="cuda"), torch.empty(50, 2, device="cuda")
         for rows, molecules in ((10, 3), (24, 6)):
             x = torch.empty(rows, 2, 16, device="cuda")
+            of_keys = torch.empty(rows, 2, device="cuda")
             ptr = torch.zeros(molecules + 1, dtype=torch.int64, device="cuda")
-            out = model(x, seeds, bias, ptr)
+            out = model(x, seeds, bias, of_keys, ptr)
             assert out.shape == (molecules, 3, 2, 16) and out.device.type == "cuda"
     assert len(graphs) == 1
     calls = [n for n in graphs[0].graph.nodes if "attnpool" in str(n.target)]

@@ -20,9 +20,17 @@ from attnpool_kernels.operands import Operands, Options
 from attnpool_kernels.testing import Case
 
 EVERYTHING = Case(
-    "everything", (3, 0, 17), heads=1, dim=16, bias="pair", dropout=0.25, lse=True, nobody=1
+    "everything",
+    (3, 0, 17),
+    heads=1,
+    dim=16,
+    bias="pair",
+    key_bias="float32",
+    dropout=0.25,
+    lse=True,
+    nobody=1,
 )
-SEEDS = Case("seeds", (3, 18), seeds=2, heads=1, dim=12, value_dim=20)
+SEEDS = Case("seeds", (3, 18), seeds=2, heads=1, dim=12, value_dim=20, key_bias="pair")
 ONE_TILE = Case("one tile", (5, 17), heads=1, dim=16)
 ODD = Case("odd width", (3, 18), heads=1, dim=5, value_dim=7)
 

@@ -11,6 +11,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (see test_triton.py)", allow_module_level=True)
 
 import functools
+import importlib.util
+import inspect
+import sys
 from dataclasses import replace
 
 import torch
@@ -23,14 +26,33 @@ import attnpool_kernels.impl.triton as backend
 from attnpool_kernels import ops, testing
 from attnpool_kernels.dispatch import Problem
 from attnpool_kernels.impl.triton import tile_table
-from attnpool_kernels.operands import Cotangents, Operands, Options
+from attnpool_kernels.operands import Cotangents, Operands, Options, Tangents
 from attnpool_kernels.testing import Case
 
 OF_DTYPES = (
     Case("edges", (1, 16, 33, 0, 17), heads=1, dim=16, nobody=1),
-    Case("everything", (18, 5), bias="pair", dropout=0.3, lse=True, dim=12, value_dim=20),
+    Case(
+        "everything",
+        (18, 5),
+        bias="pair",
+        key_bias="float32",
+        dropout=0.3,
+        lse=True,
+        dim=12,
+        value_dim=20,
+    ),
     Case("other keys", (4, 0, 37, 2), q_counts=(6, 5, 0, 34), dim=24, heads=1, nobody=1),
-    Case("seeds", (18, 3, 0, 40), seeds=3, bias="float32", heads=1, dim=16, nobody=2),
+    Case("key bias", (2, 35), q_counts=(2, 34), heads=1, dim=16, key_bias="mask", nobody=1),
+    Case(
+        "seeds",
+        (18, 3, 0, 40),
+        seeds=3,
+        bias="float32",
+        key_bias="mask",
+        heads=1,
+        dim=16,
+        nobody=2,
+    ),
     Case("more seeds", (20, 6), seeds=19, dim=8, heads=1, nobody=1),
     Case("many seeds", (20, 6), seeds=33, dim=8, heads=1),
     Case("large logits", (18, 11), logits=30.0),
@@ -38,7 +60,15 @@ OF_DTYPES = (
 # a long molecule from 40 rows on, keys of few seeds in parts of 32: molecules below, at, above
 SCHEDULES = (
     Case("parts of seeds", (18, 0, 65, 33, 32), seeds=3, heads=1, dim=16, nobody=40),
-    Case("parts and options", (5, 65), seeds=2, bias="pair", dropout=0.3, lse=True),
+    Case(
+        "parts and options",
+        (5, 65),
+        seeds=2,
+        bias="pair",
+        key_bias="mask",
+        dropout=0.3,
+        lse=True,
+    ),
     Case("far logits in parts", (70,), seeds=5, heads=1, logits=30.0),
     Case("far logits", (40,), heads=1, logits=30.0),
     Case("long ones", (39, 41, 5), heads=1, dim=16, nobody=40, lse=True),
@@ -51,11 +81,15 @@ LEFT_OUT = {
     torch.float16: {"edges", "other keys", "more seeds", "many seeds"},
 }
 # four blocks by four are enough, a block of all passes takes the interpreter half a second
-SHORTER = {"longer": (97,)}
+SHORTER = {
+    "longer": (97,),
+    "key bias": (3, 0, 33),
+    "forbidden keys": (6, 33),
+    "key bias of seeds": (17, 33),
+}
 MATRIX = [
     (replace(case, counts=SHORTER.get(case.name, case.counts)), torch.float32)
     for case in testing.CASES
-    if not case.key_bias  # refused by name, see test_triton.py
 ]
 MATRIX += [
     (case, dtype)
@@ -89,10 +123,62 @@ def test_error_budget_of_schedules(short_limits, case, dtype):
     testing.judge(case, dtype, run)
 
 
+@pytest.mark.parametrize("kind", ["bias", "key_bias"])
+@pytest.mark.parametrize("seeds", [None, 2])
+def test_the_least_finite_bias_forbids_nothing(short_limits, seeds, kind):
+    """It leaves no bit of the logits or of the sum in LSE: all keys weigh the same, as they do
+    without it where q is 0. Half types have no norm of the weights but for this."""
+    case = Case("least", (34,), q_counts=None if seeds else (33,), seeds=seeds, heads=1, lse=True)
+    batch = case.make(torch.bfloat16)
+    batch.q = torch.zeros_like(batch.q)
+    found = []
+    rows = 34 if kind == "key_bias" else 34 * (seeds or 33)
+    for value in (0.0, torch.finfo(torch.float32).min):
+        bias = torch.full((rows, 1), value)
+        setattr(batch, kind, bias)
+        setattr(batch, f"dd{kind}", torch.ones_like(bias))
+        if kind == "bias":
+            batch.pair_ptr = torch.tensor([0, rows])
+        found.append(run(replace(batch)))
+    assert (found[1].pop("lse") == torch.finfo(torch.float32).min).all() and found[0].pop(
+        "lse"
+    ).any()
+    for name, x in found[1].items():
+        torch.testing.assert_close(x, found[0][name], rtol=0.02, atol=0.02, msg=name)
+
+
+EDITS = [
+    ("_backward", "b_de += tl.sum(ds, 1)", "b_de = tl.sum(ds, 1)", "dkey_bias"),
+    ("_double_backward", "b_ge += tl.sum(z, 1)", "b_ge = tl.sum(z, 1)", "gkey_bias"),
+    ("_double_backward", "load_key_bias(t.ddkey_bias, at_n, by.c, 1)", "None", "gkey_bias"),
+    ("_few_seeds", "share *= load_part", "load_part", "out"),
+    ("_few_seeds_double", "H, tl.sum(z, 0))", "H, tl.sum(ds, 0))", "gkey_bias"),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit[2])
+def test_a_bug_in_the_text_is_noticed(short_limits, monkeypatch, tmp_path, edit):
+    """One in what follows from a key bias, planted in a copy of a module of kernels."""
+    name, right, wrong, seen_in = edit
+    full = f"{backend.__name__}.{name}"
+    text = inspect.getsource(importlib.import_module(full))
+    assert text.count(right) == 1
+    file = tmp_path / f"{name}.py"
+    file.write_text(text.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(full, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, full, module)
+    seeds = 2 if "few" in name else None
+    case = Case("bugs", (33,), seeds=seeds, heads=1, key_bias="pair")
+    with pytest.raises(AssertionError, match=seen_in):
+        testing.judge(case, torch.float32, run)
+
+
 @functools.cache
 def first_order() -> tuple[testing.Batch, tuple]:
     """A batch and what its third pass takes before the tangents."""
-    case = Case("some", (9, 33), heads=1, bias="pair", lse=True)
+    case = Case("some", (9, 33), heads=1, bias="pair", key_bias="pair", lse=True)
     batch = with_red_zones(case.make(torch.float32))
     x, options = operands(batch), Options(batch.scale)
     with guard(seed=1):
@@ -100,7 +186,7 @@ def first_order() -> tuple[testing.Batch, tuple]:
     return batch, (x, y, Cotangents(batch.dout, batch.dlse))
 
 
-GIVEN = ("ddq", "ddk", "ddv", "ddbias")
+GIVEN = Tangents._fields
 
 
 @pytest.mark.parametrize("left_out", [*GIVEN, "all"])
@@ -136,7 +222,8 @@ def test_unwanted_gradient_of_bias_is_empty():
 def test_opcheck(name, seeds):
     """torch's own checks of the registered operators, with this backend behind them; test_ops.py
     has those of their derivatives, which no backend changes."""
-    batch = Case("small", (3, 4), seeds=seeds, heads=1, bias="pair", lse=True).make(torch.float32)
+    case = Case("small", (3, 4), seeds=seeds, heads=1, bias="pair", key_bias="pair", lse=True)
+    batch = case.make(torch.float32)
     x, options = operands(batch), Options(0.3)
     known = (*x, *backend.forward(x, options), batch.dout, batch.dlse)
     arguments = {

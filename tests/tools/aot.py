@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ DTYPES = {
     "fp16": torch.float16,
     "tf32": torch.float32,
 }
+NONE, ALL, NO_KEY_BIAS = "none", "all", "all but key_bias"  # options of a variant
 WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
 
 
@@ -58,22 +59,35 @@ def short(text: str) -> str:
 
 @dataclass(frozen=True)
 class Variant:
+    """options: ALL are both biases, dropout and a cotangent of lse."""
+
     sm: int
     row: str
     width: int
     pass_name: str
-    options: bool = False  # with bias, dropout and a cotangent of lse
+    options: str = NONE
 
     @property
     def key(self) -> str:
         chip = "gfx942" if self.sm == GFX942 else f"sm_{self.sm}"
-        return f"{self.row} {self.width} {self.pass_name} {chip}{' options' * self.options}"
+        options = "" if self.options == NONE else f" {self.options}"
+        return f"{self.row} {self.width} {self.pass_name} {chip}{options}"
 
     @property
     def line(self) -> tuple[str, str, str, str]:
         """The line of the summary that it belongs to."""
         chip = "gfx942" if self.sm == GFX942 else "sm_80 to sm_120"
-        return chip, self.row, self.pass_name, "all" if self.options else "none"
+        return chip, self.row, self.pass_name, self.options
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return tile_table.GFX942 if self.sm == GFX942 else divmod(self.sm, 10)
+
+    @property
+    def tile(self) -> dict[str, Any] | None:
+        """The entry of the table that it is compiled with."""
+        place = self.pass_name, self.capability, self.row, self.width
+        return tile_table.tile(*place, self.options != NONE, self.options == ALL)
 
 
 @dataclass(frozen=True)
@@ -191,8 +205,8 @@ def as_device(capability: tuple[int, int], row: str, **changes: Any) -> Iterator
     """The tile table's view of a GPU, with changes to its entries; the tensors stay on the CPU."""
     tile, precision = tile_table.tile, tile_table.precision
 
-    def changed(pass_name, _, row, width, options):
-        entry = tile(pass_name, capability, row, width, options)
+    def changed(pass_name, _, *rest):
+        entry = tile(pass_name, capability, *rest)
         return None if entry is None else entry | changes
 
     tile_table.tile, tile_table.precision = changed, lambda dtype: row
@@ -203,30 +217,30 @@ def as_device(capability: tuple[int, int], row: str, **changes: Any) -> Iterator
 
 
 def launches(variant: Variant) -> list[Launch]:
-    """The kernels of a pass; options: with bias, dropout and a cotangent of lse."""
+    """The kernels of a pass."""
     found: list[Launch] = []
     few = variant.pass_name in tile_table.FEW_PASSES
     long = variant.pass_name in tile_table.LONG_PASSES
     rows = tile_table.SPLIT + 16 if few else tile_table.LONG if long else 16
-    dtype, options = DTYPES[variant.row], variant.options
+    dtype, options = DTYPES[variant.row], variant.options != NONE
     k = torch.empty(rows, 16, variant.width, dtype=dtype)
     q = k[: tile_table.FEW] if few else k
     out = k.new_empty(1, *q.shape) if few else torch.empty_like(k)
     kind = torch.float64 if variant.row == "fp64" else torch.float32
     lse, ptr = torch.empty(out.shape[:-1], dtype=kind), torch.tensor([0, rows])
     bias = torch.empty(len(q) * rows, 16, dtype=dtype) if options else None
+    key_bias = torch.empty(rows, 16, dtype=dtype) if variant.options == ALL else None
     pairs = torch.tensor([0, len(q) * rows]) if options else None
     seed = torch.zeros(1, dtype=torch.int64) if options else None
     dropout, dlse = (0.1, lse) if options else (0.0, None)
     x = Operands.plain(q, k, k, None if few else ptr, ptr)
-    x = x._replace(bias=bias, pair_ptr=pairs, seed=seed)
+    x = x._replace(bias=bias, key_bias=key_bias, pair_ptr=pairs, seed=seed)
     y, dy, given = Result(out, lse), Cotangents(out, dlse), Options(0.125, dropout)
     # gfx942 has a tensor core for exact float32
-    capability = tile_table.GFX942 if variant.sm == GFX942 else divmod(variant.sm, 10)
     exact = {"PRECISION": "ieee"} if variant.sm == GFX942 else {}
-    with as_device(capability, variant.row, **exact), on_launch(found.append):
+    with as_device(variant.capability, variant.row, **exact), on_launch(found.append):
         if "double_backward" in variant.pass_name:
-            backend.double_backward(x, y, dy, Tangents(q, k, k, bias), given)
+            backend.double_backward(x, y, dy, Tangents(q, k, k, bias, key_bias), given)
         elif "backward" in variant.pass_name:
             backend.backward(x, y, dy, given, options)
         else:
@@ -312,21 +326,24 @@ def variants() -> Iterator[Variant]:
     """Every entry of the table on every architecture, the likeliest to be used first.
 
     Tiles of long sets serve calls without options only; few seeds are compiled with all of them.
+    Without a key bias, options have variants of their own where they have other tiles.
     """
     widths = (32, 64, 128, 16, 256)
     everywhere = [(row, w, sm) for w, row, sm in itertools.product(widths, DTYPES, NVIDIA)]
     amd = [(row, width, GFX942) for row in ("bf16", "fp32", "fp64") for width in tile_table.WIDTHS]
     for passes, options, where in (
-        (tile_table.PASSES, False, everywhere),
-        (tile_table.PASSES, True, everywhere),
-        (tile_table.FEW_PASSES, True, everywhere),
-        (tile_table.LONG_PASSES, False, everywhere),
-        (tile_table.PASSES, False, amd),
+        (tile_table.PASSES, NONE, everywhere),
+        (tile_table.PASSES, ALL, everywhere),
+        (tile_table.FEW_PASSES, ALL, everywhere),
+        (tile_table.LONG_PASSES, NONE, everywhere),
+        (tile_table.PASSES, NONE, amd),
     ):
         for row, width, sm in where:
+            if row == "fp64" and backend.version() < backend._FLOAT64:
+                continue
             for name in passes:
-                capability = tile_table.GFX942 if sm == GFX942 else divmod(sm, 10)
-                if row == "fp64" and backend.version() < backend._FLOAT64:
-                    continue
-                if tile_table.tile(name, capability, row, width, options) is not None:
-                    yield Variant(sm, row, width, name, options)
+                found = [Variant(sm, row, width, name, options)]
+                other = replace(found[0], options=NO_KEY_BIAS)
+                if options == ALL and other.tile != found[0].tile:
+                    found.append(other)
+                yield from (variant for variant in found if variant.tile is not None)

@@ -7,16 +7,19 @@ import torch
 
 import attnpool_kernels.impl.triton as backend
 from attnpool_kernels import testing
+from attnpool_kernels.operands import Cotangents, Operands, Tangents
 
 from .triton_guard import guard, padded
 
 # 20 and 7: one block of queries, which the query kernel does alone; 41: two, and two of keys
-MIXED = testing.Case("mixed", (20, 0, 7, 41), heads=1, dim=16, bias="pair", lse=True)
+MIXED = testing.Case(
+    "mixed", (20, 0, 7, 41), heads=1, dim=16, bias="pair", key_bias="pair", lse=True
+)
 
 
 def with_red_zones(batch: testing.Batch) -> testing.Batch:
-    names = ("q", "k", "v", "bias", "q_ptr", "k_ptr", "pair_ptr", "seed", "dout", "dlse")
-    for name in (*names, "ddq", "ddk", "ddv", "ddbias"):
+    names = (*Operands._fields, *Cotangents._fields, *Tangents._fields)
+    for name in names:
         setattr(batch, name, padded(getattr(batch, name)))
     return batch
 

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import triton
 
-from attnpool_kernels.impl.triton import tile_table
 from tools.aot import GFX942, SHARED_LIMIT, Record, Variant, digest, examine, short, variants
 
 SUMMARY = pathlib.Path(__file__).with_name("triton_resources.csv")
@@ -180,13 +179,7 @@ def report() -> int:
     for variant in variants():
         if variant.key in entries and variant.sm != GFX942:
             registers, stack, shared, unit, _ = entries[variant.key]
-            tile = tile_table.tile(
-                variant.pass_name,
-                divmod(variant.sm, 10),
-                variant.row,
-                variant.width,
-                variant.options,
-            )
+            tile = variant.tile
             warps = tile["num_warps"]
             blocks = min(
                 65536 // (max(registers, 24) * 32 * warps),

@@ -30,12 +30,7 @@ from ..needs import Needs
 KIND = "kernel"
 OPERATORS = "attnpool_triton"
 
-NEEDS = Needs(
-    devices=("cuda",),
-    widest=256,
-    capability=(8, 0),
-    refused={"key_bias": "its kernels do not add one yet"},
-)
+NEEDS = Needs(devices=("cuda",), widest=256, capability=(8, 0))
 
 _OLDEST = (3, 6)
 _FLOAT64 = (3, 9)  # 3.6 and 3.7 accumulate a float64 tl.dot in float32, 3.8 is untried

@@ -1,10 +1,10 @@
-"""Backward pass: (B1) to (B7), the weights recomputed from q, k, bias and lse; no atomics.
+"""Backward pass: (B1) to (B8), the weights recomputed from q, k, biases and lse; no atomics.
 
 The *query kernel* walks the keys of up to BLOCK_M query rows: dq, dbias, and the row statistic
-delta' of (B2). The *key kernel* walks the queries of up to BLOCK_N key rows: dk, dv. A molecule
-whose queries fit one tile is done by the query kernel alone, which then has every query of each key
-block at hand; the key kernel skips it. With shared seeds a query program sums dq over CHUNK
-molecules, in order, and a last kernel sums the chunks, in order.
+delta' of (B2). The *key kernel* walks the queries of up to BLOCK_N key rows: dk, dv, dkey_bias. A
+molecule whose queries fit one tile is done by the query kernel alone, which then has every query of
+each key block at hand; the key kernel skips it. With shared seeds a query program sums dq over
+CHUNK molecules, in order, and a last kernel sums the chunks, in order.
 
 Where a molecule's keys are one block, delta is rowsum(P∘dP) and P is divided by its own row sum:
 dS is then 0 to the last bit where it should be, and out is not read. Rows of more blocks take delta
@@ -20,7 +20,6 @@ from . import launch
 from .arguments import Dual, Molecule, Place, Rows, Statistics, Tile, Width, Widths
 from .primitives import (
     UNSPECIALIZED,
-    add_bias,
     chunk_of,
     find_molecule,
     find_query_tile,
@@ -29,8 +28,10 @@ from .primitives import (
     later,
     load_bias,
     load_bias_of_keys,
+    load_key_bias,
     load_row_values,
     load_rows,
+    logits,
     molecule_pairs,
     not_ours,
     of_molecule,
@@ -106,7 +107,8 @@ def _query_kernel(
             b_dlse = load_row_values(of_molecule(dy.dlse, molecule), at_m, 0.0)
             b_dlse = tl.where(b_lse == float("-inf"), 0.0, b_dlse)
         b_norm = tl.full((BLOCK_M,), 1.0, ACC)
-        if renormalise(b_lse, x.q.data.dtype.element_ty) & (of.keys > BLOCK_N):
+        large = renormalise(b_lse, x.bias, x.key_bias, x.q.data.dtype.element_ty)
+        if large & (of.keys > BLOCK_N):
             total = tl.zeros((BLOCK_M,), ACC)
             for first_k in range(0, of.keys, BLOCK_N):
                 o_n = first_k + tl.arange(0, BLOCK_N)
@@ -116,7 +118,7 @@ def _query_kernel(
                     Dual(x.q, None), at_m, Dual(x.k, None), at_n, zero, H, WIDTHS.qk, TILE
                 )
                 b_bias = load_bias(x.bias, of, at_m, o_n, head, c)
-                s = add_bias(s, c, b_bias, m_n[None, :])
+                s = logits(s, c, b_bias, load_key_bias(x.key_bias, at_n, c, 0), m_n[None, :])
                 total += tl.sum(weights(s, b_lse[:, None]), 1)
             b_norm = 1.0 / tl.where(total > 0, total, 1.0)
         for first_k in range(0, of.keys, BLOCK_N):
@@ -128,7 +130,8 @@ def _query_kernel(
             s, _ = products(Dual(x.q, None), at_m, Dual(x.k, None), at_n, zero, H, WIDTHS.qk, TILE)
             dp, _ = products(Dual(dout, None), at_m, Dual(x.v, None), at_n, zero, H, WIDTHS.v, TILE)
             b_bias = load_bias(x.bias, of, at_m, o_n, head_at, c)
-            p = weights(add_bias(s, c, b_bias, m_n[None, :]), b_lse[:, None])
+            b_key = load_key_bias(x.key_bias, at_n, c, 0)
+            p = weights(logits(s, c, b_bias, b_key, m_n[None, :]), b_lse[:, None])
             if x.seed is not None:
                 m_keep = keep_mask(x.seed, threshold, molecule, head_at, o_m, first_k, BLOCK_N)
                 dp = tl.where(m_keep, dp * r, 0.0)
@@ -140,6 +143,9 @@ def _query_kernel(
             ds = p * (dp - (b_delta - b_dlse)[:, None])
             if gradients.dbias is not None:
                 store_pairs(gradients.dbias, of, at_m, o_n, head_at, H, ds)
+            if gradients.dkey_bias is not None:  # noqa: SIM102 - no `and`: known when compiled
+                if rows <= BLOCK_M:
+                    store_row_values(gradients.dkey_bias, at_n, H, tl.sum(ds, 0))
             ds = ds.to(x.k.data.dtype.element_ty)
             # [BLOCK_N, BD]
             b_k = load_rows(x.k, at_n, WIDTHS.qk)
@@ -215,6 +221,8 @@ def _key_kernel(
     zero = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     b_dk = tl.zeros((BLOCK_N, BD), ACC)
     b_dv = tl.zeros((BLOCK_N, BDV), ACC)
+    b_de = tl.zeros((BLOCK_N,), ACC)
+    b_key = load_key_bias(x.key_bias, at_n, c, 1)
     for first_q in range(0, rows, BLOCK_M):
         o_m = first_q + tl.arange(0, BLOCK_M)
         q_at, head_at = later(q_row, first_q, H), later(head, first_q, H)
@@ -228,13 +236,16 @@ def _key_kernel(
         b_delta = load_row_values(Rows(saved.delta, y.lse.strides), at_out, 0.0)
         b_norm = load_row_values(Rows(saved.norm, y.lse.strides), at_out, 1.0)
         b_bias = load_bias_of_keys(x.bias, of, at_m, o_n, head_at, c)
-        p = weights(add_bias(s, c, b_bias, m_m[None, :]), b_lse[None, :]) * b_norm[None, :]
+        s = logits(s, c, b_bias, b_key, m_m[None, :])
+        p = weights(s, b_lse[None, :]) * b_norm[None, :]
         kept = p
         if x.seed is not None:
             m_keep = tl.trans(keep_mask(x.seed, threshold, molecule, head_at, o_m, first, BLOCK_N))
             dp = tl.where(m_keep, dp * r, 0.0)
             kept = tl.where(m_keep, p * r, 0.0)
         ds = p * (dp - b_delta[None, :])
+        if gradients.dkey_bias is not None:
+            b_de += tl.sum(ds, 1)
         # [BLOCK_M, BDV], [BLOCK_M, BD]
         b_do = load_rows(dout, at_m, WIDTHS.v)
         b_dv = tl.dot(kept.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
@@ -242,6 +253,8 @@ def _key_kernel(
         b_dk = tl.dot(ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     store_rows(gradients.dk, at_n, H, b_dk * c, WIDTHS.qk)
     store_rows(gradients.dv, at_n, H, b_dv, WIDTHS.v)
+    if gradients.dkey_bias is not None:
+        store_row_values(gradients.dkey_bias, at_n, H, b_de)
 
 
 @triton.jit(do_not_specialize=["size", "parts"])
@@ -274,7 +287,8 @@ def sum_parts(partial: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def backward(
     x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
 ) -> Gradients:
-    dk, dv, dbias = launch.new(x.k), launch.new(x.v), launch.new_pairs(x, need_dbias)
+    dk, dv = launch.new(x.k), launch.new(x.v)
+    dbias, dkey_bias = launch.new_pairs(x, need_dbias), launch.new_key_bias(x)
     saved = Statistics(launch.new(y.lse), launch.new(y.lse))
     query = launch.schedules("backward_query", x, x.q.shape[0])
     key = launch.schedules("backward_key", x, x.k.shape[0])
@@ -282,7 +296,8 @@ def backward(
     chunk, parts = launch.query_chunks(x, complete)
     dq = launch.new_query_gradient(x, parts)
     y, dy = launch.result(y), launch.cotangents(dy, x.shared)
-    gradients = launch.carry(Gradients, dq, dk, dv, dbias if dbias.numel() else None, None)
+    wanted = dbias if dbias.numel() else None, launch.if_given(x.key_bias, dkey_bias)
+    gradients = launch.carry(Gradients, dq, dk, dv, *wanted)
     common = launch.arguments(x, options) | dict(saved=saved)
     of_queries = common | dict(y=y, dy=dy, gradients=gradients, CHUNK=chunk)
     of_keys = common | dict(
@@ -302,4 +317,4 @@ def backward(
                 _key_kernel[(tiles * heads,)](**of_keys, **tile)
         if x.shared:
             dq = sum_parts(dq, x.q)
-    return Gradients(dq, dk, dv, dbias, launch.no_key_bias(x))
+    return Gradients(dq, dk, dv, dbias, dkey_bias)

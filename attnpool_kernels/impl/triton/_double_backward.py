@@ -1,10 +1,10 @@
-"""Double backward pass: (D1) to (D12), everything pairwise recomputed from q, k, v, dout and lse.
+"""Double backward pass: (D1) to (D13), everything pairwise recomputed from q, k, v, dout and lse.
 
 The *query kernel* walks the keys of up to BLOCK_M query rows twice: first for the row statistics
 delta', t and y, then for gq, gdout and gbias. With y counted as s1 − δt + w, (D4) and (D6) become
 Z = dS∘(T − t) + P∘(G − y), which cancels less. The *key kernel* walks the queries of up to BLOCK_N
-key rows: gk, gv. Who does small molecules, and how gradients of shared seeds are summed, is as in
-_backward.py. A cotangent that is None is zero and costs nothing.
+key rows: gk, gv, gkey_bias. Who does small molecules, and how gradients of shared seeds are summed,
+is as in _backward.py. A cotangent that is None is zero and costs nothing.
 """
 
 import triton
@@ -16,7 +16,7 @@ from ._backward import sum_parts
 from .arguments import Dual, Factors, Molecule, Place, Rows, Statistics, Tile, Width, Widths
 from .primitives import (
     UNSPECIALIZED,
-    add_bias,
+    add_biases,
     chunk_of,
     find_molecule,
     find_query_tile,
@@ -25,8 +25,10 @@ from .primitives import (
     later,
     load_bias,
     load_bias_of_keys,
+    load_key_bias,
     load_row_values,
     load_rows,
+    logits,
     molecule_pairs,
     of_molecule,
     out_row,
@@ -41,12 +43,10 @@ from .primitives import (
 
 
 @triton.jit
-def _finish_block(s, t, dp, g, by, b_bias, b_e, m_pair, m_keep, b_lse, b_norm):
+def _finish_block(s, t, dp, g, by, b_bias, b_key, b_e, b_f, m_pair, m_keep, b_lse, b_norm):
     """(P, P∘R, dP, T, G) from the products of a block: of (q, k), its tangent, (dO, V), (dO, C)."""
-    p = weights(add_bias(s, by.c, b_bias, m_pair), b_lse) * b_norm
-    t *= by.c
-    if b_e is not None:
-        t += b_e
+    p = weights(logits(s, by.c, b_bias, b_key, m_pair), b_lse) * b_norm
+    t = add_biases(t, by.c, b_e, b_f)
     kept = p
     if m_keep is not None:
         dp = tl.where(m_keep, dp * by.r, 0.0)
@@ -92,11 +92,15 @@ def block_of_keys(x, dout, t, of, at_m, first_k, live, b_lse, b_norm, by, zero, 
     dp, g = products(Dual(dout, None), at_m, Dual(x.v, t.ddv), at_n, zero, H, widths.v, tile)
     b_bias = load_bias(x.bias, of, at_m, o_n, head_at, by.c)
     b_e = load_bias(t.ddbias, of, at_m, o_n, head_at, by.c)
+    b_key = load_key_bias(x.key_bias, at_n, by.c, 0)
+    b_f = load_key_bias(t.ddkey_bias, at_n, by.c, 0)
+    m_pair = m_n[None, :]
     m_keep = None
     if x.seed is not None:
         m_keep = keep_mask(x.seed, by.threshold, of.index, head_at, at_m.offsets, first_k, tile.n)
+    b_lse, b_norm = b_lse[:, None], b_norm[:, None]
     return _finish_block(
-        s, s_dot, dp, g, by, b_bias, b_e, m_n[None, :], m_keep, b_lse[:, None], b_norm[:, None]
+        s, s_dot, dp, g, by, b_bias, b_key, b_e, b_f, m_pair, m_keep, b_lse, b_norm
     )
 
 
@@ -182,6 +186,9 @@ def _query_kernel(
             at_n = Place(k_at, o_n, o_n < of.keys, head_at)
             if gradients.gbias is not None:
                 store_pairs(gradients.gbias, of, at_m, o_n, head_at, H, z)
+            if gradients.gkey_bias is not None:  # noqa: SIM102 - no `and`: known when compiled
+                if rows <= BLOCK_M:
+                    store_row_values(gradients.gkey_bias, at_n, H, tl.sum(z, 0))
             u = (kept * (b_dot - b_t[:, None])).to(x.v.data.dtype.element_ty)
             z = z.to(x.k.data.dtype.element_ty)
             ds = ds.to(x.k.data.dtype.element_ty)
@@ -262,6 +269,9 @@ def _key_kernel(
     zero = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     b_gk = tl.zeros((BLOCK_N, BD), ACC)
     b_gv = tl.zeros((BLOCK_N, BDV), ACC)
+    b_ge = tl.zeros((BLOCK_N,), ACC)
+    b_key = load_key_bias(x.key_bias, at_n, by.c, 1)
+    b_f = load_key_bias(t.ddkey_bias, at_n, by.c, 1)
     for first_q in range(0, rows, BLOCK_M):
         o_m = first_q + tl.arange(0, BLOCK_M)
         q_at, head_at = later(q_row, first_q, H), later(head, first_q, H)
@@ -285,10 +295,13 @@ def _key_kernel(
         if x.seed is not None:
             m_keep = tl.trans(keep_mask(x.seed, threshold, molecule, head_at, o_m, first, BLOCK_N))
         p, kept, dp, b_dot, g = _finish_block(
-            s, s_dot, dp, g, by, b_bias, b_e, m_m[None, :], m_keep, b_lse, b_norm
+            s, s_dot, dp, g, by, b_bias, b_key, b_e, b_f, m_m[None, :], m_keep, b_lse, b_norm
         )
         ds = p * (dp - b_delta)
-        z = (ds * (b_dot - b_t) + p * (g - b_y)).to(x.q.data.dtype.element_ty)
+        z = ds * (b_dot - b_t) + p * (g - b_y)
+        if gradients.gkey_bias is not None:
+            b_ge += tl.sum(z, 1)
+        z = z.to(x.q.data.dtype.element_ty)
         # [BLOCK_M, BD]
         b_q = load_rows(x.q, at_m, WIDTHS.qk)
         b_gk = tl.dot(z, b_q, b_gk, input_precision=PRECISION)
@@ -301,13 +314,16 @@ def _key_kernel(
         b_gv = tl.dot(u, b_do, b_gv, input_precision=PRECISION)
     store_rows(gradients.gk, at_n, H, b_gk * by.c, WIDTHS.qk)
     store_rows(gradients.gv, at_n, H, b_gv, WIDTHS.v)
+    if gradients.gkey_bias is not None:
+        store_row_values(gradients.gkey_bias, at_n, H, b_ge)
 
 
 def double_backward(
     x: Operands, y: Result, dy: Cotangents, t: Tangents, options: Options
 ) -> SecondGradients:
     """out is not needed."""
-    gk, gv, gbias = launch.new(x.k), launch.new(x.v), launch.new_pairs(x, True)
+    gk, gv = launch.new(x.k), launch.new(x.v)
+    gbias, gkey_bias = launch.new_pairs(x, True), launch.new_key_bias(x)
     gdout, gdlse = launch.new(dy.dout), launch.new(y.lse)
     tile = launch.chosen("double_backward_query", x)
     key_tile = launch.chosen("double_backward_key", x)
@@ -315,9 +331,8 @@ def double_backward(
     chunk, parts = launch.query_chunks(x, complete)
     gq = launch.new_query_gradient(x, parts)
     lse, dy = launch.carry(Result, None, launch.result(y).lse), launch.cotangents(dy, x.shared)
-    gradients = launch.carry(
-        SecondGradients, gq, gk, gv, None if x.bias is None else gbias, None, gdout, gdlse
-    )
+    wanted = launch.if_given(x.bias, gbias), launch.if_given(x.key_bias, gkey_bias)
+    gradients = launch.carry(SecondGradients, gq, gk, gv, *wanted, gdout, gdlse)
     common = launch.arguments(x, options) | dict(
         y=lse,
         t=launch.tangents(t),
@@ -338,4 +353,4 @@ def double_backward(
             _key_kernel[(tiles * heads,)](**of_keys, **key_tile)
         if x.shared:
             gq = sum_parts(gq, x.q)
-    return SecondGradients(gq, gk, gv, gbias, launch.no_key_bias(x), gdout, gdlse)
+    return SecondGradients(gq, gk, gv, gbias, gkey_bias, gdout, gdlse)

@@ -23,17 +23,29 @@ from ...operands import Cotangents, Gradients, Operands, Options, Result
 from . import launch, tile_table
 from ._backward import sum_parts
 from ._forward import attend
-from .arguments import Dual, Factors, Molecule, Place, Rows, Statistics, Tile, Width, Widths
+from .arguments import (
+    Dual,
+    Factors,
+    Molecule,
+    Outputs,
+    Place,
+    Rows,
+    Statistics,
+    Tile,
+    Width,
+    Widths,
+)
 from .primitives import (
     UNSPECIALIZED,
-    add_bias,
     find_segment,
     find_tile,
     keep_mask,
     later,
     load_bias,
+    load_key_bias,
     load_row_values,
     load_rows,
+    logits,
     molecule_pairs,
     molecule_rows,
     of_molecule,
@@ -115,7 +127,7 @@ def _forward_kernel(
     m_m = o_m < seeds
     at_m = Place(molecule * 0, o_m, m_m, head)
     c = tl.full((), scale, ACC)
-    acc, b_lse = attend(x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE)
+    acc, b_lse, largest, total = attend(x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE)
     if x.seed is not None:
         acc *= tl.full((), keep_scale, ACC)
     if keys <= SPLIT:
@@ -125,7 +137,11 @@ def _forward_kernel(
     else:
         at_part = Place(slot_of(k_row, first, SPLIT) * n_q, o_m, m_m, head)
         store_rows(parts.out, at_part, H, acc, WIDTHS.v)
-        store_row_values(parts.lse, at_part, H, b_lse)
+        if parts.total is None:
+            store_row_values(parts.lse, at_part, H, b_lse)
+        else:
+            store_row_values(parts.lse, at_part, H, largest)
+            store_row_values(parts.total, at_part, H, total)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -166,6 +182,8 @@ def _merge_kernel(
             new_largest = tl.maximum(largest, b_lse)
             shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             shrink, share = tl.exp(largest - shift), tl.exp(b_lse - shift)
+            if parts.total is not None:
+                share *= load_part(parts.total, at_part, H.to(tl.int64))
             acc = acc * shrink[:, None] + b_o * share[:, None]
             total = total * shrink + share
             largest = new_largest
@@ -203,7 +221,8 @@ def _block(x, dout, of, at_m, at_n, first_k, b_lse, by, zero, H, widths, tile):
     s, _ = products(Dual(x.q, None), at_m, Dual(x.k, None), at_n, zero, H, widths.qk, tile)
     dp, _ = products(Dual(dout, None), at_m, Dual(x.v, None), at_n, zero, H, widths.v, tile)
     b_bias = load_bias(x.bias, of, at_m, at_n.offsets, at_n.head, by.c)
-    p = weights(add_bias(s, by.c, b_bias, at_n.mask[None, :]), b_lse[:, None])
+    b_key = load_key_bias(x.key_bias, at_n, by.c, 0)
+    p = weights(logits(s, by.c, b_bias, b_key, at_n.mask[None, :]), b_lse[:, None])
     kept = p
     if x.seed is not None:
         o_m, head = at_m.offsets, at_m.head
@@ -314,6 +333,8 @@ def _backward_kernel(
                 ds = p * b_norm[:, None] * (dp - (b_delta * b_norm - b_dlse)[:, None])
                 if gradients.dbias is not None:
                     store_pairs(gradients.dbias, of, at_m, o_n, head_at, H, ds)
+                if gradients.dkey_bias is not None:
+                    store_row_values(gradients.dkey_bias, at_n, H, tl.sum(ds, 0))
                 ds = ds.to(x.k.data.dtype.element_ty)
                 # [BLOCK_N, BD]
                 b_k = load_rows(x.k, at_live, WIDTHS.qk)
@@ -349,7 +370,7 @@ def arguments(x: Operands, options: Options) -> dict:
     return launch.arguments(x, options) | dict(SPLIT=tile_table.SPLIT)
 
 
-def merge(common: dict, tile: dict, y: Result, parts: Result) -> None:
+def merge(common: dict, tile: dict, y: Result, parts: Outputs) -> None:
     """y of molecules of several parts from those of the parts; lse may be None in both."""
     grid = (parts.out.shape[0] // 2 * common["H"],)
     names = ("B", "H", "n_q", "n_k", "DV", "BDV", "SPLIT")
@@ -370,7 +391,9 @@ def forward(x: Operands, options: Options) -> Result:
         return y
     common = arguments(x, options)
     tile = launch.chosen("few_seeds_forward", x)
-    parts = Result(scratch(y.out, x), scratch(y.lse, x))
+    biased = x.bias is not None or x.key_bias is not None
+    total = scratch(y.lse, x) if biased else None
+    parts = Outputs(scratch(y.out, x), scratch(y.lse, x), total)
     with launch.on_device(x.q):
         grid = (few_tiles(x) * x.q.shape[1],)
         _forward_kernel[grid](**common, y=y, parts=parts, **tile)
@@ -383,7 +406,9 @@ def backward(
     x: Operands, y: Result, dy: Cotangents, options: Options, need_dbias: bool
 ) -> Gradients:
     """out is not needed."""
-    dk, dv, dbias = launch.new(x.k), launch.new(x.v), launch.new_pairs(x, need_dbias)
+    dk, dv = launch.new(x.k), launch.new(x.v)
+    dbias, dkey_bias = launch.new_pairs(x, need_dbias), launch.new_key_bias(x)
+    wanted = dbias if dbias.numel() else None, launch.if_given(x.key_bias, dkey_bias)
     heads, tile = x.q.shape[1], launch.chosen("few_seeds_backward", x)
     chunk, programs = launch.chunks(few_tiles(x), heads)
     dq = launch.new_query_gradient(x, programs)
@@ -391,7 +416,7 @@ def backward(
     common = arguments(x, options) | dict(
         y=launch.carry(Result, None, launch.result(y).lse),
         dy=launch.cotangents(dy, x.shared),
-        gradients=launch.carry(Gradients, dq, dk, dv, dbias if dbias.numel() else None, None),
+        gradients=launch.carry(Gradients, dq, dk, dv, *wanted),
         parts=parts,
         CHUNK=chunk,
     )
@@ -401,4 +426,4 @@ def backward(
             _backward_kernel[grid](**common, STATISTICS=True, **tile)
         _backward_kernel[(programs * heads,)](**common, STATISTICS=False, **tile)
         dq = sum_parts(dq, x.q)
-    return Gradients(dq, dk, dv, dbias, launch.no_key_bias(x))
+    return Gradients(dq, dk, dv, dbias, dkey_bias)

@@ -1,8 +1,8 @@
 """Double backward of pooling with few seeds; parts, slots and sums as in _few_seeds.py.
 
 Each part walks its keys twice: for the statistics Σ P, δ, t and y of its rows, then for gk, gv,
-gbias and its shares of gq and gdout. The statistics of molecules of several parts come from a
-launch before, and are merged in order by every part.
+gbias, gkey_bias and its shares of gq and gdout. The statistics of molecules of several parts come
+from a launch before, and are merged in order by every part.
 """
 
 import triton
@@ -22,7 +22,18 @@ from ._few_seeds import (
     scratch,
     slot_of,
 )
-from .arguments import Dual, Factors, Molecule, Parts, Place, Statistics, Tile, Width, Widths
+from .arguments import (
+    Dual,
+    Factors,
+    Molecule,
+    Outputs,
+    Parts,
+    Place,
+    Statistics,
+    Tile,
+    Width,
+    Widths,
+)
 from .primitives import (
     UNSPECIALIZED,
     later,
@@ -154,6 +165,8 @@ def _double_backward_kernel(
                 at_live = Place(k_at, o_n, o_n < live, head_at)
                 if gradients.gbias is not None:
                     store_pairs(gradients.gbias, of, at_m, o_n, head_at, H, z)
+                if gradients.gkey_bias is not None:
+                    store_row_values(gradients.gkey_bias, at_n, H, tl.sum(z, 0))
                 u = (kept * (b_dot - b_t[:, None])).to(x.v.data.dtype.element_ty)
                 z = z.to(x.k.data.dtype.element_ty)
                 ds = ds.to(x.k.data.dtype.element_ty)
@@ -195,7 +208,9 @@ def double_backward(
     x: Operands, y: Result, dy: Cotangents, t: Tangents, options: Options
 ) -> SecondGradients:
     """out is not needed."""
-    gk, gv, gbias = launch.new(x.k), launch.new(x.v), launch.new_pairs(x, True)
+    gk, gv = launch.new(x.k), launch.new(x.v)
+    gbias, gkey_bias = launch.new_pairs(x, True), launch.new_key_bias(x)
+    wanted = launch.if_given(x.bias, gbias), launch.if_given(x.key_bias, gkey_bias)
     gdout, gdlse = launch.new(dy.dout), launch.new(y.lse)
     names = ("delta", "total", "t", "y")
     parts = Parts(scratch(gdout, x), Statistics(**{name: scratch(y.lse, x) for name in names}))
@@ -207,9 +222,7 @@ def double_backward(
         y=launch.carry(Result, None, launch.result(y).lse),
         dy=launch.cotangents(dy, x.shared),
         t=launch.tangents(t),
-        gradients=launch.carry(
-            SecondGradients, gq, gk, gv, None if x.bias is None else gbias, None, gdout, gdlse
-        ),
+        gradients=launch.carry(SecondGradients, gq, gk, gv, *wanted, gdout, gdlse),
         parts=parts,
         CHUNK=chunk,
     )
@@ -220,11 +233,6 @@ def double_backward(
             _double_backward_kernel[grid](**given, STATISTICS=True, **tile)
         _double_backward_kernel[(programs * heads,)](**given, STATISTICS=False, **tile)
         if several:
-            merge(
-                common,
-                tile,
-                launch.carry(Result, gdout, None),
-                launch.carry(Result, parts.gdout, None),
-            )
+            merge(common, tile, launch.carry(Result, gdout, None), Outputs(parts.gdout, None))
         gq = sum_parts(gq, x.q)
-    return SecondGradients(gq, gk, gv, gbias, launch.no_key_bias(x), gdout, gdlse)
+    return SecondGradients(gq, gk, gv, gbias, gkey_bias, gdout, gdlse)

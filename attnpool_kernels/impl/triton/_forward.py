@@ -13,12 +13,13 @@ from . import launch
 from .arguments import Dual, Place, Tile, Width, Widths
 from .primitives import (
     UNSPECIALIZED,
-    add_bias,
     find_molecule,
     find_query_tile,
     keep_mask,
     load_bias,
+    load_key_bias,
     load_rows,
+    logits,
     not_ours,
     out_row,
     products,
@@ -29,7 +30,8 @@ from .primitives import (
 
 @triton.jit
 def attend(x, of, at_m, first, last, c, threshold, H, widths, tile):
-    """(output, lse) of a block of queries over the keys first to last of a molecule."""
+    """Of a block of queries over the keys first to last of a molecule: output, lse, and its terms,
+    the largest logit and Σ exp(logit - largest)."""
     zero = tl.zeros((tile.m, tile.n), c.dtype)
     largest = tl.full((tile.m,), float("-inf"), c.dtype)
     total = tl.zeros((tile.m,), c.dtype)
@@ -43,7 +45,7 @@ def attend(x, of, at_m, first, last, c, threshold, H, widths, tile):
         # [BLOCK_N, BDV]
         b_v = load_rows(x.v, at_n, widths.v)
         b_bias = load_bias(x.bias, of, at_m, o_n, at_m.head, c)
-        s = add_bias(s, c, b_bias, m_n[None, :])
+        s = logits(s, c, b_bias, load_key_bias(x.key_bias, at_n, c, 0), m_n[None, :])
         new_largest = tl.maximum(largest, tl.max(s, 1))
         # a row of -inf so far subtracts 0: its weights are exp(-inf) = 0 and never NaN
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -60,7 +62,8 @@ def attend(x, of, at_m, first, last, c, threshold, H, widths, tile):
         largest = new_largest
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    return acc, tl.where(empty, float("-inf"), largest + tl.log(tl.where(empty, 1.0, total)))
+    b_lse = tl.where(empty, float("-inf"), largest + tl.log(tl.where(empty, 1.0, total)))
+    return acc, b_lse, largest, total
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -99,7 +102,7 @@ def _forward_kernel(
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
     at_m = Place(q_row, o_m, m_m, head)
-    acc, b_lse = attend(x, of, at_m, 0, of.keys, c, threshold, H, WIDTHS, TILE)
+    acc, b_lse, _, _ = attend(x, of, at_m, 0, of.keys, c, threshold, H, WIDTHS, TILE)
     if x.seed is not None:
         acc *= tl.full((), keep_scale, ACC)
     at_out = Place(o_row, o_m, m_m, head)

@@ -43,6 +43,18 @@ class Statistics(NamedTuple):
     t: Any = None
 
 
+class Outputs(NamedTuple):
+    """Of the parts of a molecule's keys: their outputs and LSE, both None or scratch tensors.
+
+    With a total the LSE is in two terms, the largest logit and Σ exp beside it: where a key bias
+    is the least finite number, their sum would keep nothing of the second.
+    """
+
+    out: Any
+    lse: Any
+    total: Any = None
+
+
 class Parts(NamedTuple):
     """What is found about the parts of a molecule's keys, before it is merged."""
 

@@ -17,11 +17,10 @@ _PROGRAMS = 2048  # wanted at least, where programs can be made larger or smalle
 
 def arguments(x: Operands, options: Options) -> dict:
     """Arguments that every pass takes, by name."""
-    if x.key_bias is not None:
-        raise NotImplementedError("the Triton kernels do not add a key_bias yet")
     held: Any = x
+    read = {name: rows(getattr(x, name)) for name in ("q", "k", "v", "bias", "key_bias")}
     return dict(
-        x=held._replace(q=rows(x.q), k=rows(x.k), v=rows(x.v), bias=rows(x.bias)),
+        x=held._replace(**read),
         B=x.molecules,
         H=x.q.shape[1],
         n_q=x.q.shape[0],
@@ -81,7 +80,8 @@ def tile(pass_name: str, x: Operands) -> dict | None:
     capability = torch.cuda.get_device_capability(x.q.device) if x.q.is_cuda else None
     width = padded(max(x.q.shape[-1], x.v.shape[-1]))
     row = tile_table.precision(x.q.dtype)
-    return tile_table.tile(pass_name, capability, row, width, has_options(x))
+    key_bias = x.key_bias is not None
+    return tile_table.tile(pass_name, capability, row, width, has_options(x), key_bias)
 
 
 def chosen(pass_name: str, x: Operands) -> dict:
@@ -92,8 +92,8 @@ def chosen(pass_name: str, x: Operands) -> dict:
 
 
 def has_options(x: Operands) -> bool:
-    """Whether there is a bias or dropout: both take registers."""
-    return x.bias is not None or x.seed is not None
+    """Whether there is a bias, a key bias or dropout: all take registers."""
+    return x.bias is not None or x.key_bias is not None or x.seed is not None
 
 
 def schedules(pass_name: str, x: Operands, number: int) -> list[dict]:
@@ -174,6 +174,13 @@ def new_pairs(x: Operands, wanted: bool) -> torch.Tensor:
     return new(x.bias)
 
 
-def no_key_bias(x: Operands) -> torch.Tensor:
-    """The gradient [0, H] of a bias that is not there, see ``arguments``."""
-    return torch.empty((0, x.q.shape[1]), dtype=x.q.dtype, device=x.q.device)
+def new_key_bias(x: Operands) -> torch.Tensor:
+    """Gradient of key_bias; [0, H] without one."""
+    if x.key_bias is None:
+        return torch.empty((0, x.q.shape[1]), dtype=x.q.dtype, device=x.q.device)
+    return new(x.key_bias)
+
+
+def if_given(operand: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of an operand as kernels take it: None where there is no operand."""
+    return None if operand is None else gradient

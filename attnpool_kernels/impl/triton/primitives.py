@@ -230,7 +230,18 @@ def load_row_values(x, at, other):
 @triton.jit
 def store_row_values(x, at, H, value):
     """x[at] = value [rows] for a contiguous x [*, H]."""
-    tl.store(x + (at.row + at.offsets.to(tl.int64)) * H + at.head, value, mask=at.mask)
+    p_x = x + (at.row + at.offsets.to(tl.int64)) * H + at.head
+    tl.store(p_x, value.to(x.dtype.element_ty), mask=at.mask)
+
+
+@triton.jit
+def load_key_bias(x, at_n, c, AXIS: tl.constexpr):
+    """[1, keys], with AXIS 1 [keys, 1], of key_bias in the type of c; None without x."""
+    if x is None:
+        b_x = None
+    else:
+        b_x = tl.expand_dims(load_row_values(x, at_n, 0.0).to(c.dtype), AXIS)
+    return b_x
 
 
 @triton.jit
@@ -334,12 +345,20 @@ def store_products(x, at_x, a, y, at_y, c, H, width, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_bias(s, c, b_bias, m_pair):
-    """(F1) c s + bias; -inf where m_pair is off."""
+def add_biases(s, c, b_bias, b_key):
+    """c s + bias + key_bias, of which either may be None."""
     s *= c
     if b_bias is not None:
         s += b_bias
-    return tl.where(m_pair, s, float("-inf"))
+    if b_key is not None:
+        s += b_key
+    return s
+
+
+@triton.jit
+def logits(s, c, b_bias, b_key, m_pair):
+    """(F1) c s + bias + key_bias; -inf where m_pair is off."""
+    return tl.where(m_pair, add_biases(s, c, b_bias, b_key), float("-inf"))
 
 
 @triton.jit
@@ -349,12 +368,14 @@ def weights(s, b_lse):
 
 
 @triton.jit
-def renormalise(b_lse, dtype: tl.constexpr):
+def renormalise(b_lse, bias, key_bias, dtype: tl.constexpr):
     """Whether the rounding of a row's LSE, a relative error of P, would show in this dtype."""
-    if (dtype == tl.float16) or (dtype == tl.bfloat16):
+    HALF: tl.constexpr = (dtype == tl.float16) or (dtype == tl.bfloat16)
+    if HALF and bias is None and key_bias is None:
         large = False
-    else:
-        large = tl.max(tl.where(b_lse == float("-inf"), 0.0, tl.abs(b_lse)), 0) > 8.0
+    else:  # a bias may be the least finite number, of which LSE keeps nothing else
+        LIMIT: tl.constexpr = 1024.0 if HALF else 8.0
+        large = tl.max(tl.where(b_lse == float("-inf"), 0.0, tl.abs(b_lse)), 0) > LIMIT
     return large
 
 

@@ -169,6 +169,36 @@ _CHIPS = {
     ((12, 0), "tf32", 16, "few_seeds_backward"): (16, 16, 16, 8, 1, 255),
 }
 
+# where a key bias needs other tiles still: its sums over queries take registers too
+_KEY_BIAS_HALF = {
+    (16, "backward_key"): (32, 32, 64, 2, 1, 255),
+    (16, "double_backward_key"): (32, 16, 64, 4, 1, 255),
+    (32, "double_backward_query"): (32, 16, 16, 8, 1, 255),
+    (64, "double_backward_query"): (32, 16, 32, 8, 1, 255),
+    (64, "few_seeds_forward"): (16, 32, 64, 2, 2, 255),
+    (128, "few_seeds_backward"): (16, 32, 64, 8, 1, 255),
+    (128, "few_seeds_double_backward"): (16, 16, 32, 8, 1, 255),
+}
+_KEY_BIAS_FLOAT32 = {
+    (16, "backward_query"): (32, 16, 32, 8, 1, 255),
+    (16, "few_seeds_backward"): (16, 8, 16, 4, 1, 255),
+    (16, "few_seeds_double_backward"): (16, 8, 8, 4, 1, 255),
+    (32, "backward_query"): (32, 16, 16, 8, 1, 255),
+    (32, "few_seeds_backward"): (16, 16, 16, 4, 1, 255),
+    (128, "double_backward_query"): (16, 8, 16, 8, 1, 255),
+    (128, "double_backward_key"): (32, 16, 8, 8, 1, 255),
+    (256, "double_backward_query"): (16, 8, 8, 8, 1, 255),
+}
+_KEY_BIAS_CHIPS = {  # before _CHIPS
+    ((8, 0), "bf16", 256, "few_seeds_double_backward"): None,
+    ((8, 0), "fp16", 256, "few_seeds_double_backward"): None,
+    ((8, 0), "fp32", 256, "few_seeds_double_backward"): None,
+    ((8, 6), "fp32", 16, "few_seeds_double_backward"): (16, 8, 8, 2, 1, 255),
+    ((8, 9), "fp32", 16, "few_seeds_double_backward"): (16, 8, 8, 2, 1, 255),
+    ((12, 0), "fp32", 16, "few_seeds_double_backward"): (16, 8, 8, 4, 1, 255),
+    ((12, 0), "fp32", 256, "double_backward_query"): (8, 8, 8, 8, 1, 255),
+}
+
 
 def _by_pass(columns: dict, few: dict, long: dict) -> dict:
     named = (PASSES, columns), (FEW_PASSES, few), (LONG_PASSES, long)
@@ -196,6 +226,13 @@ _OPTIONS: dict[str, dict] = {
     "tf32": _FLOAT32_OPTIONS,
     "fp64": _FLOAT64_OPTIONS,
 }
+_KEY_BIAS: dict[str, dict] = {
+    "fp16": _KEY_BIAS_HALF,
+    "bf16": _KEY_BIAS_HALF,
+    "fp32": _KEY_BIAS_FLOAT32,
+    "tf32": _KEY_BIAS_FLOAT32,
+    "fp64": {},
+}
 
 _ROWS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 _PRECISION = {"fp32": "tf32x3", "tf32": "tf32"}  # of tl.dot; float32 accuracy from three products
@@ -211,17 +248,27 @@ def precision(dtype: torch.dtype) -> str:
 
 @functools.cache
 def tile(
-    pass_name: str, capability: tuple[int, int] | None, row: str, width: int, options: bool
+    pass_name: str,
+    capability: tuple[int, int] | None,
+    row: str,
+    width: int,
+    options: bool,
+    key_bias: bool = False,
 ) -> dict | None:
     """Launch arguments of a kernel; None where the table has no such entry.
 
-    capability None: a CPU, that is, Triton's interpreter. options: with bias or dropout, which take
-    registers.
+    capability None: a CPU, that is, Triton's interpreter. options: with a bias, a key bias or
+    dropout, which take registers.
     """
     entry = _TABLES[row].get((width, pass_name))
     if options:
         entry = _OPTIONS[row].get((width, pass_name), entry)
-    entry = _CHIPS.get((_known(capability or CAPABILITIES[0]), row, width, pass_name), entry)
+    if key_bias:
+        entry = _KEY_BIAS[row].get((width, pass_name), entry)
+    place = _known(capability or CAPABILITIES[0]), row, width, pass_name
+    entry = _CHIPS.get(place, entry)
+    if key_bias:
+        entry = _KEY_BIAS_CHIPS.get(place, entry)
     if entry is None:
         return None
     block_m, block_n, part, warps, stages, *most = entry

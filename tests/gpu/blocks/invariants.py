@@ -118,7 +118,7 @@ def alone(backend: str, dtype: torch.dtype, seeds: int | None, device: str) -> d
 
     batch, module = _batch(backend, dtype, seeds, device)
     whole, start, wrong = testing.run_kernels(batch, module), 0, []
-    by_rows = ("k", "v", "ddk", "ddv")
+    by_rows = ("k", "v", "ddk", "ddv", *(("key_bias", "ddkey_bias") if seeds else ()))
     by_molecule = ("dout", "dlse") if seeds else ("q", "dout", "dlse", "ddq")
     for index, n in enumerate(batch.case.counts):
         rows = slice(start, start + n)
@@ -133,7 +133,7 @@ def alone(backend: str, dtype: torch.dtype, seeds: int | None, device: str) -> d
         for key, x in found.items():
             if seeds and key in ("dq", "gq"):
                 continue  # sums over the molecules
-            own = rows if key.lstrip("dg") in ("k", "v") else part
+            own = rows if key.lstrip("dg") in ("k", "v", "key_bias") else part
             wrong += _same({key: x}, {key: whole[key][own]}, f"of {n} atoms differs")
     return _row(wrong, counts=list(batch.case.counts))
 
