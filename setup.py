@@ -260,7 +260,8 @@ class BuildLibraries(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         new = target.with_suffix(".new")  # a running program may have the old file mapped
         at = library.link.index("-shared") + 1
-        link = [*library.link[:at], *objects, *library.link[at:], "-o", str(new)]
+        soname = f"-Wl,-soname,{target.name}"  # what a C++ program that is linked to it asks for
+        link = [*library.link[:at], soname, *objects, *library.link[at:], "-o", str(new)]
         if library.stub:  # an empty library of that name leaves its name in ours
             stub = folder / f"lib{library.stub}.so"
             stub_command = [*compiler(), "-shared", "-x", "c", os.devnull, "-o", str(stub)]

@@ -170,6 +170,22 @@ for _namespace in ops.PASSES:
     differentiable(_namespace)
 
 
+def _for_torchscript() -> None:
+    """``attnpool_autograd::attention``, as csrc/autograd.cpp has it for programs without Python.
+
+    Whichever of the two comes first defines it. It is no operator of its own: tracers see through.
+    """
+    known = torch._C._dispatch_has_kernel("attnpool_autograd::attention")
+    if known or "attnpool" not in ops.PASSES:
+        return
+    own = ops.library_of("attnpool_autograd")
+    own.define(ops.SIGNATURES["forward"].schema())
+    own.impl("attention", ops.PASSES["attnpool"].forward, "CompositeImplicitAutograd")
+
+
+_for_torchscript()
+
+
 def attention(namespace: str, x: Operands, options: Options) -> Result:
     """The first pass by the operators of a namespace, differentiable to second order."""
     return Result(*CALLS[namespace].forward(*x, *options))

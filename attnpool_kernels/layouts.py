@@ -61,16 +61,16 @@ def unpack(x: Tensor, sets: Ragged, longest: int | None = None, value: float = 0
     if longest is not None and (isinstance(longest, bool) or not _is_int(longest)):
         raise TypeError(f"longest must be an int, got {type(longest).__name__}")
     if longest is None or _readable(counts):
-        most = int(counts.max()) if len(sets) else 0
+        most = int(counts.max()) if sets.molecules else 0
         if longest is not None and longest < most:
             raise ValueError(f"longest must be at least {most}, the largest set, got {longest}")
         longest = most if longest is None else longest
     if sets.last is not None and sets.last > x.shape[0]:
         raise ValueError(f"sets must end within the {x.shape[0]} rows of x, got {sets.last}")
-    padded = x.new_full((len(sets) * longest, *x.shape[1:]), value)
+    padded = x.new_full((sets.molecules * longest, *x.shape[1:]), value)
     rows = x.shape[0] if sets.last is None else sets.last
     index = _index(sets, longest, rows)
-    return padded.index_copy(0, index, x[:rows]).unflatten(0, (len(sets), longest))
+    return padded.index_copy(0, index, x[:rows]).unflatten(0, (sets.molecules, longest))
 
 
 def with_centres(
@@ -93,9 +93,9 @@ def with_centres(
             f"centres must have the dtype of neighbours, {neighbours.dtype}, got {centres.dtype}"
         )
     sets = Ragged.from_csr(row_ptr, centre=True)
-    if centres.shape[0] != len(sets) or centres.shape[1:] != neighbours.shape[1:]:
+    if centres.shape[0] != sets.molecules or centres.shape[1:] != neighbours.shape[1:]:
         raise ValueError(
-            f"centres must have shape {(len(sets), *neighbours.shape[1:])}, "
+            f"centres must have shape {(sets.molecules, *neighbours.shape[1:])}, "
             f"got {tuple(centres.shape)}"
         )
     atoms, edges = centres.shape[0], neighbours.shape[0]
@@ -179,7 +179,7 @@ def _prefixes(lengths: Tensor, size: int) -> tuple[Ragged, Ragged]:
     that their result is 0; and the keys of its padding, which no query sees.
     """
     lengths = lengths.long()
-    ends = torch.arange(1, len(lengths) + 1, device=lengths.device) * size
+    ends = torch.arange(1, lengths.shape[0] + 1, device=lengths.device) * size
     filled = ends - size + lengths
     first = lengths.new_zeros(1)
     queries, keys = (
@@ -240,8 +240,8 @@ def _checked_mask(mask: object) -> Tensor:
 def _check_sets(sets: object, count: int | None) -> None:
     if not isinstance(sets, Ragged):
         raise TypeError(f"sets must be a Ragged, got {type(sets).__name__}")
-    if count is not None and len(sets) != count:
-        raise ValueError(f"sets must be as many as x has, {count}, got {len(sets)}")
+    if count is not None and sets.molecules != count:
+        raise ValueError(f"sets must be as many as x has, {count}, got {sets.molecules}")
 
 
 def _index(sets: Ragged, longest: int, rows: int | None) -> Tensor:

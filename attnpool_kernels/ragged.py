@@ -160,7 +160,7 @@ class Ragged:
         if not centre:
             return sets
         ptr = sets.ptr
-        return cls(ptr + torch.arange(len(sets) + 1, dtype=ptr.dtype, device=ptr.device))
+        return cls(ptr + torch.arange(sets.molecules + 1, dtype=ptr.dtype, device=ptr.device))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Ragged:
@@ -184,7 +184,7 @@ class Ragged:
         n_k = n_q if keys is None else keys.ptr.diff().long()
         if n_q.shape != n_k.shape:
             raise ValueError(
-                f"keys must have as many molecules as queries, {len(n_q)}, got {len(n_k)}"
+                f"keys must have as many molecules as queries, {n_q.shape[0]}, got {n_k.shape[0]}"
             )
         return torch.cat([n_q.new_zeros(1), (n_q * n_k).cumsum(0)])
 
@@ -219,8 +219,13 @@ class Ragged:
     def __reduce__(self) -> tuple:
         return Ragged, (self.ptr,)
 
+    @property
+    def molecules(self) -> int:
+        """B; ``len`` would make a number of the batch at hand of it where a graph is recorded."""
+        return self.ptr.shape[0] - 1
+
     def __len__(self) -> int:
-        return self.ptr.numel() - 1
+        return self.molecules
 
     def __repr__(self) -> str:
         rows = "?" if self.last is None else self.last

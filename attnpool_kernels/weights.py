@@ -64,7 +64,7 @@ def attention_weights(
         raise TypeError(f"top must be an int, got {type(top).__name__}")
     if top is not None and top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
-    molecules, queries, heads = len(x.k_ptr) - 1, *q.shape[:2]
+    molecules, queries, heads = x.k_ptr.shape[0] - 1, *q.shape[:2]
     shape = (molecules, queries, heads) if shared else (queries, heads)
     if lse is not None:
         _check_lse(lse, shape, x.q)

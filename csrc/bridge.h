@@ -143,9 +143,9 @@ struct Call {
     a.head_dim = in.q.size(2);
     a.key_rows = in.k.size(0);
     a.value_dim = in.v.size(2);
-    STD_TORCH_CHECK(1 <= a.head_dim && 1 <= a.value_dim,
-                    "head and value widths must be at least 1, got ", a.head_dim, " and ",
-                    a.value_dim);
+    STD_TORCH_CHECK(1 <= a.heads && 1 <= a.head_dim && 1 <= a.value_dim,
+                    "number of heads, head and value widths must be at least 1, got ", a.heads,
+                    ", ", a.head_dim, " and ", a.value_dim);
     q_shape = {a.query_rows, a.heads, a.head_dim};
     k_shape = {a.key_rows, a.heads, a.head_dim};
     v_shape = {a.key_rows, a.heads, a.value_dim};

@@ -60,10 +60,10 @@ def find_rows(batch: dict[str, Tensor], least: float) -> Rows:
     edges = atoms.index_select(0, centres) + place + 1
     slots = centres * mask.shape[1] + place
     where = torch.cat([atoms, edges])
-    number = torch.arange(len(where), device=where.device)
+    number = torch.arange(where.shape[0], device=where.device)
     order = torch.empty_like(where).index_copy(0, where, number)
     factors = batch["cutoff_factors"].flatten().index_select(0, slots)
-    own = factors.new_ones(len(atoms))
+    own = factors.new_ones(atoms.shape[0])
     key_bias = torch.cat([own, factors]).clamp(min=least).log().index_select(0, order)
     return Rows(sets, key_bias, order, atoms, edges, slots)
 
@@ -74,7 +74,7 @@ def packed_batch(batch: dict[str, Tensor], rows: Rows) -> dict[str, Any]:
     for name in ("element_indices_neighbors", "edge_vectors", "edge_distances", "cutoff_factors"):
         result[name] = batch[name].flatten(0, 1).index_select(0, rows.slots)[None]
     reverse = batch["reverse_neighbor_index"].flatten()
-    number = torch.arange(len(rows.slots), device=reverse.device)
+    number = torch.arange(rows.slots.shape[0], device=reverse.device)
     edge = torch.zeros_like(reverse).index_copy(0, rows.slots, number)  # of a slot
     reverse = edge.index_select(0, reverse.index_select(0, rows.slots))
     result["reverse_neighbor_index"] = reverse[None]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..ragged import Ragged
+from . import scripted
 from .arguments import check_rows, covered, one_of, positive
 from .blocks import SetTransformer, decoded, reduced
 
@@ -139,6 +140,13 @@ class AttentionPooling(SetTransformer):
         x = self.pma(x, ragged, key_bias=key_bias)
         return reduced(decoded(x, self.decoders), self.head, self.reduce)
 
+    def __prepare_scriptable__(self) -> AttentionPooling:
+        if self.phantom is not None:
+            raise NotImplementedError(
+                f"phantom must be None for TorchScript, got {self.phantom!r}; use torch.export"
+            )
+        return scripted.prepared(self, AttentionPooling, scripted.set_transformer)
+
     def weights(
         self, x: Tensor, ptr: Tensor | Ragged, top: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -151,7 +159,7 @@ class AttentionPooling(SetTransformer):
         """Number of padded rows [B] of each molecule, float64."""
         counts = ragged.counts().double()
         if not isinstance(self.phantom, int):
-            return counts.amax() - counts if len(counts) else counts
+            return counts.amax() - counts if counts.shape[0] else counts
         missing = self.phantom - counts
         if bool((missing < 0).any()):
             i = int((missing < 0).nonzero()[0])
@@ -167,7 +175,7 @@ class AttentionPooling(SetTransformer):
 
 def with_phantoms(x: Tensor, ragged: Ragged) -> tuple[Tensor, Ragged]:
     """x [N + B, C] with a row of zeros at the end of each molecule, and its boundaries."""
-    rows, molecules = x.shape[0], len(ragged)
+    rows, molecules = x.shape[0], ragged.molecules
     place = torch.arange(rows, device=x.device) + ragged.batch(rows)
     longer = x.new_zeros(rows + molecules, x.shape[1]).index_copy(0, place, x)
     shift = torch.arange(molecules + 1, device=x.device, dtype=ragged.ptr.dtype)

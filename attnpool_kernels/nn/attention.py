@@ -13,6 +13,7 @@ from ..dispatch import check_name
 from ..functional import seed_pool, set_attention
 from ..ragged import Ragged
 from ..weights import attention_weights
+from . import scripted
 from .arguments import check_rows, flag, number, one_of, positive, probability
 from .projection import add_linear, project
 
@@ -166,7 +167,7 @@ class SetAttention(torch.nn.Module):
             check_rows("y", y, self.key_dim, self.in_proj_bias)
         q, k, _ = self._split(*self._projected(x, y))
         options: dict[str, Any] = {"bias": bias, "key_bias": key_bias, "top": top}
-        return attention_weights(q, k, ptr, y_ptr, scale=self._options()["scale"], **options)
+        return attention_weights(q, k, ptr, y_ptr, scale=self.factor, **options)
 
     def _attend(
         self,
@@ -215,11 +216,8 @@ class SetAttention(torch.nn.Module):
         heads = (self.heads, -1)
         q = linear(seeds, w_q, b_q)
         over_y = torch.einsum("shd,hdc->shc", q.unflatten(1, heads), w_k.unflatten(0, heads))
-        options = self._options()
-        if options["scale"] is None:
-            options["scale"] = (self.dim // self.heads) ** -0.5
         rows = y.unsqueeze(1)
-        sums = seed_pool(over_y.flatten(0, 1).unsqueeze(1), rows, rows, ptr, **options)
+        sums = seed_pool(over_y.flatten(0, 1).unsqueeze(1), rows, rows, ptr, **self._options())
         sums = sums.view(-1, self.heads, y.shape[1])  # of [B, S·H, 1, C]
         out = torch.einsum("nhc,hdc->nhd", sums, w_v.unflatten(0, heads)).flatten(1)
         atoms = (ptr.ptr if isinstance(ptr, Ragged) else ptr).diff().to(out.device)
@@ -252,12 +250,19 @@ class SetAttention(torch.nn.Module):
     def _split(self, *parts: Tensor) -> list[Tensor]:
         return [x.unflatten(1, (self.heads, -1)) for x in parts]
 
+    @property
+    def factor(self) -> float:
+        """Of the logits."""
+        if isinstance(self.scale, str):
+            return (self.dim // self.heads if self.scale == "head" else self.dim) ** -0.5
+        return self.scale
+
     def _options(self) -> dict:
-        scale: float | str | None = self.scale
-        if isinstance(scale, str):
-            scale = None if scale == "head" else self.dim**-0.5
         dropout = self.dropout if self.training else 0.0
-        return {"scale": scale, "dropout": dropout, "backend": self.backend}
+        return {"scale": self.factor, "dropout": dropout, "backend": self.backend}
+
+    def __prepare_scriptable__(self) -> SetAttention:
+        return scripted.prepared(self, SetAttention, scripted.attention_layer)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.heads}, scale={self.scale!r}, dropout={self.dropout}"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu, softplus
 
 from ..ragged import Ragged
+from . import scripted
 from .arguments import check_rows, covered, flag, integer, one_of, positive
 from .attention import SetAttention, equal
 from .projection import add_relu_linear, bare, relu_linear
@@ -153,6 +154,9 @@ class MAB(torch.nn.Module):
             h = h + activate(self.activation, self.lin(h))
         return h if self.layer_norm2 is None else self.layer_norm2(h)
 
+    def __prepare_scriptable__(self) -> MAB:
+        return scripted.prepared(self, MAB, scripted.mab)
+
     def extra_repr(self) -> str:
         return f"residual={self.residual!r}, activation={self.activation!r}"
 
@@ -164,6 +168,9 @@ class SAB(torch.nn.Module):
         super().__init__()
         in_dim = dim if in_dim is None else positive("in_dim", in_dim)
         self.mab = MAB(dim, heads, query_dim=in_dim, key_dim=in_dim, **options)
+
+    def __prepare_scriptable__(self) -> SAB:
+        return scripted.prepared(self, SAB, scripted.sab)
 
     def reset_parameters(self) -> None:
         self.mab.reset_parameters()
@@ -197,6 +204,9 @@ class ISAB(torch.nn.Module):
         self.mab1 = MAB(dim, heads, query_dim=dim, key_dim=in_dim, **options)
         self.mab2 = MAB(dim, heads, query_dim=in_dim, key_dim=dim, **options)
         torch.nn.init.xavier_uniform_(self.ind)
+
+    def __prepare_scriptable__(self) -> ISAB:
+        return scripted.prepared(self, ISAB, scripted.isab)
 
     def reset_parameters(self) -> None:
         torch.nn.init.xavier_uniform_(self.ind)
@@ -235,6 +245,9 @@ class PMA(torch.nn.Module):
         self.mab = MAB(dim, heads, query_dim=dim, key_dim=in_dim, **options)
         self.seed = torch.nn.Parameter(torch.empty(1, seeds, dim))
         torch.nn.init.xavier_uniform_(self.seed)
+
+    def __prepare_scriptable__(self) -> PMA:
+        return scripted.prepared(self, PMA, scripted.pma)
 
     def reset_parameters(self) -> None:
         if self.lin is not None:
@@ -326,6 +339,9 @@ class SetTransformer(torch.nn.Module):
         self.head = None
         if out_features is not None:
             self.head = torch.nn.Linear(hidden, positive("out_features", out_features))
+
+    def __prepare_scriptable__(self) -> SetTransformer:
+        return scripted.prepared(self, SetTransformer, scripted.set_transformer)
 
     def reset_parameters(self) -> None:
         for block in (*self.encoders, self.pma, *self.decoders):

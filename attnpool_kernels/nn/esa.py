@@ -72,7 +72,7 @@ def edge_sets(edge_index: Tensor, ptr: Tensor | Ragged, of: str = "edges") -> tu
     if of == "edges":
         if bool((graphs[0, 1:] < graphs[0, :-1]).any()):
             raise ValueError("edge_index must be sorted by graph, as in a batch of torch_geometric")
-        found = Ragged.from_batch(graphs[0], len(ragged))
+        found = Ragged.from_batch(graphs[0], ragged.molecules)
     else:
         found = ragged.to(device)
     rows, sizes = found.ptr.long(), found.counts().long()

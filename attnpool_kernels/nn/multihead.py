@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -9,6 +11,7 @@ from torch.nn.functional import linear
 from ..dispatch import check_name
 from ..functional import set_attention
 from ..ragged import Ragged
+from . import scripted
 from .arguments import covered
 from .projection import project
 
@@ -41,7 +44,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     attribute, None at first.
     """
 
-    backend: str | None = None
+    backend = cast("str | None", None)  # TorchScript would have to read an annotation
 
     @classmethod
     def from_torch(
@@ -115,6 +118,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self._check(query, key, value, 2 if query.dim() == 2 else 3)
         out = self._padded(query, key, value, key_padding_mask)
         return out, None
+
+    def __prepare_scriptable__(self) -> MultiheadAttention:
+        return scripted.prepared(self, MultiheadAttention, scripted.multihead)
 
     def _fused(self, *given: Tensor) -> bool:
         nested = any(x.is_nested for x in given)

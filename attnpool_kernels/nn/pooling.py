@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ..ragged import Ragged
+from . import scripted
 from .arguments import check_rows, covered, number, one_of, positive, widths_of
 from .blocks import ACTIVATIONS, PMA, activate
 
@@ -283,6 +284,9 @@ class SeedPooling(torch.nn.Module):
         self.channels = positive("channels", channels)
         dim = channels if out_features is None else positive("out_features", out_features)
         self.pma = PMA(dim, seeds, heads, in_dim=channels, **options)
+
+    def __prepare_scriptable__(self) -> SeedPooling:
+        return scripted.prepared(self, SeedPooling, scripted.seed_pooling)
 
     def forward(self, x: Tensor, ptr: Tensor | Ragged) -> Tensor:
         """[B, C_out] from x [N, C] and the boundaries [B + 1]."""

@@ -18,7 +18,7 @@ from torch.nn import Linear, Module
 from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..tracing import PLAIN, autocasting
+from ..tracing import PLAIN, autocasting, recording
 
 
 def bare(layer: Module) -> bool:
@@ -123,7 +123,7 @@ class _Project(torch.autograd.Function):
         dim = weight.shape[0] // 3
         runs = _RUNS[ctx.parts, y is not None]
         sources = [(source, i) for source, first, last in runs for i in range(first, last)]
-        graph = torch.is_grad_enabled()
+        graph = torch.is_grad_enabled() or recording()  # no writing into a tensor of a graph
         inputs: list[Tensor | None] = [None, None]
         products: list[Tensor | None] = [None] * 3
         sums: list[Tensor | None] = [None] * 3

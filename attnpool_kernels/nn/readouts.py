@@ -46,7 +46,7 @@ def _variance(x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
     centre = torch.cat([mean(wide, ragged, batch), wide.new_zeros(1, x.shape[1])])
     distance = wide - centre.index_select(0, batch)
     # the slope of a square would carry what rows of no molecule hold into their gradient
-    distance = distance.masked_fill((batch == len(ragged))[:, None], 0.0)
+    distance = distance.masked_fill((batch == ragged.molecules)[:, None], 0.0)
     return mean(distance.square(), ragged, batch)
 
 
@@ -78,7 +78,7 @@ class Set2Set(torch.nn.Module):
 
 def set2set(x: Tensor, ragged: Ragged, lstm: torch.nn.LSTM, steps: int) -> Tensor:
     """[B, 2C] of the rows x [N, C]; lstm maps 2C to C."""
-    molecules, channels = len(ragged), x.shape[1]
+    molecules, channels = ragged.molecules, x.shape[1]
     state = tuple(x.new_zeros(lstm.num_layers, molecules, channels) for _ in range(2))
     one = torch.arange(molecules + 1, device=x.device, dtype=ragged.ptr.dtype)
     rows, out = x.unsqueeze(1), x.new_zeros(molecules, 2 * channels)

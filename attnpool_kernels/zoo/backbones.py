@@ -200,16 +200,16 @@ class DimeNetPlusPlus(Backbone):
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         source, target = index
         distance = lengths(vectors)
-        *_, idx_kj, idx_ji = triplets(index, len(z))
+        *_, idx_kj, idx_ji = triplets(index, z.shape[0])
         rbf = self.rbf(distance)
         sbf = self.sbf(
             distance / self.cutoff, self._cosine(vectors[idx_kj], vectors[idx_ji]), idx_kj
         )
         x = self.emb(z, rbf, target, source)
-        out = self.output_blocks[0](x, rbf, target, num_nodes=len(z))
+        out = self.output_blocks[0](x, rbf, target, num_nodes=z.shape[0])
         for interaction, output in zip(self.interaction_blocks, self.output_blocks[1:]):
             x = interaction(x, rbf, sbf, idx_kj, idx_ji)
-            out = out + output(x, rbf, target, num_nodes=len(z))
+            out = out + output(x, rbf, target, num_nodes=z.shape[0])
         return out
 
     def _cosine(self, kj: Tensor, ji: Tensor) -> Tensor:

@@ -45,8 +45,10 @@ def edges(pos: Tensor, ptr: Tensor | Ragged, cutoff: float) -> Tensor:
     ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
     ragged = ragged.to(pos.device)
     atoms, pairs = torch.stack([ragged.ptr[-1].long(), ragged.pairs()[-1]]).tolist()
-    if atoms > len(pos):
-        raise ValueError(f"ptr[-1] must be at most the number of atoms, {len(pos)}, got {atoms}")
+    if atoms > pos.shape[0]:
+        raise ValueError(
+            f"ptr[-1] must be at most the number of atoms, {pos.shape[0]}, got {atoms}"
+        )
     pos = pos[:atoms].detach()
     if pos.dtype.itemsize < 4:
         pos = pos.float()
@@ -64,7 +66,7 @@ def _ranges(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The numbers start, start + 1, ... of K ranges [N, K] per row, and the row of each."""
     flat = count.flatten().long()
     which = torch.repeat_interleave(flat)
-    place = torch.arange(len(which), device=flat.device) - (flat.cumsum(0) - flat)[which]
+    place = torch.arange(which.shape[0], device=flat.device) - (flat.cumsum(0) - flat)[which]
     return start.flatten()[which] + place, which // count.shape[1]
 
 

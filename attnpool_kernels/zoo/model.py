@@ -226,14 +226,33 @@ class PooledModel(torch.nn.Module):
 
     def forward(self, molecules: Molecules) -> Tensor:
         """[B, T] in the targets' units."""
-        x, rows = self._rows(molecules)
+        return self._scaled(molecules, self._pooled(*self._rows(molecules)))
+
+    def from_edges(self, z: Tensor, pos: Tensor, index: Tensor, ptr: Tensor | Ragged) -> Tensor:
+        """[B, T] for a program that has the neighbours already: what is exported and compiled.
+
+        Args:
+            z: [N] atomic numbers. pos: [N, 3], Å.
+            index: [2, E] int64, every ordered pair (j, i) of different atoms of one molecule within
+                the cutoff, sorted by i: what ``zoo.graph.edges`` gives. Not checked.
+            ptr: [B + 1] boundaries of the molecules, which must cover the atoms.
+
+        Raises NotImplementedError for a backbone whose rows are not atoms.
+        """
+        if self.backbone.rows != "atoms":
+            raise NotImplementedError(f"backbone {self.backbone.name!r} has rows of edges")
+        ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
+        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
+        vectors = pos.index_select(0, index[0]) - pos.index_select(0, index[1])
+        y = self._pooled(self.backbone.atoms(z, index, vectors.to(dtype)), ragged)
+        return self._scaled(Molecules(z, pos, ragged.ptr), y)
+
+    def _pooled(self, x: Tensor, rows: Ragged) -> Tensor:
         if self.head is None:
-            y = self.pooling(x, rows)
-        elif self.acts_on == "molecule":
-            y = self.head(self.pooling(x, rows))
-        else:
-            y = self.pooling(self.head(x), rows)
-        return self._scaled(molecules, y)
+            return self.pooling(x, rows)
+        if self.acts_on == "molecule":
+            return self.head(self.pooling(x, rows))
+        return self.pooling(self.head(x), rows)
 
     def with_weights(self, molecules: Molecules) -> tuple[Tensor, Tensor]:
         """Predictions [B, T] and weights [N] of the atoms, of the weighted averages.
@@ -266,7 +285,7 @@ class PooledModel(torch.nn.Module):
         each = self.atomref[molecules.z]
         if self.extensive:
             each = each + self.mean
-        constant = each.new_zeros(len(molecules.ragged), self.targets).index_add(
+        constant = each.new_zeros(molecules.ragged.molecules, self.targets).index_add(
             0, molecules.batch, each
         )
         return y * self.std + (constant if self.extensive else constant + self.mean)

@@ -22,7 +22,9 @@ from ..nn.attention import equal
 from ..nn.blocks import PMA, PYG, SAB, SetTransformer, decoded
 from ..nn.pooling import Perceptron
 from ..nn.readouts import set2set
+from ..nn.scripted import prepared
 from ..ragged import Ragged
+from . import scripted
 from .gps import GPSConv as GPSConv  # found here, where the other drop-ins are
 from .graph import edges, lengths
 
@@ -131,6 +133,9 @@ class SetTransformerAggregation(RaggedAggregation):
             out = out.masked_fill((ragged.counts() == 0).to(out.device)[:, None, None], 0.0)
         return out.flatten(1, 2) if self.concat else out.mean(1)
 
+    def __prepare_scriptable__(self) -> SetTransformerAggregation:
+        return prepared(self, RaggedAggregation, scripted.set_transformer_aggregation)
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.channels}, num_seed_points={self.num_seed_points}, "
@@ -182,6 +187,9 @@ class GraphMultisetTransformer(RaggedAggregation):
         rows = decoded(found, self.encoders).flatten(0, 1)
         return self.pma2(rows, equal(rows, self.k)).squeeze(1)
 
+    def __prepare_scriptable__(self) -> GraphMultisetTransformer:
+        return prepared(self, RaggedAggregation, scripted.graph_multiset_transformer)
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.channels}, k={self.k}, heads={self.heads}, "
@@ -227,6 +235,9 @@ class PoolingAggregation(RaggedAggregation):
         """[B, C_out]."""
         out = self.pool(x, ragged)
         return out if self.head is None else self.head(out)
+
+    def __prepare_scriptable__(self) -> PoolingAggregation:
+        return prepared(self, RaggedAggregation, scripted.pooling_aggregation)
 
     def __repr__(self) -> str:
         return torch.nn.Module.__repr__(self)

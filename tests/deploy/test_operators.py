@@ -9,7 +9,7 @@ import torch
 
 import attnpool_kernels
 
-PROGRAM = Path(__file__).with_name("without_python.cpp")
+PROGRAM = Path(__file__).with_name("operators.cpp")
 LIBRARIES = sorted(Path(attnpool_kernels.__file__).parent.glob("_C_cpu*.so"))
 
 
