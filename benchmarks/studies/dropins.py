@@ -30,11 +30,10 @@ from attnpool_kernels.nn import EdgeSetAttention, MultiheadAttention, edge_sets
 from attnpool_kernels.zoo import pyg as ours
 
 from ..measuring import clock, memory
-from ..measuring.provenance import provenance
-from ..measuring.sheet import BenchmarkError, Row, Sheet
+from ..measuring.sheet import Row
 from ..reporting import tables
 from ..workloads.sizes import draw
-from .options import add_shared, exit_code, positive
+from .options import add_cases, add_shared, cases_of, exit_code, started
 
 SAME = 1e-8  # relative difference in float64
 STEPS = ("backward", "force step")
@@ -312,9 +311,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whole = [name for name in CASES if name != "tiny"]
-    p.add_argument("--cases", default=",".join(whole), metavar="LIST", help="default: %(default)s")
-    p.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds a contender")
+    add_cases(p, CASES)
     add_shared(p, "dropins")
     return p
 
@@ -324,16 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    positive(options, "budget", "threads")
-    names = options.cases.split(",")
-    for name in names:
-        if name not in CASES:
-            raise BenchmarkError(f"--cases must be of {', '.join(CASES)}, got {name!r}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    out = Sheet(options.output)
-    chosen = {k: v for k, v in vars(options).items() if isinstance(v, str | int | float)}
-    out.start(provenance("cpu", {"command": "python -m benchmarks.studies.dropins", **chosen}))
+    names = cases_of(options, CASES)
+    out = started(options, "benchmarks.studies.dropins")
     for name in names:
         for what in CASES[name]().steps:
             for row in run(name, what, options.budget):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 from ..measuring import memory
-from ..measuring.sheet import OUT, BenchmarkError
+from ..measuring.provenance import provenance
+from ..measuring.sheet import OUT, BenchmarkError, Sheet
 
 
 def add_shared(parser: argparse.ArgumentParser, name: str) -> None:
@@ -21,6 +24,33 @@ def add_shared(parser: argparse.ArgumentParser, name: str) -> None:
         metavar="CSV",
         help=f"results (default: benchmarks/out/{name}.csv)",
     )
+
+
+def add_cases(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+    """--cases, all but "tiny", and --budget."""
+    whole = ",".join(name for name in known if name != "tiny")
+    parser.add_argument("--cases", default=whole, metavar="LIST", help="default: %(default)s")
+    parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="s a contender")
+
+
+def cases_of(options: argparse.Namespace, known: Iterable[str]) -> list[str]:
+    """The names that --cases holds. Raises BenchmarkError for an unknown one."""
+    positive(options, "budget", "threads")
+    names = options.cases.split(",")
+    for name in names:
+        if name not in known:
+            raise BenchmarkError(f"--cases must be of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def started(options: argparse.Namespace, command: str) -> Sheet:
+    """The sheet of results with its provenance, after --threads has been set."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sheet = Sheet(options.output)
+    chosen = {k: v for k, v in vars(options).items() if isinstance(v, str | int | float)}
+    sheet.start(provenance("cpu", {"command": f"python -m {command}", **chosen}))
+    return sheet
 
 
 def positive(options: argparse.Namespace, *names: str) -> None:

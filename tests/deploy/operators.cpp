@@ -7,6 +7,7 @@
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sum.h>
@@ -162,6 +163,26 @@ int refuses_what_cannot_be() {
   return wrong;
 }
 
+// Here is no autograd for the operator: a result that lost its gradient must not come out.
+int refuses_to_lose_gradients() {
+  const auto attention = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("attnpool::attention", "")
+                             .typed<Attention>();
+  const Tensor leaf = at::randn({5, 2, 8}).requires_grad_(), q = leaf.mul(2);
+  const Tensor ptr = integers({0, 2, 5});
+  const auto call = [&] { attention.call(q, q, q, {}, {}, ptr, ptr, {}, {}, 0.5, 0.0); };
+  {
+    const at::NoGradGuard guard;
+    call();
+  }
+  try {
+    call();
+  } catch (const std::exception& error) {
+    return std::string(error.what()).find("derivative") == std::string::npos;
+  }
+  return std::cout << "a gradient was lost\n", 1;
+}
+
 int main(int, char** argv) {
   if (dlsym(RTLD_DEFAULT, "Py_Initialize")) return std::cout << "Python is here\n", 1;
   if (!dlopen(argv[1], RTLD_NOW)) return std::cout << dlerror() << "\n", 1;
@@ -188,5 +209,5 @@ int main(int, char** argv) {
   }
   if (!at::allclose(out, right, 1e-5, 1e-6)) return std::cout << "wrong out\n", 1;
   if (!at::allclose(lse, right_lse, 1e-5, 1e-6)) return std::cout << "wrong lse\n", 1;
-  return refuses_what_cannot_be();
+  return refuses_what_cannot_be() + refuses_to_lose_gradients();
 }

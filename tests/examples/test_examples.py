@@ -21,6 +21,7 @@ NEEDS = {
     "schnetpack_forces": ["schnetpack"],
     "plain_torch": [],
     "neighbour_sets": [],
+    "compiled_forces": [],
     "allscaip_attention": [],
     "md_forces": ["torch_geometric", "ase"],
     "pet_metatrain": ["metatrain", "ase"],

@@ -124,7 +124,7 @@ _LONG_FLOAT32 = {
 _FEW_HALF = {
     16: ((16, 32, 64, 1, 2), (16, 16, 16, 8, 1, 255), (16, 16, 16, 8, 1, 255)),
     32: ((16, 32, 64, 1, 2), (16, 16, 32, 4, 1, 255), (16, 16, 16, 8, 1, 255)),
-    64: ((16, 32, 64, 2, 2), (16, 32, 64, 8, 1, 255), (16, 16, 32, 8, 1, 255)),
+    64: ((16, 32, 64, 2, 2, 255), (16, 32, 64, 8, 1, 255), (16, 16, 32, 8, 1, 255)),
     128: ((16, 32, 64, 4, 1, 255), (16, 32, 64, 4, 1), (16, 16, 64, 8, 1, 255)),
     256: ((16, 32, 64, 4, 1), (16, 32, 64, 8, 1, 255), (16, 16, 16, 8, 1, 255)),
 }
@@ -175,7 +175,6 @@ _KEY_BIAS_HALF = {
     (16, "double_backward_key"): (32, 16, 64, 4, 1, 255),
     (32, "double_backward_query"): (32, 16, 16, 8, 1, 255),
     (64, "double_backward_query"): (32, 16, 32, 8, 1, 255),
-    (64, "few_seeds_forward"): (16, 32, 64, 2, 2, 255),
     (128, "few_seeds_backward"): (16, 32, 64, 8, 1, 255),
     (128, "few_seeds_double_backward"): (16, 16, 32, 8, 1, 255),
 }
@@ -189,13 +188,33 @@ _KEY_BIAS_FLOAT32 = {
     (128, "double_backward_key"): (32, 16, 8, 8, 1, 255),
     (256, "double_backward_query"): (16, 8, 8, 8, 1, 255),
 }
-_KEY_BIAS_CHIPS = {  # before _CHIPS
+_OPTIONS_CHIPS = {  # before _CHIPS
+    ((12, 0), "bf16", 16, "backward_query"): (32, 16, 64, 4, 1, 255),
+    ((12, 0), "bf16", 32, "backward_query"): (32, 16, 64, 4, 1, 255),
+    ((12, 0), "bf16", 64, "backward_query"): (32, 32, 32, 8, 1, 255),
+    ((12, 0), "fp16", 16, "backward_query"): (32, 16, 64, 4, 1, 255),
+    ((12, 0), "fp16", 32, "backward_query"): (32, 16, 64, 4, 1, 255),
+    ((12, 0), "fp16", 64, "backward_query"): (32, 32, 32, 8, 1, 255),
+}
+_KEY_BIAS_CHIPS = {  # before those
     ((8, 0), "bf16", 256, "few_seeds_double_backward"): None,
     ((8, 0), "fp16", 256, "few_seeds_double_backward"): None,
     ((8, 0), "fp32", 256, "few_seeds_double_backward"): None,
     ((8, 6), "fp32", 16, "few_seeds_double_backward"): (16, 8, 8, 2, 1, 255),
+    ((8, 6), "fp64", 32, "few_seeds_double_backward"): (16, 16, 8, 8, 1, 255),
     ((8, 9), "fp32", 16, "few_seeds_double_backward"): (16, 8, 8, 2, 1, 255),
+    ((8, 9), "fp64", 32, "few_seeds_double_backward"): (16, 16, 8, 8, 1, 255),
+    ((10, 0), "fp32", 32, "few_seeds_double_backward"): (16, 8, 16, 8, 1, 255),
+    ((12, 0), "bf16", 32, "few_seeds_backward"): (16, 16, 16, 4, 1, 255),
+    ((12, 0), "bf16", 64, "few_seeds_backward"): (16, 32, 32, 8, 1, 255),
+    ((12, 0), "fp16", 32, "few_seeds_backward"): (16, 16, 16, 4, 1, 255),
+    ((12, 0), "fp16", 64, "few_seeds_backward"): (16, 32, 32, 8, 1, 255),
+    ((12, 0), "fp32", 16, "double_backward_query"): (32, 16, 8, 8, 1, 255),
     ((12, 0), "fp32", 16, "few_seeds_double_backward"): (16, 8, 8, 4, 1, 255),
+    ((12, 0), "fp32", 32, "double_backward_query"): (16, 16, 8, 8, 1, 255),
+    ((12, 0), "fp32", 32, "few_seeds_double_backward"): (16, 8, 16, 8, 1, 255),
+    ((12, 0), "fp32", 64, "backward_query"): (32, 32, 32, 8, 1, 255),
+    ((12, 0), "fp32", 64, "double_backward_query"): (16, 16, 8, 8, 1, 255),
     ((12, 0), "fp32", 256, "double_backward_query"): (8, 8, 8, 8, 1, 255),
 }
 
@@ -267,6 +286,8 @@ def tile(
         entry = _KEY_BIAS[row].get((width, pass_name), entry)
     place = _known(capability or CAPABILITIES[0]), row, width, pass_name
     entry = _CHIPS.get(place, entry)
+    if options:
+        entry = _OPTIONS_CHIPS.get(place, entry)
     if key_bias:
         entry = _KEY_BIAS_CHIPS.get(place, entry)
     if entry is None:
