@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+DEPLOYED = ("attnpool_kernels-config.cmake", "autograd.cpp")  # for C++ programs
 
 
 @pytest.fixture
@@ -76,6 +78,25 @@ def test_sources_use_no_header_of_a_later_torch():
         assert "STABLE_TORCH_ERROR" not in path.read_text(), path
 
 
+def test_a_source_distribution_holds_what_a_build_needs(source):
+    """It is made where nothing is compiled, and builds elsewhere; see also `make wheel`."""
+    shutil.copy(ROOT / "MANIFEST.in", source)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist"],
+        check=True,
+        cwd=source,
+        env=os.environ | {"ATTNPOOL_BUILD": "python"},
+        capture_output=True,
+    )
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    needed = {str(x.relative_to(source)) for x in (source / "csrc").rglob("*") if x.is_file()}
+    needed |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "attnpool_kernels/py.typed"}
+    needed |= {f"attnpool_kernels/deploy/{name}" for name in DEPLOYED}
+    assert needed <= held, needed - held
+
+
 # Of what may be absent or of another version where the wheel is used.
 LIBRARIES = {"c", "m", "dl", "rt", "pthread", "stdc++", "gcc_s", "torch_cpu", "torch_cuda"}
 INSTALLED = """
@@ -93,6 +114,7 @@ def check_wheel(wheel: Path, folder: Path) -> None:
     zipfile.ZipFile(wheel).extractall(folder)
     package = folder / "attnpool_kernels"
     assert {x.name for x in package.glob("*.so")} == {"_C_cpu.abi3.so", "_C_cuda.abi3.so"}
+    assert set(DEPLOYED) <= {x.name for x in (package / "deploy").iterdir()}
     for library in package.glob("*.so"):
         read = ["readelf", "--wide", "--dynamic", "--dyn-syms", library]
         text = subprocess.run(read, capture_output=True, text=True, check=True).stdout

@@ -7,7 +7,8 @@ autograd, which the compiler takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -44,15 +45,12 @@ class CompiledGradients:
         *inputs: Tensor,
         compiler: Callable[[torch.fx.GraphModule], Callable] | None = None,
     ) -> None:
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.parameters = list(named.values())
-        program = _Loss(loss, model)
-        names = [f"model.{name}" for name in named]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
         def gradients(weights: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
             leaves = [w.detach().requires_grad_() for w in weights]
-            with torch.enable_grad():
-                value = torch.func.functional_call(program, dict(zip(names, leaves)), inputs)
+            with torch.enable_grad(), _in_place_of(self.parameters, leaves, model):
+                value = loss(model, *inputs)
                 found = torch.autograd.grad(value, leaves, materialize_grads=True)
             return (value.detach(), *found)
 
@@ -71,12 +69,26 @@ class CompiledGradients:
         return value
 
 
-class _Loss(torch.nn.Module):
-    """The loss as a module over the model, so that the parameters can be put in from outside."""
+@contextmanager
+def _in_place_of(
+    parameters: list[torch.nn.Parameter], leaves: list[Tensor], model: torch.nn.Module
+) -> Iterator[None]:
+    """The leaves wherever the model holds the parameters.
 
-    def __init__(self, loss: Callable[..., Tensor], model: torch.nn.Module) -> None:
-        super().__init__()
-        self.loss, self.model = loss, model
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.loss(self.model, *inputs)
+    ``torch.func.functional_call`` would leave its tensors behind in a module that a model holds
+    under two names, as PyG's SchNet does.
+    """
+    leaf_of = {id(p): leaf for p, leaf in zip(parameters, leaves)}
+    places = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in leaf_of
+    ]
+    try:
+        for held, name, parameter in places:
+            held[name] = leaf_of[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for held, name, parameter in places:
+            held[name] = parameter

@@ -15,11 +15,14 @@ class Energy(torch.nn.Module):
         super().__init__()
         self.lift = torch.nn.Linear(3, 8)
         self.pool = nn.AttentionPooling(8, 8, 1, heads=2, seeds=2, encoder_blocks=1)
+        self.again = self.lift  # as PyG's SchNet holds its filters
+        self.tied = torch.nn.Linear(3, 8)
+        self.tied.weight = self.lift.weight
         self.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
         self.unused = torch.nn.Parameter(torch.ones(2))
 
     def forward(self, pos, ptr):
-        return self.frozen * self.pool(torch.tanh(self.lift(pos)), ptr)[:, 0]
+        return self.frozen * self.pool(torch.tanh(self.again(pos)) + self.tied(pos), ptr)[:, 0]
 
 
 def loss(model, pos, ptr, wanted):
@@ -47,6 +50,7 @@ def test_the_gradients_are_eagers_for_other_sizes_and_weights():
     model = Energy().double()
     step = CompiledGradients(loss, model, *batch(3, 4), compiler=as_recorded)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())  # nothing left behind
     for sizes in ((3, 4), (5, 2, 6), (4, 4, 4, 9)):
         given = batch(*sizes)
         value = step(*given)
