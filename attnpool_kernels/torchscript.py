@@ -7,7 +7,8 @@ fails to load ("Unknown builtin op"), so no force can lose the part of the atten
 
 ``torch.jit.script`` of a model takes the layers of ``nn`` that have an equal in TorchScript (see
 ``nn.scripted``) by themselves. CPU tensors are served by the C++ kernels, CUDA tensors by the CUDA
-kernels; there is no other backend.
+kernels; there is no other backend. Autocast acts on the layers around them and casts none of their
+own operands.
 """
 
 from __future__ import annotations
@@ -64,23 +65,33 @@ def attend(
     dropout: float,
 ) -> Tensor:
     """Both of them: q_ptr is None for seeds. Boundaries are contiguous and where the rows are."""
-    if k.dim() != 3:
-        raise ValueError(f"k must have shape [N, H, D], got {k.shape}")
-    heads = k.size(1)
+    if q.dim() != 3 or k.dim() != 3 or k.size(2) == 0:
+        raise ValueError(f"q and k must have shape [N, H, D], got {q.shape} and {k.shape}")
+    rows, heads = k.size(0), k.size(1)
     pair_ptr: Tensor | None = None
     if bias is not None:
         sizes = k_ptr.to(torch.int64).diff()
         queries = sizes * 0 + q.size(0) if q_ptr is None else q_ptr.to(torch.int64).diff()
         ends = (queries * sizes).cumsum(0)
         pair_ptr = torch.cat([torch.zeros_like(k_ptr[:1], dtype=torch.int64), ends])
+        if bias.dim() != 2 or (bias.size(1) != 1 and bias.size(1) != heads):
+            raise ValueError(f"bias must have shape [P, {heads}] or [P, 1], got {bias.shape}")
+        if not bias.is_cuda and bias.size(0) != int(pair_ptr[-1]):
+            raise ValueError(f"bias must have P = {int(pair_ptr[-1])} rows, got {bias.size(0)}")
         bias = bias.expand(-1, heads)
     if key_bias is not None:
         added = key_bias[:, None] if key_bias.dim() == 1 else key_bias
+        if added.dim() != 2 or added.size(0) != rows or (added.size(1) not in [1, heads]):
+            raise ValueError(
+                f"key_bias must have shape [{rows}] or [{rows}, {heads}], got {key_bias.shape}"
+            )
         key_bias = added.expand(-1, heads)
     seed: Tensor | None = None
     if dropout > 0.0:
         seed = torch.randint(0, 9223372036854775807, [1], dtype=torch.int64, device=k.device)
     factor = float(k.size(2)) ** -0.5 if scale is None else float(scale)
+    if not abs(factor) <= 3.4e38:
+        raise ValueError(f"scale must be finite and fit into float32, got {factor}")
     return torch.ops.attnpool_autograd.attention(
         q, k, v, bias, key_bias, q_ptr, k_ptr, pair_ptr, seed, factor, dropout
     )[0]

@@ -7,7 +7,9 @@
     python -m attnpool_kernels.deploy autograd FILE.so     builds the library for TorchScript models
 
 - A package of AOTInductor, or an exported program, calls ``attnpool::attention`` and its
-  derivatives: the libraries of ``libraries()``. They serve every torch from 2.10 on.
+  derivatives: the libraries of ``libraries()``. They serve every torch from 2.10 on. Outside of
+  Python these operators themselves have no autograd: called on an inner node of a graph they raise;
+  a leaf that requires grad they cannot tell from a constant.
 - A TorchScript model calls ``attnpool_autograd::attention``, which has derivatives to second order
   in C++. torch's stable interface has no autograd, so that library is made for one version of
   torch, from ``autograd.cpp`` in this folder.

@@ -27,15 +27,21 @@ class CompiledGradients:
 
     The loss may call ``torch.autograd.grad(..., create_graph=True)`` for forces. A call puts the
     gradients into ``.grad`` of the parameters (in place of what was there) and returns the detached
-    value. Batches of other sizes need no second compilation, but no size may be 0 or 1 in the
-    first batch, and Python that depends on contents (a neighbour list, a check) goes outside.
+    value. Batches of other sizes need no second compilation. Python that depends on contents (a
+    neighbour list, a check) goes outside, and hooks of parameters are refused.
 
     Args:
         loss: (model, *inputs) → a number; called while it is recorded.
-        model: its parameters are read at every call; its buffers are constants of the graph.
-        inputs: tensors of one batch.
+        model: its parameters are read at every call and must stay the same objects; its buffers are
+            constants of the graph, unless it writes into them.
+        inputs: tensors of one batch, in which no size may be 0 or 1, nor the number of molecules,
+            for torch tells these apart: add an empty molecule. Sizes that differ from batch to
+            batch must differ in this one.
         compiler: of the recorded graph; default ``torch.compile(graph, dynamic=True)``. The
             identity runs the recorded operators as they are.
+
+    Raises ValueError: inputs that cannot be recorded; sizes, when called, that the graph does not
+    serve. RuntimeError: the model has other parameters. NotImplementedError: a parameter's hook.
     """
 
     def __init__(
@@ -45,7 +51,8 @@ class CompiledGradients:
         *inputs: Tensor,
         compiler: Callable[[torch.fx.GraphModule], Callable] | None = None,
     ) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.model = model
+        self.parameters = self._trained()
 
         def gradients(weights: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
             leaves = [w.detach().requires_grad_() for w in weights]
@@ -54,19 +61,98 @@ class CompiledGradients:
                 found = torch.autograd.grad(value, leaves, materialize_grads=True)
             return (value.detach(), *found)
 
+        self._check_parameters()
+        for i, x in enumerate(inputs):
+            boundaries = x.dim() == 1 and not x.is_floating_point() and x.shape[0] == 2
+            if min(x.shape, default=2) < 2 or boundaries:
+                raise ValueError(
+                    f"inputs must have no size of 0 or 1 and no boundaries of a single molecule to "
+                    f"be recorded, got {tuple(x.shape)} in place {i}: add an empty molecule"
+                )
         record = make_fx(gradients, tracing_mode="symbolic", _allow_non_fake_inputs=True)
-        graph = record(self._weights(), *inputs)
-        self._run = torch.compile(graph, dynamic=True) if compiler is None else compiler(graph)
+        inputs = tuple(x.contiguous() for x in inputs)
+        with _unchanged(model):
+            self.graph = record(self._weights(), *inputs)
+        self._served: set[tuple] = set()
+        self._run = (
+            torch.compile(self.graph, dynamic=True) if compiler is None else compiler(self.graph)
+        )
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _weights(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters]
 
+    def _check_parameters(self) -> None:
+        now = self._trained()
+        if len(now) != len(self.parameters) or any(
+            a is not b for a, b in zip(now, self.parameters)
+        ):
+            raise RuntimeError(
+                "model has other parameters than when it was recorded (frozen, added, or put in by "
+                "load_state_dict(assign=True)): record it again"
+            )
+        for parameter in now:
+            after = getattr(parameter, "_post_accumulate_grad_hooks", None)
+            if parameter._backward_hooks or after:
+                raise NotImplementedError("a parameter has a hook, which the graph would leave out")
+
+    def _check_sizes(self, inputs: tuple[Tensor, ...]) -> None:
+        """Whether what was assumed while the graph was recorded holds for these sizes, too."""
+        sizes = tuple((x.dtype, x.shape) for x in inputs)
+        if sizes in self._served:
+            return
+        places = [x.meta["val"] for x in self.graph.graph.nodes if x.op == "placeholder"]
+        given = [*self._weights(), *inputs]
+        wrong = [
+            i
+            for i, (x, place) in enumerate(zip(given, places, strict=True))
+            if x.dtype != place.dtype or x.dim() != place.dim()
+        ]
+        env = self.graph.shape_env
+        assert env is not None
+        if wrong or not env.evaluate_guards_for_args(places, given, ignore_static=False):
+            shapes = ", ".join(str(tuple(shape)) for _, shape in sizes)
+            raise ValueError(
+                f"inputs of shapes {shapes} are not served by what was recorded, whose dtypes were "
+                "others, or which had equal sizes by chance: record another batch"
+            )
+        self._served.add(sizes)
+
     def __call__(self, *inputs: Tensor) -> Tensor:
+        self._check_parameters()
+        inputs = tuple(x.contiguous() for x in inputs)
+        self._check_sizes(inputs)
         with torch.no_grad():
             value, *found = self._run(self._weights(), *inputs)
+        held = {x.untyped_storage().data_ptr() for x in (value, *inputs)}
         for parameter, gradient in zip(self.parameters, found):
+            # As autograd does it: a tensor of its own, laid out as the parameter.
+            place = gradient.untyped_storage().data_ptr()
+            if place in held or gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            held.add(place)
             parameter.grad = gradient
         return value
+
+
+@contextmanager
+def _unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Recording runs the model: its buffers and the tensors in its attributes stay as they are."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    attributes = [
+        (module, {k: v for k, v in module.__dict__.items() if isinstance(v, Tensor)})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, held in attributes:
+            module.__dict__.update(held)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..functional import set_attention
 from ..ragged import Ragged
 
 WORD = (
-    "the scripted model attends by PET's own code, for packed rows are not written for TorchScript: "
+    "the scripted model attends by PET's own code, since TorchScript cannot compile packed rows: "
     "the same weights and numbers at PET's own speed. The file does not need attnpool_kernels, "
     "although metatomic lists every library that is loaded while it saves."
 )

@@ -95,14 +95,17 @@ def refuse_trace() -> None:
 
 
 def covered(x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Ragged]:
-    """The rows that belong to a molecule, where the boundaries can be read without waiting.
+    """The rows that belong to a molecule; zeros for the others where reading ptr would wait.
 
     Whatever the rows of no molecule hold, layers before the operator would carry it into the
     gradients of their weights: 0 · NaN is NaN.
     """
     ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
     last, rows = ragged.last, x.shape[0]  # last is None where it is not known
-    if last is None or last == rows:
+    if last is None:
+        outside = torch.arange(rows, device=x.device) >= ragged.ptr[-1].to(x.device)
+        return x.masked_fill(outside[:, None], 0.0), ragged
+    if last == rows:
         return x, ragged
     if last > rows:
         raise ValueError(f"ptr[-1] must be at most the number of rows, {rows}, got {last}")

@@ -123,6 +123,8 @@ class SetAttention(torch.nn.Module):
         check_rows("x", x, self.query_dim, self.in_proj_bias)
         if y is not None:
             check_rows("y", y, self.key_dim, self.in_proj_bias)
+        if residual not in (None, "query", "input"):
+            raise ValueError(f"residual must be 'query', 'input' or None, got {residual!r}")
         queries = residual == "query"
         added: dict[str, Any] = {"bias": bias, "key_bias": key_bias}
         q: Tensor | None

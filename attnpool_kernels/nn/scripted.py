@@ -26,13 +26,25 @@ Layer = TypeVar("Layer", bound=torch.nn.Module)
 def prepared(layer: Layer, known: type[torch.nn.Module], forward: Callable[..., object]) -> Layer:
     """The layer with ``forward`` of this file in its place.
 
-    Or as it is, where a subclass of ``known`` computes something else: that is for TorchScript to
-    compile.
+    Or as it is, where it is no plain ``known``: a subclass that overrides a method, or another
+    ``forward`` on the instance. Those are for TorchScript to compile, or to refuse.
     """
-    if type(layer).forward is known.forward:
+    here = layer.__dict__.get("forward")  # a pickled layer that was scripted has its class's
+    own = type(layer).forward if here is None else getattr(here, "__func__", here)
+    if _plain(type(layer), known) and own in (forward, type(layer).forward):
         forward.__name__ = "forward"  # under which a pickled layer finds its class's own
         layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
     return layer
+
+
+_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "weights"}
+
+
+def _plain(kind: type, known: type) -> bool:
+    """Whether a class computes what ``known`` does: it overrides nothing that ``known`` has."""
+    between = kind.__mro__[: kind.__mro__.index(known)]
+    changed = {name for made in between for name, value in vars(made).items() if callable(value)}
+    return not any(hasattr(known, name) for name in changed - _HARMLESS)
 
 
 def attention_layer(
@@ -50,6 +62,8 @@ def attention_layer(
             self, x, ptr, y, y_ptr, bias=bias, key_bias=key_bias, residual=residual
         )
     rows = x if y is None else y
+    if x.dim() != 2 or rows.dim() != 2:
+        raise ValueError(f"x and y must have shape [N, C], got {x.shape} and {rows.shape}")
     if hasattr(self, "in_proj_weight"):
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
     else:
@@ -141,8 +155,11 @@ def pma(
 
 
 def covered(x: Tensor, ptr: Tensor) -> Tensor:
-    """The rows that belong to a molecule, where the boundaries can be read without waiting."""
-    return x if ptr.is_cuda else x[: int(ptr[-1])]
+    """The rows that belong to a molecule; zeros for the others where reading ptr would wait."""
+    if not ptr.is_cuda:
+        return x[: int(ptr[-1])]
+    outside = torch.arange(x.size(0), device=x.device) >= ptr[-1].to(x.device)
+    return x.masked_fill(outside[:, None], 0.0)
 
 
 def set_transformer(self, x: Tensor, ptr: Tensor) -> Tensor:
@@ -251,6 +268,8 @@ def multihead(
         count = query.size(0)
         query = covered(query, ptr)
         keys = ptr if key_ptr is None else key_ptr
+        if value.size(0) != key.size(0):
+            raise ValueError(f"value must have the rows of key, {key.size(0)}, got {value.size(0)}")
         key, value = covered(key, keys), covered(value, keys)
         if key_bias is not None:
             key_bias = key_bias[: key.size(0)]
@@ -261,6 +280,8 @@ def multihead(
         out = set_attention(q, k, v, ptr, key_ptr, None, key_bias, None, dropout)
         out = self.out_proj(out.flatten(1))
         return torch.nn.functional.pad(out, [0, 0, 0, count - out.size(0)]), weights
+    if key_ptr is not None or key_bias is not None:
+        raise TypeError("ptr must be given with key_ptr or key_bias, got None")
     if query.dim() == 2:
         turned = [query[:, None], key[:, None], value[:, None]]
         if key_padding_mask is not None:
@@ -298,6 +319,10 @@ def multihead(
     else:
         bias = padding_bias(key_padding_mask, turned[1])
         size, batch = turned[0].size(0), turned[0].size(1)
+        if key.dim() != query.dim() or turned[1].size(1) != batch:
+            raise ValueError(f"key must have the batch size of query, {batch}, got {key.shape}")
+        if list(turned[2].shape[:2]) != list(turned[1].shape[:2]):
+            raise ValueError(f"value must have the rows of key, got {value.shape}")
         rows = [x.transpose(0, 1).flatten(0, 1) for x in turned]
         q, k, v = projected_heads(
             rows, self.in_proj_weight, separate, self.in_proj_bias, self.num_heads

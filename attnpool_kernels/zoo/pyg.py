@@ -134,7 +134,7 @@ class SetTransformerAggregation(RaggedAggregation):
         return out.flatten(1, 2) if self.concat else out.mean(1)
 
     def __prepare_scriptable__(self) -> SetTransformerAggregation:
-        return prepared(self, RaggedAggregation, scripted.set_transformer_aggregation)
+        return prepared(self, SetTransformerAggregation, scripted.set_transformer_aggregation)
 
     def __repr__(self) -> str:
         return (
@@ -188,7 +188,7 @@ class GraphMultisetTransformer(RaggedAggregation):
         return self.pma2(rows, equal(rows, self.k)).squeeze(1)
 
     def __prepare_scriptable__(self) -> GraphMultisetTransformer:
-        return prepared(self, RaggedAggregation, scripted.graph_multiset_transformer)
+        return prepared(self, GraphMultisetTransformer, scripted.graph_multiset_transformer)
 
     def __repr__(self) -> str:
         return (
@@ -237,7 +237,7 @@ class PoolingAggregation(RaggedAggregation):
         return out if self.head is None else self.head(out)
 
     def __prepare_scriptable__(self) -> PoolingAggregation:
-        return prepared(self, RaggedAggregation, scripted.pooling_aggregation)
+        return prepared(self, PoolingAggregation, scripted.pooling_aggregation)
 
     def __repr__(self) -> str:
         return torch.nn.Module.__repr__(self)

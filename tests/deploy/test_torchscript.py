@@ -58,9 +58,13 @@ def test_dropout_draws_what_the_eager_one_draws():
     assert torch.equal(found, attnpool_kernels.set_attention(q, q, q, PTR, dropout=0.5))
 
 
-@pytest.mark.parametrize("wrong", ["rows", "boundaries", "dtype", "key_bias", "heads"])
+@pytest.mark.parametrize(
+    "wrong", ["rows", "boundaries", "dtype", "key_bias", "no dimension", "bias", "scale", "heads"]
+)
 def test_what_cannot_be_raises(wrong):
     q, k, ptr, key_bias = random(ROWS, 2, 4), random(ROWS, 2, 4), PTR, None
+    bias = random(PAIRS + (wrong == "bias"), 1)
+    scale = float("nan") if wrong == "scale" else 0.5
     if wrong == "rows":
         k = k[:5]
     elif wrong == "boundaries":
@@ -69,10 +73,12 @@ def test_what_cannot_be_raises(wrong):
         k = k.float()
     elif wrong == "key_bias":
         key_bias = random(ROWS - 1)
-    else:
+    elif wrong == "no dimension":
+        key_bias = torch.zeros((), dtype=torch.float64)
+    elif wrong == "heads":
         k = k[:, :1]
     with pytest.raises(WRONG):
-        torch.jit.script(torchscript.set_attention)(q, k, k, ptr, key_bias=key_bias)
+        torch.jit.script(torchscript.set_attention)(q, k, k, ptr, None, bias, key_bias, scale)
 
 
 def aggregation(name, *arguments, **options):
@@ -147,11 +153,60 @@ def test_multihead_attention_as_torch_has_it(first, weights):
         script(rows, rows, rows, mask, ptr=PTR)
 
 
+def test_multihead_attention_refuses_what_the_eager_one_refuses():
+    script, x = (
+        torch.jit.script(nn.MultiheadAttention(8, 2, batch_first=True)),
+        torch.randn(4, 5, 8),
+    )
+    with pytest.raises(WRONG, match="ptr must be given"):
+        script(x, x, x, need_weights=False, key_bias=torch.randn(20))
+    with pytest.raises(WRONG, match="ptr must be given"):
+        script(x, x, x, need_weights=False, key_ptr=PTR)
+    with pytest.raises(WRONG, match="batch size of query"):
+        script(x[:2], x, x, need_weights=False)
+    with pytest.raises(WRONG, match="rows of key"):
+        script(rows := torch.randn(ROWS, 8), rows, rows[:10], ptr=PTR)
+
+
 def test_inside_of_torchs_encoder_layer():
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     nn.MultiheadAttention.from_torch(layer.self_attn)
     x = torch.randn(4, 5, 8)
     torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
+class Twice(nn.PMA):
+    def _rows(self, x):
+        return 2 * super()._rows(x)
+
+
+def half_of(layer):
+    own = layer.forward
+    layer.forward = lambda *given: 0.5 * own(*given)
+    return layer
+
+
+def halved_aggregation():
+    zoo = pytest.importorskip("attnpool_kernels.zoo.pyg", exc_type=ImportError)
+
+    class Halved(zoo.SetTransformerAggregation):
+        def pooled(self, x, ragged):
+            return 0.5 * super().pooled(x, ragged)
+
+    return Halved(8, 2, heads=2)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Twice(8), lambda: half_of(nn.SeedPooling(8, 6)), halved_aggregation]
+)
+def test_what_computes_something_else_is_not_replaced(make):
+    """TorchScript refuses it; and what it does in Python stays."""
+    layer = make().double()
+    given = (random(9, 8), PTR) if not hasattr(layer, "encoders") else (random(9, 8), None, PTR)
+    before = layer(*given)
+    with pytest.raises(Exception):  # noqa: B017  torch's own, of several kinds
+        torch.jit.script(layer)
+    assert torch.equal(layer(*given), before)
 
 
 class Doubled(nn.SetAttention):
