@@ -2,30 +2,9 @@
 // a function (Pass, const Call&), which fills them.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
-#include <initializer_list>
-
 #include "bridge.h"
 
 namespace attnpool {
-
-// A kernel is reached with grad mode on only where no input requires grad, or where nobody
-// registered a derivative: then the result would come without its gradient, and a force without its
-// part of the attention. The stable ABI does not tell whether a tensor requires grad, but an inner
-// node of a graph is no leaf.
-inline void refuse_to_lose_gradients(std::initializer_list<OptionalTensor> inputs) {
-  if (!aoti_torch_grad_mode_is_enabled()) return;
-  for (const OptionalTensor& x : inputs) {
-    if (!x) continue;
-    StableIValue stack[] = {torch::stable::detail::from(*x)};
-    TORCH_ERROR_CODE_CHECK(aoti_torch_call_dispatcher("aten::is_leaf", "", stack));
-    STD_TORCH_CHECK(torch::stable::detail::to<bool>(stack[0]),
-                    "attnpool: an input requires grad, but nothing here has registered the "
-                    "derivative of the operator: in Python import attnpool_kernels, in C++ call "
-                    "attnpool_autograd::attention (python -m attnpool_kernels.deploy --help)");
-  }
-}
 
 template <auto RUN>
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
