@@ -15,7 +15,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-DEPLOYED = ("attnpool_kernels-config.cmake", "autograd.cpp")  # for C++ programs
+DEPLOYED = (  # for C++ programs
+    "attnpool_kernels-config.cmake",
+    "autograd.cpp",
+    "include/attnpool_kernels/attention.h",
+)
 
 
 @pytest.fixture
@@ -114,7 +118,7 @@ def check_wheel(wheel: Path, folder: Path) -> None:
     zipfile.ZipFile(wheel).extractall(folder)
     package = folder / "attnpool_kernels"
     assert {x.name for x in package.glob("*.so")} == {"_C_cpu.abi3.so", "_C_cuda.abi3.so"}
-    assert set(DEPLOYED) <= {x.name for x in (package / "deploy").iterdir()}
+    assert all((package / "deploy" / name).exists() for name in DEPLOYED)
     for library in package.glob("*.so"):
         read = ["readelf", "--wide", "--dynamic", "--dyn-syms", library]
         text = subprocess.run(read, capture_output=True, text=True, check=True).stdout

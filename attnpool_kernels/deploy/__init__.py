@@ -14,8 +14,9 @@
   in C++. torch's stable interface has no autograd, so that library is made for one version of
   torch, from ``autograd.cpp`` in this folder.
 
-In Python ``import attnpool_kernels`` is enough for all three. A C++ example with CMake is
-``examples/deploy``.
+In Python ``import attnpool_kernels`` is enough for all three. C++ code of one's own calls
+``attnpool_kernels::attention`` of ``include/attnpool_kernels/attention.h``. A C++ example with CMake
+is ``examples/deploy``.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def build_autograd(target: str | os.PathLike[str]) -> Path:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *("-isystem", str(home / "include")),
         *("-isystem", str(home / "include/torch/csrc/api/include")),
+        *("-I", str(FOLDER / "include")),
         str(FOLDER / "autograd.cpp"),
         *("-o", str(target), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"),
     ]

@@ -25,6 +25,7 @@ endif()
 if(NOT TARGET attnpool_kernels::kernels)
   # As one option each, for CMake would take a name without "lib" for one to be searched.
   add_library(attnpool_kernels::kernels INTERFACE IMPORTED)
+  target_include_directories(attnpool_kernels::kernels INTERFACE "${CMAKE_CURRENT_LIST_DIR}/include")
   foreach(_attnpool_library ${_attnpool_libraries})
     target_link_libraries(attnpool_kernels::kernels INTERFACE
       "-Wl,--push-state,--no-as-needed,${_attnpool_library},--pop-state")
@@ -35,6 +36,7 @@ if(NOT TARGET attnpool_kernels::kernels)
     "${CMAKE_CURRENT_LIST_DIR}/autograd.cpp")
   set_target_properties(attnpool_kernels_autograd PROPERTIES
     CXX_STANDARD 20 CXX_STANDARD_REQUIRED ON POSITION_INDEPENDENT_CODE ON)
+  target_include_directories(attnpool_kernels_autograd PRIVATE "${CMAKE_CURRENT_LIST_DIR}/include")
   target_link_libraries(attnpool_kernels_autograd PRIVATE ${TORCH_LIBRARIES})
   add_library(attnpool_kernels::autograd INTERFACE IMPORTED)
   target_link_libraries(attnpool_kernels::autograd INTERFACE

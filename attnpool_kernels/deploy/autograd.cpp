@@ -5,12 +5,9 @@
 // torch's stable ABI offers no autograd, so this one file is built against the torch that loads it:
 // by CMake (attnpool_kernels-config.cmake) or by attnpool_kernels.deploy.build_autograd.
 // Load it before or after the libraries of the kernels.
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <attnpool_kernels/attention.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
-
-#include <optional>
-#include <tuple>
 
 namespace {
 
@@ -18,31 +15,15 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-
-using Forward = std::tuple<Tensor, Tensor>(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
-    const OptionalTensor& key_bias, const OptionalTensor& q_ptr, const Tensor& k_ptr,
-    const OptionalTensor& pair_ptr, const OptionalTensor& seed, double scale, double dropout);
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
-    const OptionalTensor& key_bias, const OptionalTensor& q_ptr, const Tensor& k_ptr,
-    const OptionalTensor& pair_ptr, const OptionalTensor& seed, const Tensor& out,
-    const Tensor& lse, const Tensor& dout, const OptionalTensor& dlse, double scale,
-    double dropout, bool need_dbias);
-using DoubleBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
-    const OptionalTensor& key_bias, const OptionalTensor& q_ptr, const Tensor& k_ptr,
-    const OptionalTensor& pair_ptr, const OptionalTensor& seed, const Tensor& out,
-    const Tensor& lse, const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& ddq,
-    const OptionalTensor& ddk, const OptionalTensor& ddv, const OptionalTensor& ddbias,
-    const OptionalTensor& ddkey_bias, double scale, double dropout);
+using attnpool_kernels::Attention;
+using attnpool_kernels::AttentionBackward;
+using attnpool_kernels::AttentionDoubleBackward;
+using attnpool_kernels::OptionalTensor;
 
 template <typename Signature, typename... Arguments>
 auto call(const char* name, Arguments&&... arguments) {
   // Not a static of the function: kernels may be loaded after this library.
-  const auto operation =
-      c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  const auto operation = attnpool_kernels::find<Signature>(name);
   at::AutoDispatchBelowAutograd guard;
   return operation.call(std::forward<Arguments>(arguments)...);
 }
@@ -63,7 +44,7 @@ struct Third : Function<Third> {
       const OptionalTensor& ddq, const OptionalTensor& ddk, const OptionalTensor& ddv,
       const OptionalTensor& ddbias, const OptionalTensor& ddkey_bias, double scale,
       double dropout) {
-    const auto [gq, gk, gv, gbias, gkey_bias, gdout, gdlse] = call<DoubleBackward>(
+    const auto [gq, gk, gv, gbias, gkey_bias, gdout, gdlse] = call<AttentionDoubleBackward>(
         "attnpool::attention_double_backward", q, k, v, bias, key_bias, q_ptr, k_ptr, pair_ptr,
         seed, out, lse, dout, dlse, ddq, ddk, ddv, ddbias, ddkey_bias, scale, dropout);
     return {gq, gk, gv, gbias, gkey_bias, gdout, gdlse};
@@ -80,7 +61,7 @@ struct Second : Function<Second> {
       const Tensor& k_ptr, const OptionalTensor& pair_ptr, const OptionalTensor& seed,
       const Tensor& out, const Tensor& lse, const Tensor& dout, const OptionalTensor& dlse,
       double scale, double dropout, bool need_dbias) {
-    const auto [dq, dk, dv, dbias, dkey_bias] = call<Backward>(
+    const auto [dq, dk, dv, dbias, dkey_bias] = call<AttentionBackward>(
         "attnpool::attention_backward", q, k, v, bias, key_bias, q_ptr, k_ptr, pair_ptr, seed, out,
         lse, dout, dlse, scale, dropout, need_dbias);
     ctx->save_for_backward({q, k, v, or_undefined(bias), or_undefined(key_bias),
@@ -120,7 +101,7 @@ struct First : Function<First> {
       const OptionalTensor& bias, const OptionalTensor& key_bias, const OptionalTensor& q_ptr,
       const Tensor& k_ptr, const OptionalTensor& pair_ptr, const OptionalTensor& seed,
       double scale, double dropout) {
-    const auto [out, lse] = call<Forward>("attnpool::attention", q, k, v, bias, key_bias, q_ptr,
+    const auto [out, lse] = call<Attention>("attnpool::attention", q, k, v, bias, key_bias, q_ptr,
                                           k_ptr, pair_ptr, seed, scale, dropout);
     ctx->save_for_backward({q, k, v, or_undefined(bias), or_undefined(key_bias),
                             or_undefined(q_ptr), k_ptr, or_undefined(pair_ptr), or_undefined(seed),

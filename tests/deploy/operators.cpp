@@ -1,8 +1,6 @@
 // A program without Python: loads the CPU library (argv[1]), finds its operators in torch's
 // dispatcher, compares attnpool::attention with torch's own softmax, and calls all three with what
 // cannot be, which must throw. Prints what is wrong.
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/full.h>
@@ -11,6 +9,7 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sum.h>
+#include <attnpool_kernels/attention.h>
 #include <dlfcn.h>
 
 #include <cmath>
@@ -18,26 +17,9 @@
 #include <iostream>
 #include <vector>
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Attention = std::tuple<Tensor, Tensor>(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
-    const OptionalTensor& key_bias, const OptionalTensor& q_ptr, const Tensor& k_ptr,
-    const OptionalTensor& pair_ptr, const OptionalTensor& seed, double scale, double dropout);
-
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
-    const OptionalTensor& key_bias, const OptionalTensor& q_ptr, const Tensor& k_ptr,
-    const OptionalTensor& pair_ptr, const OptionalTensor& seed, const Tensor& out,
-    const Tensor& lse, const Tensor& dout, const OptionalTensor& dlse, double scale,
-    double dropout, bool need_dbias);
-using DoubleBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& bias,
-    const OptionalTensor& key_bias, const OptionalTensor& q_ptr, const Tensor& k_ptr,
-    const OptionalTensor& pair_ptr, const OptionalTensor& seed, const Tensor& out,
-    const Tensor& lse, const Tensor& dout, const OptionalTensor& dlse, const OptionalTensor& ddq,
-    const OptionalTensor& ddk, const OptionalTensor& ddv, const OptionalTensor& ddbias,
-    const OptionalTensor& ddkey_bias, double scale, double dropout);
+using namespace attnpool_kernels;
+using Backward = AttentionBackward;
+using DoubleBackward = AttentionDoubleBackward;
 
 // The arguments of all three passes, right ones; a test spoils one.
 struct Arguments {
@@ -55,11 +37,9 @@ Tensor integers(std::vector<int64_t> x, at::ScalarType type = at::kLong) {
 }
 
 int refuses_what_cannot_be() {
-  auto& d = c10::Dispatcher::singleton();
-  const auto first = d.findSchemaOrThrow("attnpool::attention", "").typed<Attention>();
-  const auto second = d.findSchemaOrThrow("attnpool::attention_backward", "").typed<Backward>();
-  const auto third =
-      d.findSchemaOrThrow("attnpool::attention_double_backward", "").typed<DoubleBackward>();
+  const auto first = find<Attention>("attnpool::attention");
+  const auto second = find<Backward>("attnpool::attention_backward");
+  const auto third = find<DoubleBackward>("attnpool::attention_double_backward");
   const auto run = [&](Arguments& a, int pass) {
     if (pass == 1)
       first.call(a.q, a.k, a.v, a.bias, a.key_bias, a.q_ptr, a.k_ptr, a.pair_ptr, a.seed, a.scale,
@@ -165,12 +145,9 @@ int refuses_what_cannot_be() {
 
 // Here is no autograd for the operator: a result that lost its gradient must not come out.
 int refuses_to_lose_gradients() {
-  const auto attention = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("attnpool::attention", "")
-                             .typed<Attention>();
   const Tensor leaf = at::randn({5, 2, 8}).requires_grad_(), q = leaf.mul(2);
   const Tensor ptr = integers({0, 2, 5});
-  const auto call = [&] { attention.call(q, q, q, {}, {}, ptr, ptr, {}, {}, 0.5, 0.0); };
+  const auto call = [&] { attention(q, q, q, ptr, ptr); };
   {
     const at::NoGradGuard guard;
     call();
@@ -189,8 +166,6 @@ int main(int, char** argv) {
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const char* name : {"attnpool::attention_backward", "attnpool::attention_double_backward"})
     if (!dispatcher.findSchema({name, ""})) return std::cout << "no " << name << "\n", 1;
-  const auto attention =
-      dispatcher.findSchemaOrThrow("attnpool::attention", "").typed<Attention>();
 
   const int64_t edges[] = {0, 3, 3, 20}, rows = 22;  // the last two belong to no molecule
   const double scale = 0.3;
@@ -198,7 +173,7 @@ int main(int, char** argv) {
   std::copy(edges, edges + 4, ptr.data_ptr<int64_t>());
   const Tensor q = at::randn({rows, 2, 8}), k = at::randn({rows, 2, 8});
   const Tensor v = at::randn({rows, 2, 5});
-  const auto [out, lse] = attention.call(q, k, v, {}, {}, ptr, ptr, {}, {}, scale, 0.0);
+  const auto [out, lse] = attention(q, k, v, ptr, ptr, {.scale = scale});
 
   Tensor right = at::full({rows, 2, 5}, 0.0), right_lse = at::full({rows, 2}, -INFINITY);
   for (int b = 0; b < 3; ++b) {

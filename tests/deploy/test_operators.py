@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import attnpool_kernels
+from attnpool_kernels import deploy
 
 PROGRAM = Path(__file__).with_name("operators.cpp")
 LIBRARIES = sorted(Path(attnpool_kernels.__file__).parent.glob("_C_cpu*.so"))
@@ -23,6 +24,8 @@ def test_a_program_without_python_calls_the_operator(tmp_path):
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         "-isystem",
         home / "include",
+        "-I",
+        deploy.FOLDER / "include",
         PROGRAM,
         "-o",
         tmp_path / "program",
