@@ -14,9 +14,9 @@
   in C++. torch's stable interface has no autograd, so that library is made for one version of
   torch, from ``autograd.cpp`` in this folder.
 
-In Python ``import attnpool_kernels`` is enough for all three. C++ code of one's own calls
-``attnpool_kernels::attention`` of ``include/attnpool_kernels/attention.h``. A C++ example with CMake
-is ``examples/deploy``.
+In Python ``import attnpool_kernels`` is enough for all three. Own C++ code calls
+``attnpool_kernels::attention`` of ``include/attnpool_kernels/attention.h``; an example with CMake is
+``examples/deploy``.
 """
 
 from __future__ import annotations
