@@ -15,8 +15,8 @@
   torch, from ``autograd.cpp`` in this folder.
 
 In Python ``import attnpool_kernels`` is enough for all three. Own C++ code calls
-``attnpool_kernels::attention`` of ``include/attnpool_kernels/attention.h``; an example with CMake is
-``examples/deploy``.
+``attnpool_kernels::attention`` of ``include/attnpool_kernels/attention.h``. An example with CMake
+is ``examples/deploy``.
 """
 
 from __future__ import annotations
