@@ -31,7 +31,7 @@ from ..measuring import clock
 from ..measuring.sheet import Row
 from ..reporting import tables
 from ..workloads.sizes import draw
-from .options import add_cases, add_shared, cases_of, exit_code, started
+from .options import case_parser, cases_of, exit_code, started
 
 SAME = 1e-12  # of the gradients in float64, relative to the largest
 NAMES = ("eager", "compiled")
@@ -227,19 +227,8 @@ def table(rows: list[Row]) -> str:
     return tables.render(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "python -m benchmarks.studies.compiled",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_cases(p, CASES)
-    add_shared(p, "compiled")
-    return p
-
-
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(_main, parser().parse_args(arguments))
+    return exit_code(_main, case_parser("compiled", __doc__, CASES).parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

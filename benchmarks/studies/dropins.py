@@ -33,7 +33,7 @@ from ..measuring import clock, memory
 from ..measuring.sheet import Row
 from ..reporting import tables
 from ..workloads.sizes import draw
-from .options import add_cases, add_shared, cases_of, exit_code, started
+from .options import case_parser, cases_of, exit_code, started
 
 SAME = 1e-8  # relative difference in float64
 STEPS = ("backward", "force step")
@@ -305,19 +305,8 @@ def table(rows: list[Row]) -> str:
     return tables.render(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "python -m benchmarks.studies.dropins",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_cases(p, CASES)
-    add_shared(p, "dropins")
-    return p
-
-
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(_main, parser().parse_args(arguments))
+    return exit_code(_main, case_parser("dropins", __doc__, CASES).parse_args(arguments))
 
 
 def _main(options: argparse.Namespace) -> int:

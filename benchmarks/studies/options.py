@@ -26,11 +26,18 @@ def add_shared(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
-def add_cases(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
-    """--cases, all but "tiny", and --budget."""
-    whole = ",".join(name for name in known if name != "tiny")
+def case_parser(name: str, about: str | None, known: Iterable[str]) -> argparse.ArgumentParser:
+    """Of a study of named cases: --cases, all but "tiny", --budget, and what studies share."""
+    parser = argparse.ArgumentParser(
+        f"python -m benchmarks.studies.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole = ",".join(case for case in known if case != "tiny")
     parser.add_argument("--cases", default=whole, metavar="LIST", help="default: %(default)s")
     parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="s a contender")
+    add_shared(parser, name)
+    return parser
 
 
 def cases_of(options: argparse.Namespace, known: Iterable[str]) -> list[str]:
