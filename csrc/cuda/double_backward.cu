@@ -189,6 +189,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   const int live = rows_from(tile.own.size, tile.first, ROWS);
   const int keys = tile.other.size, tile_query = tile.first;
   const bool whole = tile.real && tile.own.size <= ROWS && keys <= ROWS;
+  if (is_small(p, tile)) return;
   if (whole ? tile.first > 0 : live == 0) return;  // a surplus tile; the same for the whole group
 
   const DoubleBackwardTiles<T, D> tiles(place.memory(memory));
@@ -333,6 +334,7 @@ ATTN_KERNEL ATTN_BOUNDS(DoubleBackwardPlan<T, D>::THREADS)
   const Rows tile = find_key_tile(p, place.tile, ROWS);
   const int live = rows_from(tile.own.size, tile.first, ROWS);
   const int queries = tile.other.size, tile_key = tile.first;
+  if (is_small(p, tile)) return;
   clear_pairs_of_nobody(p, p.gbias, tile, head, thread, Plan::GROUP_THREADS);
   const bool whole = tile.real && tile.own.size <= ROWS && queries <= ROWS;
   if (whole || live == 0) return;  // done by the tile of queries, or a surplus tile
@@ -390,8 +392,11 @@ struct RunDoubleBackward {
     using Plan = DoubleBackwardPlan<T, D>;
     const int64_t query_tiles = query_tile_count(p, Plan::ROWS) * p.heads;
     const int64_t key_tiles = tile_count(key_axis(p), Plan::ROWS) * p.heads;
-    int status = launch<double_backward_queries_kernel<T, D>, Plan>(query_tiles, p, stream);
-    if (!status) status = launch<double_backward_keys_kernel<T, D>, Plan>(key_tiles, p, stream);
+    int status = p.small_rows ? launch_small_double_backward(p, stream) : 0;
+    if (!status && has_large_sets(p)) {
+      status = launch<double_backward_queries_kernel<T, D>, Plan>(query_tiles, p, stream);
+      if (!status) status = launch<double_backward_keys_kernel<T, D>, Plan>(key_tiles, p, stream);
+    }
     if (!status && p.shared_seeds) status = sum_over_molecules<T>(p, stream);
     return status;
   }

@@ -19,10 +19,6 @@ namespace attnpool {
 
 constexpr int SEEDS = MAX_SEEDS;
 
-#ifndef ATTN_HOST_SHIM
-ATTN_DEVICE void warp_barrier() { __syncwarp(); }
-#endif
-
 // Shared memory: TENSORS with a row for every key, SEED_TENSORS with one for every seed, PAIR_TERMS
 // numbers of each pair of the seeds and PAIR_TILES tiles of keys, ROW_TERMS numbers of each seed.
 template <typename T, int D, int MOST_KEYS, int STAGES_, int TENSORS, int SEED_TENSORS,

@@ -37,7 +37,7 @@ ATTN_KERNEL ATTN_BOUNDS(ForwardPlan<T, D>::THREADS)
   if (place.tile >= query_tile_count(p, Plan::ROWS)) return;
   const Rows tile = find_query_tile(p, place.tile, Plan::ROWS);
   const int live = rows_from(tile.own.size, tile.first, Plan::ROWS);
-  if (live == 0) return;  // a surplus tile; the same for the whole group
+  if (live == 0 || is_small(p, tile)) return;  // a surplus tile; the same for the whole group
 
   T* b_q = reinterpret_cast<T*>(place.memory(memory));
   T* b_k = b_q + Plan::ROWS * S;
@@ -145,7 +145,8 @@ struct RunForward {
 };
 
 int launch_forward(const KernelParams& p, void* stream) {
-  return for_instance<RunForward>(p, stream);
+  const int status = p.small_rows ? launch_small_forward(p, stream) : 0;
+  return status || !has_large_sets(p) ? status : for_instance<RunForward>(p, stream);
 }
 
 }  // namespace attnpool

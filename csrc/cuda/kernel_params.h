@@ -33,6 +33,12 @@ struct KernelParams : AttnParams {
   void* parts;
   int32_t molecule_chunk;
   int32_t only_statistics;
+  // Small sets (small_sets.cuh): those of at most `small_rows` queries and keys are theirs (0: none
+  // is), and so are the rows of nobody; a set has 2^head_shift blocks; `longest` bounds the rows of
+  // every set, 0: unknown; zero is 0, scale_float is scale.
+  int32_t small_rows, head_shift, longest;
+  uint32_t zero;
+  float scale_float;
 };
 
 inline bool loads_by_16_bytes(const View& x, int64_t units, int64_t element) {

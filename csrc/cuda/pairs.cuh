@@ -90,6 +90,15 @@ struct Pairs {
     return bits >> (4 * n + e) & 1 ? keep_scale : 0;
   }
 
+  // Two bits, for the even and the odd one of key j and its neighbour, which share their words.
+  ATTN_DEVICE uint32_t keep_two(int i, int j) const {
+    const PhiloxWords words = keep_words(key, molecule, head, i, j);
+    const uint32_t even = j & 2 ? words.word[2] : words.word[0];
+    const uint32_t odd = j & 2 ? words.word[3] : words.word[1];
+    return static_cast<uint32_t>(even >= p.drop_threshold) |
+           static_cast<uint32_t>(odd >= p.drop_threshold) << 1;
+  }
+
  private:
   // What is added to the logits is stored in T, or in float.
   ATTN_DEVICE Acc<T> element(const View& x, Dtype stored, int64_t row) const {
@@ -99,15 +108,6 @@ struct Pairs {
   ATTN_DEVICE void store_element(const View& x, Dtype stored, int64_t row, Acc<T> value) const {
     if (stored == p.dtype) from_acc(value, *address<T>(x, 0, row, head));
     else *address<float>(x, 0, row, head) = static_cast<float>(value);
-  }
-
-  // Two bits, for the even and the odd one of key j and its neighbour, which share their words.
-  ATTN_DEVICE uint32_t keep_two(int i, int j) const {
-    const PhiloxWords words = keep_words(key, molecule, head, i, j);
-    const uint32_t even = j & 2 ? words.word[2] : words.word[0];
-    const uint32_t odd = j & 2 ? words.word[3] : words.word[1];
-    return static_cast<uint32_t>(even >= p.drop_threshold) |
-           static_cast<uint32_t>(odd >= p.drop_threshold) << 1;
   }
 };
 

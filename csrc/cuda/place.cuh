@@ -88,4 +88,10 @@ ATTN_DEVICE Rows find_key_tile(const AttnParams& a, int64_t tile, int tile_rows)
   return Rows(key_tile(a, molecule, index, tile_rows));
 }
 
+// Whether the kernels for small sets do a tile, or the rows of nobody.
+ATTN_DEVICE bool is_small(const KernelParams& p, const Rows& tile) {
+  return p.small_rows > 0 &&
+         (!tile.real || (tile.own.size <= p.small_rows && tile.other.size <= p.small_rows));
+}
+
 }  // namespace attnpool

@@ -17,6 +17,7 @@
 
 #define ATTN_KERNEL __global__ void
 #define ATTN_BOUNDS(...) __launch_bounds__(__VA_ARGS__, 1)
+#define ATTN_BLOCKS_OF_SM(threads, blocks) __launch_bounds__(threads, blocks)
 #define ATTN_GRID_CONSTANT const __grid_constant__
 #define ATTN_DEVICE __device__ __forceinline__
 #define ATTN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
@@ -28,6 +29,9 @@ namespace attnpool {
 
 using Half = __half;
 using Bfloat16 = __nv_bfloat16;
+
+// A row of zeros, of any type and width.
+static __device__ const uint4 ZERO_ROW[32] = {};
 
 ATTN_DEVICE float to_acc(Half x) { return __half2float(x); }
 ATTN_DEVICE float to_acc(Bfloat16 x) { return __bfloat162float(x); }
@@ -52,12 +56,61 @@ ATTN_DEVICE float exp_fast(float x) {
   return y;
 }
 
+// 2^x, log2 x and 1 / x to 2 units in the last place of a float; tiny results are 0.
+ATTN_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+ATTN_DEVICE float log2_fast(float x) {  // to 2^-22, absolute between 1/2 and 2
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+ATTN_DEVICE float inverse_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// BYTES (4, 8 or 16) from or to global memory, in words; aligned to BYTES. What is read is written
+// by nobody while the kernel runs.
+template <int BYTES>
+ATTN_DEVICE void load_words(uint32_t* x, const void* from) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+  if constexpr (BYTES == 16)
+    asm("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+        : "l"(from));
+  else if constexpr (BYTES == 8)
+    asm("ld.global.nc.v2.b32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(from));
+  else asm("ld.global.nc.b32 %0, [%1];" : "=r"(x[0]) : "l"(from));
+}
+template <int BYTES>
+ATTN_DEVICE void store_words(void* to, const uint32_t* x) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+  if constexpr (BYTES == 16) *static_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
+  else if constexpr (BYTES == 8) *static_cast<uint2*>(to) = make_uint2(x[0], x[1]);
+  else *static_cast<uint32_t*>(to) = x[0];
+}
+
+// The lower halves of two words side by side, or the upper ones.
+ATTN_DEVICE uint32_t lower_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x5410);
+}
+ATTN_DEVICE uint32_t upper_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
+}
+
 // Barrier of the `threads` threads of one group; groups of a block use different numbers, 1 or 2.
 // A number in a register would claim all 16 barriers of the block, and 64 is all that an SM has.
 ATTN_DEVICE void group_barrier(int number, int threads) {
   if (number == 1) asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
   else asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory");
 }
+
+// What lanes of a warp write to shared memory before it, the others read after it.
+ATTN_DEVICE void warp_barrier() { __syncwarp(); }
 
 // 16 bytes from global to shared memory, or 16 zero bytes; done at the wait. Both 16-byte aligned.
 ATTN_DEVICE void copy_async(void* shared, const void* global, bool wanted) {
@@ -98,6 +151,29 @@ ATTN_DEVICE void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
 ATTN_DEVICE void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                         Bfloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c (16 x 8) += a (16 x 8) b (8 x 8): a holds (g, 2t) and (g, 2t + 1) in one word, (g + 8, ..) in the
+// other, b holds (2t, g) and (2t + 1, g).
+ATTN_DEVICE void mma_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b, Half) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+ATTN_DEVICE void mma_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b, Bfloat16) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+// c (16 x 8) += a (16 x 8) b (8 x 8) of floats, of which the tensor core reads the upper 19 bits: a
+// holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) and b holds (t, g), (t + 4, g).
+ATTN_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

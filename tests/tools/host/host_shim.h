@@ -15,6 +15,7 @@
 #define ATTN_HOST_SHIM
 #define ATTN_KERNEL inline void
 #define ATTN_BOUNDS(...)
+#define ATTN_BLOCKS_OF_SM(threads, blocks)
 #define ATTN_GRID_CONSTANT const
 #define ATTN_DEVICE inline
 #define ATTN_SHARED_MEMORY(name) unsigned char* name = (unsigned char*)fibers::shared_base
@@ -67,6 +68,9 @@ uint32_t pack(float low, float high, T) {
   from_acc(high, h);
   return l.bits | uint32_t(h.bits) << 16;
 }
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
+inline float inverse_fast(float x) { return 1 / x; }
 inline float exp_fast(float x) { return exp2f(x * 1.4426950408889634f); }
 
 // ---- waiting -----------------------------------------------------------------------------------
@@ -82,6 +86,32 @@ inline void copy_commit() { fibers::commit(); }
 template <int PENDING>
 void copy_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   if (fibers::meets("wait", file, line)) fibers::wait(PENDING);
+}
+
+// ---- one lane ----------------------------------------------------------------------------------
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+static const uint4 ZERO_ROW[32] = {};
+
+template <int BYTES>
+void load_words(uint32_t* x, const void* from) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+  if (uintptr_t(from) % BYTES) throw fibers::Error("a load is not aligned");
+  memcpy(x, from, BYTES);
+}
+template <int BYTES>
+void store_words(void* to, const uint32_t* x) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+  if (uintptr_t(to) % BYTES) throw fibers::Error("a store is not aligned");
+  memcpy(to, x, BYTES);
+}
+inline uint32_t lower_halves(uint32_t first, uint32_t second) {
+  return (first & 0xffffu) | second << 16;
+}
+inline uint32_t upper_halves(uint32_t first, uint32_t second) {
+  return first >> 16 | (second & 0xffff0000u);
 }
 
 // ---- one warp together -------------------------------------------------------------------------
@@ -152,15 +182,25 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
-// c (16 x 8) += a (16 x K) b (K x 8) of one warp, from rows and columns of floats
+// c (16 x 8) += a (16 x K) b (K x 8) of one warp, from rows and columns of floats. As hardware does
+// it (Fasi et al., 2021): the addends are aligned to the largest of them and cut off, here one bit
+// behind those of a float where chips keep two or more, and so is the sum.
 template <int K>
 void accumulate(Fragments** lane, const float (&a)[16][K], const float (&b)[8][K]) {
   for (int i = 0; i < 32; ++i)
     for (int e = 0; e < 4; ++e) {
       const int row = i / 4 + e / 2 * 8, column = i % 4 * 2 + e % 2;
-      double sum = 0;
-      for (int k = 0; k < K; ++k) sum += double(a[row][k]) * b[column][k];
-      lane[i]->c[e] = toward_zero(lane[i]->c[e] + sum);
+      double addends[K + 1], largest = 0, sum = 0;
+      for (int k = 0; k < K; ++k) addends[k] = double(a[row][k]) * b[column][k];
+      addends[K] = lane[i]->c[e];
+      for (const double x : addends) largest = std::fmax(largest, std::fabs(x));
+      if (largest > 0 && std::isfinite(largest)) {
+        const double unit = std::ldexp(1.0, std::ilogb(largest) - 24);
+        for (const double x : addends) sum += std::trunc(x / unit) * unit;
+      } else {
+        for (const double x : addends) sum += x;
+      }
+      lane[i]->c[e] = toward_zero(sum);
     }
 }
 
@@ -182,6 +222,26 @@ void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) 
       for (int n = 0; n < 8; ++n) y[n][k] = part(lane[n * 4 + t]->b[upper], k);
     }
     accumulate<16>(lane, x, y);
+  });
+}
+
+template <typename T>
+void mma_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b, T) {
+  const uint32_t a[4] = {a0, a1, 0, 0};
+  mma_16(c, a, b, 0, T{});
+}
+
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  Fragments mine{c, a, b};
+  fibers::together("mma.tf32", mine, [](Fragments** lane) {
+    const auto read = [](uint32_t word) { return bits_float(word & 0xffffe000u); };
+    float x[16][8], y[8][8];
+    for (int k = 0; k < 8; ++k) {
+      for (int i = 0; i < 16; ++i) x[i][k] = read(lane[i % 8 * 4 + k % 4]->a[i / 8 + k / 4 * 2]);
+      for (int n = 0; n < 8; ++n) y[n][k] = read(lane[n * 4 + k % 4]->b[k / 4]);
+    }
+    accumulate<8>(lane, x, y);
   });
 }
 
