@@ -14,6 +14,7 @@ constexpr int64_t MAX_SEEDS = 8;                // of the schedule of few seeds
 constexpr int32_t SPLIT = 512;                  // keys of a part of a molecule there
 constexpr int64_t PART_NUMBERS = 4;             // of a seed, besides a row of values
 constexpr int32_t SMALL_ROWS = 64;              // queries and keys of a small set, at most
+constexpr int64_t SMALL_WIDTH = 64;             // there, with options
 
 int launch_forward(const KernelParams& p, void* stream);
 int launch_backward(const KernelParams& p, void* stream);
@@ -60,10 +61,18 @@ inline ScratchSizes prepare(KernelParams& p, Pass pass, int32_t split = SPLIT) {
   return need;
 }
 
+// Whether the instance without options serves them.
+inline bool is_plain_small(const KernelParams& p) {
+  return p.q_ptr == p.k_ptr && p.query_rows == p.key_rows && !p.bias.data && !p.key_bias.data &&
+         !p.seed && p.scale > 0 && p.head_dim == p.value_dim &&
+         (p.head_dim == 32 || p.head_dim == 64 || p.head_dim == 128);
+}
+
 // Whether small_*.cu serve the small sets of a call: rows that are read and written 16 bytes at a
 // time, at offsets of 32 bits.
 inline bool has_small_sets(const KernelParams& p) {
   if (p.dtype == Dtype::float64 || has_few_seeds(p)) return false;
+  if (!is_plain_small(p) && (p.head_dim > SMALL_WIDTH || p.value_dim > SMALL_WIDTH)) return false;
   const int64_t element = p.dtype == Dtype::float32 ? 4 : 2;
   const auto fits = [&](const View& x, int64_t units) {
     return !x.data || (loads_by_16_bytes(x, units, element) && x.row * 64 < INT32_MAX &&
@@ -76,13 +85,6 @@ inline bool has_small_sets(const KernelParams& p) {
   return true;
 }
 
-// Whether the instance without options serves them.
-inline bool is_plain_small(const KernelParams& p) {
-  return p.q_ptr == p.k_ptr && p.query_rows == p.key_rows && !p.bias.data && !p.key_bias.data &&
-         !p.seed && p.scale > 0 && p.head_dim == p.value_dim &&
-         (p.head_dim == 32 || p.head_dim == 64 || p.head_dim == 128);
-}
-
 // Whether the kernels for sets of any size have something to do.
 inline bool has_large_sets(const KernelParams& p) {
   return p.small_rows == 0 || p.longest == 0 || p.longest > p.small_rows;
@@ -93,8 +95,8 @@ inline int run_pass(Pass pass, KernelParams p, void* stream) {
   p.small_rows = has_small_sets(p) ? SMALL_ROWS : 0;
   p.zero = 0;
   p.scale_float = float(p.scale);
-  // Blocks enough to fill a large chip eight times; a block has at least one head.
-  while (p.molecules << p.head_shift < 1056 && int64_t{4} << p.head_shift < p.heads) ++p.head_shift;
+  // Blocks enough for four on each multiprocessor of a large chip; a warp has at least one head.
+  while (p.molecules << p.head_shift < 528 && int64_t{4} << p.head_shift < p.heads) ++p.head_shift;
   switch (pass) {
     case Pass::forward: return (few ? launch_few_seeds_forward : launch_forward)(p, stream);
     case Pass::backward: return (few ? launch_few_seeds_backward : launch_backward)(p, stream);

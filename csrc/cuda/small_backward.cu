@@ -13,14 +13,16 @@ struct BackwardItem {
   using S = S_;
   using Rows = SetRows<T, D, PLAIN>;
   using Tiles = Turned<T, S>;
+  using P = SmallPairs<T, S, PLAIN>;
   static constexpr int SUM_BYTES = PLAIN ? 0 : S::WARPS * 8 * S::NT * int(sizeof(float));
-  static constexpr int TEAM_BYTES = 2 * Tiles::BYTES + SUM_BYTES;
+  static constexpr int TEAM_BYTES = 2 * Tiles::BYTES + SUM_BYTES + S::WARPS * P::BYTES;
   static constexpr int CHUNKS = ByColumn<T, D>::CHUNKS, UNITS = ByColumn<T, D>::TILES;
   const KernelParams& p;
   const SmallSet& set;
   int head, from, part, team;
   Tiles weight_tiles, ds_tiles;
   float* key_sums;
+  unsigned char* pair_memory;
   Rows q, dout, k, v, dq, dk, dv;  // by row the queries of this warp, by column those of all
 
   ATTN_DEVICE BackwardItem(const KernelParams& params, const SmallSet& set_, int head_, int part_,
@@ -28,6 +30,7 @@ struct BackwardItem {
       : p(params), set(set_), head(head_), from(part_ * S::QT * 8), part(part_), team(team_),
         weight_tiles{memory}, ds_tiles{memory + Tiles::BYTES},
         key_sums(reinterpret_cast<float*>(memory + 2 * Tiles::BYTES)),
+        pair_memory(memory + 2 * Tiles::BYTES + SUM_BYTES + part * P::BYTES),
         q(of_queries(p.q, 0, p.head_dim)), dout(of_queries(p.dout, 0, p.value_dim)),
         k(of_keys(p.k, 0, p.head_dim)), v(of_keys(p.v, 0, p.value_dim)),
         dq(of_queries(p.dq, from, p.head_dim)), dk(of_keys(p.dk, part * S::KT * 8, p.head_dim)),
@@ -39,7 +42,7 @@ struct BackwardItem {
   }
 
   ATTN_DEVICE void run() const {
-    const SmallPairs<T, S, PLAIN> pairs(p, set, head, from);
+    const P pairs(p, set, head, from, pair_memory);
     Scores<S::QT, S::NT> weight, ds;
     float peak[S::QT], sum[S::QT];
     {
@@ -79,7 +82,7 @@ struct BackwardItem {
         ds_tiles.write(part * S::QT + i, n, of_query[i][n]);
         weight_tiles.write(part * S::QT + i, n, Weights<T>(weight[i][n][0], weight[i][n][1]));
       }
-    ATTN_UNROLL
+    ATTN_ROLLED
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       Sums<T> y[S::QT][UNITS];
       multiply_columns<S::SURE>(y, {Term<T, D, S::QT, S::NT, PLAIN>{of_query, k}}, chunk);                        // (B5)
@@ -91,14 +94,14 @@ struct BackwardItem {
     if (!PLAIN && p.dkey_bias.data) pairs.store_sums(p.dkey_bias, key_sums, part);   // (B8)
     Weights<T> of_key[S::KT][S::NT];
     weight_tiles.read(of_key, part * S::KT);
-    ATTN_UNROLL
+    ATTN_ROLLED
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       Sums<T> y[S::KT][UNITS];
       multiply_columns<S::SURE>(y, {Term<T, D, S::KT, S::NT, PLAIN>{of_key, dout}}, chunk);                       // (B4)
       store_columns<T, D, S::SURE_OWN>(dv, chunk, 1.0f, y);
     }
     ds_tiles.read(of_key, part * S::KT);
-    ATTN_UNROLL
+    ATTN_ROLLED
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       Sums<T> y[S::KT][UNITS];
       multiply_columns<S::SURE>(y, {Term<T, D, S::KT, S::NT, PLAIN>{of_key, q}}, chunk);                          // (B6)
@@ -124,8 +127,9 @@ struct SmallBackward {
   using Two = Item<2, 2, 1, 0>;
   using Three = Item<3, 3, 1, 2>;
   using Four = Item<4, 4, 1, 3>;
+  static constexpr bool SIX = PLAIN;
   using Six = Item<6, 2, 3, 4>;
-  using Eight = Item<8, 2, 4, 6>;
+  using Eight = Item<8, 2, 4, SIX ? 6 : 4>;
 
   static ATTN_DEVICE void nobody(const KernelParams& p, int thread) {
     if (!p.shared_seeds) fill_rows_of_nobody<T>(p, p.dq, true, p.head_dim, T{}, thread);
@@ -136,7 +140,7 @@ struct SmallBackward {
 };
 
 template <typename T, int D, int VARIANT>
-ATTN_KERNEL ATTN_BLOCKS_OF_SM(32 * SMALL_WARPS, IS_PLAIN<VARIANT> ? 3 : 2)
+ATTN_KERNEL ATTN_BLOCKS_OF_SM(32 * SMALL_WARPS, IS_PLAIN<VARIANT> && IS_HALF<T> && D <= 64 ? 3 : 2)
     small_backward_kernel(ATTN_GRID_CONSTANT KernelParams p) {
   ATTN_SHARED_MEMORY(memory);
   small_block<SmallBackward<T, D, IS_PLAIN<VARIANT>>, IS_LARGE<VARIANT>>(p, memory);

@@ -13,14 +13,16 @@ struct DoubleBackwardItem {
   using S = S_;
   using Rows = SetRows<T, D, PLAIN>;
   using Tiles = Turned<T, S>;
+  using P = SmallPairs<T, S, PLAIN>;
   static constexpr int SUM_BYTES = PLAIN ? 0 : S::WARPS * 8 * S::NT * int(sizeof(float));
-  static constexpr int TEAM_BYTES = 3 * Tiles::BYTES + SUM_BYTES;
+  static constexpr int TEAM_BYTES = 3 * Tiles::BYTES + SUM_BYTES + S::WARPS * P::BYTES;
   static constexpr int CHUNKS = ByColumn<T, D>::CHUNKS, UNITS = ByColumn<T, D>::TILES;
   const KernelParams& p;
   const SmallSet& set;
   int head, from, part, team;
   Tiles u_tiles, ds_tiles, z_tiles;
   float* key_sums;
+  unsigned char* pair_memory;
   // By row the queries of this warp, by column those of all. a, b, c: the cotangents of dq, dk, dv.
   Rows q, a, dout, k, b, v, c, gq, gdout, gk, gv;
   QueryNumbers<S> gdlse;
@@ -30,6 +32,7 @@ struct DoubleBackwardItem {
       : p(params), set(set_), head(head_), from(part_ * S::QT * 8), part(part_), team(team_),
         u_tiles{memory}, ds_tiles{memory + Tiles::BYTES}, z_tiles{memory + 2 * Tiles::BYTES},
         key_sums(reinterpret_cast<float*>(memory + 3 * Tiles::BYTES)),
+        pair_memory(memory + 3 * Tiles::BYTES + SUM_BYTES + part * P::BYTES),
         q(of_queries(p.q, 0, p.head_dim)), a(of_queries(or_zero(p.ddq), 0, p.head_dim)),
         dout(of_queries(p.dout, 0, p.value_dim)),
         k(of_keys(p.k, 0, p.head_dim)), b(of_keys(or_zero(p.ddk), 0, p.head_dim)),
@@ -45,7 +48,7 @@ struct DoubleBackwardItem {
   }
 
   ATTN_DEVICE void run() const {
-    const SmallPairs<T, S, PLAIN> pairs(p, set, head, from);
+    const P pairs(p, set, head, from, pair_memory);
     Scores<S::QT, S::NT> weight, tangent, dp, g;
     float sum[S::QT];
     products(pairs, weight, tangent, dp, g, sum);
@@ -96,13 +99,13 @@ struct DoubleBackwardItem {
     gdlse.store(pairs.own_row(row_t));                                               // (D12)
     pairs.store_pairs(p.gbias, g);                                                   // (D10)
     if (!PLAIN && p.gkey_bias.data) pairs.add_up(key_sums + part * 8 * S::NT, g);
-    ATTN_UNROLL
+    ATTN_ROLLED
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       Sums<T> y[S::QT][UNITS];
       multiply_columns<S::SURE>(y, {OfQueries{of_u, v}, OfQueries{of_p, c}}, chunk);   // (D11)
       store_columns<T, D, S::SURE_OWN>(gdout, chunk, 1.0f, y, PLAIN ? nullptr : &dead);
     }
-    ATTN_UNROLL
+    ATTN_ROLLED
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       Sums<T> y[S::QT][UNITS];
       multiply_columns<S::SURE>(y, {OfQueries{of_ds, b}, OfQueries{of_z, k}}, chunk);  // (D7)
@@ -115,7 +118,7 @@ struct DoubleBackwardItem {
     {
       Weights<T> u[S::KT][S::NT];
       u_tiles.read(u, part * S::KT);
-      ATTN_UNROLL
+      ATTN_ROLLED
       for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         Sums<T> y[S::KT][UNITS];
         multiply_columns<S::SURE>(y, {OfKeys{u, dout}}, chunk);                      // (D9)
@@ -125,7 +128,7 @@ struct DoubleBackwardItem {
     Weights<T> ds[S::KT][S::NT], z[S::KT][S::NT];
     ds_tiles.read(ds, part * S::KT);
     z_tiles.read(z, part * S::KT);
-    ATTN_UNROLL
+    ATTN_ROLLED
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       Sums<T> y[S::KT][UNITS];
       multiply_columns<S::SURE>(y, {OfKeys{ds, a}, OfKeys{z, q}}, chunk);            // (D8)
@@ -146,13 +149,13 @@ struct DoubleBackwardItem {
   }
 
   // Weights (F2), T (D1), dP (B1), G (D3).
-  ATTN_DEVICE void products(const SmallPairs<T, S, PLAIN>& pairs, Scores<S::QT, S::NT>& weight,
+  ATTN_DEVICE void products(const P& pairs, Scores<S::QT, S::NT>& weight,
                             Scores<S::QT, S::NT>& tangent, Scores<S::QT, S::NT>& dp,
                             Scores<S::QT, S::NT>& g, float (&sum)[S::QT]) const {
     using Form = ByRow<T, D>;
     {
       Sums<T> s[S::MT][S::NT], t[S::MT][S::NT];
-      ATTN_UNROLL
+      ATTN_UNROLL_BY(Form::TOGETHER)
       for (int chunk = 0; chunk < Form::CHUNKS; ++chunk) {
         uint32_t x[S::QT][Form::WORDS], y[S::NT][Form::WORDS], of_b[S::NT][Form::WORDS];
         load_tiles<S::SURE_OWN>(x, q, chunk);
@@ -169,7 +172,7 @@ struct DoubleBackwardItem {
       pairs.tangents(tangent, t);
     }
     Sums<T> s[S::MT][S::NT], t[S::MT][S::NT];
-    ATTN_UNROLL
+    ATTN_UNROLL_BY(Form::TOGETHER)
     for (int chunk = 0; chunk < Form::CHUNKS; ++chunk) {
       uint32_t x[S::QT][Form::WORDS], y[S::NT][Form::WORDS];
       load_tiles<S::SURE_OWN>(x, dout, chunk);
@@ -191,8 +194,9 @@ struct SmallDoubleBackward {
   using Two = Item<2, 2, 1, 0>;
   using Three = Item<3, 3, 1, 2>;
   using Four = Item<4, 2, 2, 3>;
-  using Six = Item<6, 2, 3, 4>;
-  using Eight = Item<8, 2, 4, 6>;
+  static constexpr bool SIX = false;
+  using Six = Item<8, 2, 4, 4>;
+  using Eight = Item<8, 2, 4, 4>;
 
   static ATTN_DEVICE void nobody(const KernelParams& p, int thread) {
     if (!p.shared_seeds) {

@@ -9,16 +9,19 @@ template <typename T, int D, bool PLAIN, typename S_>
 struct ForwardItem {
   using S = S_;
   using Rows = SetRows<T, D, PLAIN>;
-  static constexpr int TEAM_BYTES = 0;
+  using P = SmallPairs<T, S, PLAIN>;
+  static constexpr int TEAM_BYTES = S::WARPS * P::BYTES;
   const KernelParams& p;
   const SmallSet& set;
   int head, from;
+  unsigned char* pair_memory;
   Rows q, k, v, out;
   QueryNumbers<S> lse;
 
   ATTN_DEVICE ForwardItem(const KernelParams& params, const SmallSet& set_, int head_, int part, int,
-                          unsigned char*)
+                          unsigned char* memory)
       : p(params), set(set_), head(head_), from(part * S::QT * 8),
+        pair_memory(memory + part * P::BYTES),
         q(p.q, set.molecule, set.queries, from, from, head, p.head_dim),
         k(p.k, set.molecule, set.keys, 0, 0, head, p.head_dim),
         v(p.v, set.molecule, set.keys, 0, 0, head, p.value_dim),
@@ -32,7 +35,7 @@ struct ForwardItem {
   }
 
   ATTN_DEVICE void run() const {
-    const SmallPairs<T, S, PLAIN> pairs(p, set, head, from);
+    const P pairs(p, set, head, from, pair_memory);
     Sums<T> s[S::MT][S::NT];
     multiply_rows<T, D, S::SURE_OWN, S::SURE, S::QT>(s, q, k, p.zero);
     Scores<S::QT, S::NT> x;
@@ -48,7 +51,7 @@ struct ForwardItem {
       for (int n = 0; n < S::NT; ++n)
         weights[i][n] = Weights<T>(x[i][n][0] * pairs.keep(i, n, 0),
                                    x[i][n][1] * pairs.keep(i, n, 1));
-    ATTN_UNROLL
+    ATTN_ROLLED
     for (int chunk = 0; chunk < ByColumn<T, D>::CHUNKS; ++chunk) {
       Sums<T> y[S::QT][ByColumn<T, D>::TILES];
       multiply_columns<S::SURE>(y, {Term<T, D, S::QT, S::NT, PLAIN>{weights, v}}, chunk);  // (F3)
@@ -65,8 +68,10 @@ struct SmallForward {
   using Two = Item<2, 2, 1, 0>;
   using Three = Item<3, 3, 1, 2>;
   using Four = Item<4, 4, 1, 3>;
+  // 32 queries a warp repeat fewer loads of keys and values, but not for all there are registers.
+  static constexpr bool SIX = PLAIN && IS_HALF<T> && D <= 64;
   using Six = Item<6, 3, 2, 4>;
-  using Eight = Item<8, PLAIN ? 4 : 2, PLAIN ? 2 : 4, 6>;
+  using Eight = Item<8, SIX ? 4 : 2, SIX ? 2 : 4, SIX ? 6 : 4>;
 
   static ATTN_DEVICE void nobody(const KernelParams& p, int thread) {
     if (p.shared_seeds) return;
@@ -76,7 +81,7 @@ struct SmallForward {
 };
 
 template <typename T, int D, int VARIANT>
-ATTN_KERNEL ATTN_BLOCKS_OF_SM(32 * SMALL_WARPS, VARIANT == SMALL_PLAIN ? 4 : 3)
+ATTN_KERNEL ATTN_BLOCKS_OF_SM(32 * SMALL_WARPS, VARIANT == SMALL_PLAIN && IS_HALF<T> && D <= 64 ? 4 : 3)
     small_forward_kernel(ATTN_GRID_CONSTANT KernelParams p) {
   ATTN_SHARED_MEMORY(memory);
   small_block<SmallForward<T, D, IS_PLAIN<VARIANT>>, IS_LARGE<VARIANT>>(p, memory);

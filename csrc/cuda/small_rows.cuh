@@ -20,6 +20,7 @@ template <typename T, int D>
 struct ByRow {
   static constexpr int BYTES = smaller(16, D * int(sizeof(T)) / 4), WORDS = BYTES / 4;
   static constexpr int UNITS = BYTES / int(sizeof(T)), CHUNK = 4 * UNITS, CHUNKS = D / CHUNK;
+  static constexpr int TOGETHER = CHUNKS <= 2 ? CHUNKS : 1;  // copies of the code of a chunk
 };
 template <typename T, int D>
 struct ByColumn {
@@ -199,7 +200,7 @@ template <typename T, int D, int A, int B, int QT, int NT, bool EXACT>
 ATTN_DEVICE void multiply_rows(Sums<T> (&sums)[(QT + 1) / 2][NT], const SetRows<T, D, EXACT>& a,
                                const SetRows<T, D, EXACT>& b, uint32_t zero) {
   using Form = ByRow<T, D>;
-  ATTN_UNROLL
+  ATTN_UNROLL_BY(Form::TOGETHER)
   for (int chunk = 0; chunk < Form::CHUNKS; ++chunk) {
     uint32_t x[QT][Form::WORDS], y[NT][Form::WORDS];
     load_tiles<A>(x, a, chunk);

@@ -5,11 +5,11 @@
 // softmax needs one sweep and no running maximum. What the gradients of keys sum over queries comes
 // from all warps of the team, by tiles of weights in shared memory (Turned). A set of other size
 // has another shape; the shape depends on the set alone, so its bits do not depend on its batch.
-// Two kernels serve all sizes, because a kernel has the registers of its largest shape:
-//   up to 32 rows   2 tiles (any size to 16 rows), 3, 4
-//   up to 64 rows   6 tiles (33 to 48 rows), 8
 // PLAIN: self-attention as wide as the kernel, a positive scale, nothing added to the logits and
-// nothing dropped. Everything else is the other instance, which asks at run time.
+// nothing dropped. Everything else is the other instance, which asks at run time and has fewer
+// shapes. Each is two kernels, because a kernel has the registers of its largest shape:
+//   up to 32 rows   PLAIN: 2 tiles (any size to 16 rows), 3, 4; else 4
+//   up to 64 rows   PLAIN, where registers allow: 6 tiles (33 to 48 rows), 8; else 8
 #pragma once
 
 #include "launch.h"
@@ -79,26 +79,30 @@ using Scores = float[QT][NT][2];
 
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
-// The pairs of one warp: its set and head, and the query rows from `from` on.
+// The pairs of one warp: its set and head, and the query rows from `from` on. What is added to a
+// logit, or stored for a pair, passes through shared memory: a lane's own two numbers of each tile,
+// so that one copy of the code serves all tiles.
 template <typename T, typename S, bool PLAIN>
 struct SmallPairs {
+  static constexpr int TILES = S::QT * S::NT;
+  static constexpr int BYTES = PLAIN ? 0 : TILES * 32 * 2 * int(sizeof(float));  // of a warp
   const KernelParams& p;
   const SmallSet& set;
   int head, from;
+  float* lane_pairs;  // 64 numbers from tile to tile
   Pairs<T> pairs;
   uint64_t kept_bits = ~uint64_t(0);  // bits 2 (i NT + n) + e
 
-  ATTN_DEVICE SmallPairs(const KernelParams& params, const SmallSet& set_, int head_, int from_)
+  ATTN_DEVICE SmallPairs(const KernelParams& params, const SmallSet& set_, int head_, int from_,
+                         unsigned char* memory)
       : p(params), set(set_), head(head_), from(from_),
+        lane_pairs(reinterpret_cast<float*>(memory) + 2 * lane_index()),
         pairs(params, set_.molecule, head_, set_.keys.size, set_.keys.first) {
     if (PLAIN || !p.seed) return;
     kept_bits = 0;
-    const int g = lane_index() / 4, t = lane_index() % 4;
     ATTN_ROLLED
-    for (int tile = 0; tile < S::QT * S::NT; ++tile) {
-      const int i = from + tile / S::NT * 8 + g, j = tile % S::NT * 8 + 2 * t;
-      kept_bits |= uint64_t(pairs.keep_two(i, j)) << 2 * tile;
-    }
+    for (int tile = 0; tile < TILES; ++tile)
+      kept_bits |= uint64_t(pairs.keep_two(query(tile / S::NT), key(tile % S::NT, 0))) << 2 * tile;
   }
 
   ATTN_DEVICE int query(int i) const { return from + 8 * i + lane_index() / 4; }
@@ -116,15 +120,16 @@ struct SmallPairs {
   // Products of queries and keys as logits (F1), -inf where there is no key. PLAIN leaves the scale
   // to softmax, which has it in its exponent.
   ATTN_DEVICE void logits(Scores<S::QT, S::NT>& x, const Sums<T> (&s)[S::MT][S::NT]) const {
+    const bool added = !PLAIN && (p.bias.data || p.key_bias.data);
+    if (added) load_added(p.bias, p.key_bias);
     ATTN_UNROLL
     for (int i = 0; i < S::QT; ++i)
       ATTN_UNROLL
       for (int n = 0; n < S::NT; ++n)
         ATTN_UNROLL
         for (int e = 0; e < 2; ++e) {
-          x[i][n][e] = s[i / 2][n][i % 2 * 2 + e];
-          if (!PLAIN && exists(i, n, e))
-            x[i][n][e] = pairs.logit(x[i][n][e], query(i), key(n, e));
+          x[i][n][e] = s[i / 2][n][i % 2 * 2 + e] * (PLAIN ? 1.0f : p.scale_float);
+          if (added) x[i][n][e] += lane_pairs[64 * (i * S::NT + n) + e];
           if ((!PLAIN || n >= S::SURE) && key(n, e) >= set.keys.size) x[i][n][e] = -INFINITY;
         }
   }
@@ -160,17 +165,18 @@ struct SmallPairs {
     }
   }
 
-  // (D1) from products, 0 where there is no pair
+  // (D1) from products
   ATTN_DEVICE void tangents(Scores<S::QT, S::NT>& x, const Sums<T> (&s)[S::MT][S::NT]) const {
+    const bool added = !PLAIN && (p.ddbias.data || p.ddkey_bias.data);
+    if (added) load_added(p.ddbias, p.ddkey_bias);
     ATTN_UNROLL
     for (int i = 0; i < S::QT; ++i)
       ATTN_UNROLL
       for (int n = 0; n < S::NT; ++n)
         ATTN_UNROLL
         for (int e = 0; e < 2; ++e) {
-          const float product = s[i / 2][n][i % 2 * 2 + e];
-          if (PLAIN) x[i][n][e] = product * p.scale_float;
-          else x[i][n][e] = exists(i, n, e) ? pairs.tangent(product, query(i), key(n, e)) : 0;
+          x[i][n][e] = s[i / 2][n][i % 2 * 2 + e] * p.scale_float;
+          if (added) x[i][n][e] += lane_pairs[64 * (i * S::NT + n) + e];
         }
   }
 
@@ -200,6 +206,17 @@ struct SmallPairs {
     return rows;
   }
 
+  // What is added to logits, or to their tangents; 0 where there is no pair.
+  ATTN_DEVICE void load_added(const View& bias, const View& key_bias) const {
+    ATTN_ROLLED
+    for (int number = 0; number < 2 * TILES; ++number) {
+      const int tile = number / 2, e = number % 2, i = query(tile / S::NT), j = key(tile % S::NT, e);
+      const bool real = exists(tile / S::NT, tile % S::NT, e);
+      lane_pairs[64 * tile + e] =
+          real ? pairs.pair_value(bias, i, j) + pairs.key_value(key_bias, j) : 0.0f;
+    }
+  }
+
   // (F2) of the row that is this lane's own.
   ATTN_DEVICE float lse(const float (&peak)[S::QT], const float (&sum)[S::QT]) const {
     const float most = own_row(peak), total = own_row(sum);
@@ -219,14 +236,21 @@ struct SmallPairs {
   }
 
   ATTN_DEVICE void store_pairs(const View& x, const Scores<S::QT, S::NT>& value) const {
-    if (PLAIN || !x.data) return;
-    ATTN_UNROLL
-    for (int i = 0; i < S::QT; ++i)
+    if constexpr (!PLAIN) {
+      if (!x.data) return;
       ATTN_UNROLL
-      for (int n = 0; n < S::NT; ++n)
+      for (int i = 0; i < S::QT; ++i)
         ATTN_UNROLL
-        for (int e = 0; e < 2; ++e)
-          if (exists(i, n, e)) pairs.store_pair(x, query(i), key(n, e), value[i][n][e]);
+        for (int n = 0; n < S::NT; ++n)
+          ATTN_UNROLL
+          for (int e = 0; e < 2; ++e) lane_pairs[64 * (i * S::NT + n) + e] = value[i][n][e];
+      ATTN_ROLLED
+      for (int number = 0; number < 2 * TILES; ++number) {
+        const int tile = number / 2, e = number % 2, i = tile / S::NT, n = tile % S::NT;
+        if (exists(i, n, e))
+          pairs.store_pair(x, query(i), key(n, e), lane_pairs[64 * tile + e]);
+      }
+    }
   }
 
   // Sums over the queries of this warp (B8), to shared memory: one number for each key.
@@ -424,13 +448,15 @@ ATTN_DEVICE void small_block(const KernelParams& p, unsigned char* memory) {
   const int share = blockIdx.x & ((1 << p.head_shift) - 1), tiles = (set.rows() + 7) / 8;
   if constexpr (LARGE) {
     if (tiles < 5 || tiles > 8) return;
-    if (tiles <= 6) for_heads<typename PASS::Six>(p, set, share, memory);
+    if (PASS::SIX && tiles <= 6) for_heads<typename PASS::Six>(p, set, share, memory);
     else for_heads<typename PASS::Eight>(p, set, share, memory);
-  } else {
-    if (tiles > 4 || (PASS::PLAIN && tiles == 0)) return;
+  } else if constexpr (PASS::PLAIN) {
+    if (tiles == 0 || tiles > 4) return;
     if (tiles <= 2) for_heads<typename PASS::Two>(p, set, share, memory);
     else if (tiles == 3) for_heads<typename PASS::Three>(p, set, share, memory);
     else for_heads<typename PASS::Four>(p, set, share, memory);
+  } else {
+    if (tiles <= 4) for_heads<typename PASS::Four>(p, set, share, memory);
   }
 }
 
@@ -440,9 +466,10 @@ struct SmallPlan {
   template <typename ITEM>
   static constexpr int OF = ITEM::S::TEAMS * ITEM::TEAM_BYTES;
   static constexpr int BYTES =
-      LARGE ? larger(OF<typename PASS::Six>, OF<typename PASS::Eight>)
-            : larger(OF<typename PASS::Two>,
-                     larger(OF<typename PASS::Three>, OF<typename PASS::Four>));
+      LARGE ? larger(PASS::SIX ? OF<typename PASS::Six> : 0, OF<typename PASS::Eight>)
+      : PASS::PLAIN ? larger(OF<typename PASS::Two>, larger(OF<typename PASS::Three>,
+                                                            OF<typename PASS::Four>))
+                    : OF<typename PASS::Four>;
 };
 
 // ---- the host's side ---------------------------------------------------------------------------
@@ -462,20 +489,24 @@ inline int64_t small_blocks(const KernelParams& p) {
 template <template <typename, int> class RUN, typename T, int D>
 int run_small(const KernelParams& p, bool plain, void* stream) {
   using R = RUN<T, D>;
-  int status = plain ? R::template run<SMALL_PLAIN>(p, stream)
-                     : R::template run<SMALL_ANY>(p, stream);
-  if (status || (p.longest && p.longest <= 32)) return status;
-  return plain ? R::template run<SMALL_PLAIN_LARGE>(p, stream)
-               : R::template run<SMALL_ANY_LARGE>(p, stream);
+  const bool large = !p.longest || p.longest > 32;
+  if (plain) {
+    const int status = R::template run<SMALL_PLAIN>(p, stream);
+    return status || !large ? status : R::template run<SMALL_PLAIN_LARGE>(p, stream);
+  }
+  if constexpr (D <= SMALL_WIDTH) {
+    const int status = R::template run<SMALL_ANY>(p, stream);
+    return status || !large ? status : R::template run<SMALL_ANY_LARGE>(p, stream);
+  }
+  return -1;
 }
 
 template <template <typename, int> class RUN, typename T>
 int for_small_width(const KernelParams& p, void* stream) {
   const bool plain = is_plain_small(p);
   const int64_t widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-  const auto serves = [&](int64_t width) { return plain ? widest == width : widest <= width; };
-  if (serves(32)) return run_small<RUN, T, 32>(p, plain, stream);
-  if (serves(64)) return run_small<RUN, T, 64>(p, plain, stream);
+  if (widest <= 32) return run_small<RUN, T, 32>(p, plain, stream);
+  if (widest <= 64) return run_small<RUN, T, 64>(p, plain, stream);
   return run_small<RUN, T, 128>(p, plain, stream);
 }
 

@@ -24,6 +24,8 @@
 #define ATTN_UNROLL _Pragma("unroll")
 #define ATTN_UNROLL_TWO _Pragma("unroll 2")
 #define ATTN_ROLLED _Pragma("unroll 1")
+#define ATTN_PRAGMA(text) _Pragma(#text)
+#define ATTN_UNROLL_BY(copies) ATTN_PRAGMA(unroll copies)
 
 namespace attnpool {
 

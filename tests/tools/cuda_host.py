@@ -130,15 +130,18 @@ class Kernels:
 
     schedule: the order in which emulated threads run (tests/tools/host/fibers.h); vector: whether
     16-byte copies are allowed; split: keys of a part of a molecule with few seeds. Outputs and
-    scratch are NaN before the call.
+    scratch are NaN before the call. longest: the rows of the longest molecule, 0 where unknown.
     """
 
     KIND = "kernel"
     OPERATORS = "attnpool_host"
     __name__ = "attnpool_kernels.impl.cuda"
 
-    def __init__(self, module, schedule: int = 0, vector: bool = True, split: int = 512):
+    def __init__(
+        self, module, schedule: int = 0, vector: bool = True, split: int = 512, longest: int = 0
+    ):
         self.module, self.schedule, self.vector, self.split = module, schedule, vector, split
+        self.longest = longest
 
     def why_not(self, problem) -> list[str]:
         return []
@@ -195,6 +198,7 @@ class Kernels:
             "shared_seeds": int(x.shared),
             "vector": self.vector,
             "split": self.split,
+            "longest": self.longest,
         }
 
     def _run(self, name: str, q: Tensor, call: dict):

@@ -60,6 +60,7 @@ KernelParams params(const py::dict& call) {
   p.key_bias_dtype = static_cast<Dtype>(call["key_bias_dtype"].cast<int32_t>());
   p.ptr_is_64 = call["ptr_is_64"].cast<int32_t>();
   p.shared_seeds = call["shared_seeds"].cast<int32_t>();
+  p.longest = call["longest"].cast<int32_t>();
   return p;
 }
 

@@ -22,6 +22,7 @@
 #define ATTN_UNROLL
 #define ATTN_UNROLL_TWO
 #define ATTN_ROLLED
+#define ATTN_UNROLL_BY(copies)
 
 #define threadIdx (fibers::current->index)
 #define blockIdx (fibers::block_index)
