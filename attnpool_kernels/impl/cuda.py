@@ -1,9 +1,11 @@
 """CUDA C++ kernels: all three passes, made for molecules of 1 to 256 atoms. Sources: csrc/cuda.
 
-Tiles of up to 64 rows of one molecule, its keys from its own start; tensor cores for every dtype
-(float32 keeps its accuracy: eight bfloat16 products). Pooling with at most eight shared seeds has
-kernels of its own, which stream keys and values once, a warp a head and molecule; there a molecule
-of more than 512 keys is cut into parts that are merged in order, so one huge set fills the chip.
+Sets of at most 64 rows have kernels without a search or a copy stage: rows go straight into
+registers, one block a set, one warp (or a few) a head. Larger ones are tiles of up to 64 rows of
+one molecule, its keys from its own start. Tensor cores for every dtype (float32 keeps its accuracy:
+three TF32 or eight bfloat16 products). Pooling with at most eight shared seeds has kernels of its
+own, which stream keys and values once, a warp a head and molecule; there a molecule of more than
+512 keys is cut into parts that are merged in order, so one huge set fills the chip.
 Any size is correct; the sizes of molecules are not known without waiting for the device, so large
 sets are not refused, only slower than elsewhere. Repeatable and batch invariant bit for bit by
 construction: no atomics, and the order of every sum is fixed by the molecule (d(seeds): by the

@@ -63,6 +63,7 @@ inline ScratchSizes prepare(KernelParams& p, Pass pass, int32_t split = SPLIT) {
 
 // Whether the instance without options serves them.
 inline bool is_plain_small(const KernelParams& p) {
+  if (p.gq.data && !(p.ddq.data && p.ddk.data && p.ddv.data)) return false;
   return p.q_ptr == p.k_ptr && p.query_rows == p.key_rows && !p.bias.data && !p.key_bias.data &&
          !p.seed && p.scale > 0 && p.head_dim == p.value_dim &&
          (p.head_dim == 32 || p.head_dim == 64 || p.head_dim == 128);

@@ -33,10 +33,10 @@ struct DoubleBackwardItem {
         u_tiles{memory}, ds_tiles{memory + Tiles::BYTES}, z_tiles{memory + 2 * Tiles::BYTES},
         key_sums(reinterpret_cast<float*>(memory + 3 * Tiles::BYTES)),
         pair_memory(memory + 3 * Tiles::BYTES + SUM_BYTES + part * P::BYTES),
-        q(of_queries(p.q, 0, p.head_dim)), a(of_queries(or_zero(p.ddq), 0, p.head_dim)),
+        q(of_queries(p.q, 0, p.head_dim)), a(of_queries(p.ddq, 0, p.head_dim)),
         dout(of_queries(p.dout, 0, p.value_dim)),
-        k(of_keys(p.k, 0, p.head_dim)), b(of_keys(or_zero(p.ddk), 0, p.head_dim)),
-        v(of_keys(p.v, 0, p.value_dim)), c(of_keys(or_zero(p.ddv), 0, p.value_dim)),
+        k(of_keys(p.k, 0, p.head_dim)), b(of_keys(p.ddk, 0, p.head_dim)),
+        v(of_keys(p.v, 0, p.value_dim)), c(of_keys(p.ddv, 0, p.value_dim)),
         gq(of_queries(p.gq, from, p.head_dim)), gdout(of_queries(p.gdout, from, p.value_dim)),
         gk(of_keys(p.gk, part * S::KT * 8, p.head_dim)),
         gv(of_keys(p.gv, part * S::KT * 8, p.value_dim)), gdlse(p.gdlse, set, from, head) {}

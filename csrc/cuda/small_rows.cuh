@@ -94,15 +94,10 @@ struct Weights<float> {
 
 // ---- rows --------------------------------------------------------------------------------------
 
-// A tensor, or one of zeros where it is absent.
-ATTN_DEVICE View or_zero(const View& x) {
-  if (x.data) return x;
-  return {const_cast<uint4*>(ZERO_ROW), 0, 0, 0, 1};
-}
-
 // The rows of a set in one tensor and head, as one lane sees them. Tiles are counted from row
-// `row_from` when they are read by row, and from row `column_from` by column. EXACT: as wide as the kernel; else units from `width` on
-// are zero. Rows from `size` on are zero, so nothing of another set's is ever read.
+// `row_from` when they are read by row, and from row `column_from` by column. EXACT: as wide as the
+// kernel; else units from `width` on are zero, which are all of an absent tensor. Rows from `size`
+// on are zero, so nothing of another set's is ever read.
 template <typename T, int D, bool EXACT>
 struct SetRows {
   using Row = ByRow<T, D>;
@@ -116,7 +111,7 @@ struct SetRows {
                       int head, int64_t units)
       : stride(int(x.row) * int(sizeof(T))), head_stride(int(x.head) * int(sizeof(T))),
         rows_left(rows.size - row_from), columns_left(rows.size - column_from),
-        width(int(units)), g(lane_index() / 4), t(lane_index() % 4) {
+        width(x.data ? int(units) : 0), g(lane_index() / 4), t(lane_index() % 4) {
     char* first = static_cast<char*>(x.data) + int64_t(head) * head_stride;
     if (!EXACT) first += molecule * x.molecule * int64_t(sizeof(T));
     by_row = first + (int64_t(rows.first + row_from + g) * stride + t * Row::BYTES);

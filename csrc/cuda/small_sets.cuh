@@ -13,14 +13,10 @@
 #pragma once
 
 #include "launch.h"
-#include "pairs.cuh"
+#include "nobody.cuh"
 #include "small_rows.cuh"
 
 namespace attnpool {
-
-constexpr int SMALL_WARPS = 4;  // of a block
-// Blocks behind those of the sets, for the rows of nobody.
-constexpr int NOBODY_BLOCKS = 4, NOBODY_THREADS = NOBODY_BLOCKS * SMALL_WARPS * 32;
 
 // SURE: so many tiles are whole where queries and keys are the same rows.
 template <int NT_, int QT_, int WARPS_, int SURE_>
@@ -364,54 +360,6 @@ template <int WARPS>
 ATTN_DEVICE void team_barrier(int team) {
   if constexpr (WARPS == 1) warp_barrier();
   else group_barrier(1 + team, 32 * WARPS);
-}
-
-// ---- rows and pairs of nobody --------------------------------------------------------------------
-
-// Rows first ... last - 1, by all threads of the blocks for the rows of nobody; a warp has a row.
-template <typename Fill>
-ATTN_DEVICE void for_elements(int64_t first, int64_t last, int64_t heads, int units, int thread,
-                              const Fill& fill) {
-  ATTN_ROLLED
-  for (int64_t row = first + thread / 32; row < last; row += NOBODY_THREADS / 32)
-    ATTN_ROLLED
-    for (int head = 0; head < heads; ++head)
-      ATTN_ROLLED
-      for (int unit = lane_index(); unit < units; unit += 32) fill(row, head, unit);
-}
-
-// Calls fill(first, last) for the rows of an axis before the first molecule and behind the last.
-template <typename Fill>
-ATTN_DEVICE void for_rows_of_nobody(const Axis& axis, const Fill& fill) {
-  ATTN_ROLLED  // one copy of the code
-  for (int side = 0; side < 2; ++side)
-    fill(side ? edge(axis, axis.molecules) : 0, side ? axis.rows : edge(axis, 0));
-}
-
-template <typename T>
-ATTN_DEVICE void fill_rows_of_nobody(const KernelParams& p, const View& x, bool of_queries,
-                                     int64_t units, T value, int thread) {
-  for_rows_of_nobody(of_queries ? query_axis(p) : key_axis(p), [&](int64_t first, int64_t last) {
-    for_elements(first, last, p.heads, int(units), thread, [&](int64_t row, int head, int unit) {
-      address<T>(x, 0, row, head)[unit] = value;
-    });
-  });
-}
-
-ATTN_DEVICE void clear_added_of_nobody(const KernelParams& p, const View& bias,
-                                       const View& key_bias, int thread) {
-  const auto clear = [&](const View& x, Dtype stored, int64_t first, int64_t last) {
-    for_elements(first, last, p.heads, 1, thread, [&](int64_t row, int head, int) {
-      clear_element(x, stored, row, head);
-    });
-  };
-  if (bias.data)
-    clear(bias, p.bias_dtype, span_between(p.pair_ptr[p.molecules], p.pairs, p.pairs).first,
-          p.pairs);
-  if (key_bias.data)
-    for_rows_of_nobody(key_axis(p), [&](int64_t first, int64_t last) {
-      clear(key_bias, p.key_bias_dtype, first, last);
-    });
 }
 
 // ---- blocks ------------------------------------------------------------------------------------

@@ -32,9 +32,6 @@ namespace attnpool {
 using Half = __half;
 using Bfloat16 = __nv_bfloat16;
 
-// A row of zeros, of any type and width.
-static __device__ const uint4 ZERO_ROW[32] = {};
-
 ATTN_DEVICE float to_acc(Half x) { return __half2float(x); }
 ATTN_DEVICE float to_acc(Bfloat16 x) { return __bfloat162float(x); }
 ATTN_DEVICE void from_acc(float x, Half& out) { out = __float2half_rn(x); }

@@ -1,4 +1,4 @@
-"""nvcc compiles every CUDA kernel without a spill, within the committed table of registers.
+"""nvcc compiles every CUDA kernel within the committed table of registers and spilled bytes.
 
 Compiling everything takes minutes (-m slow). In every run: the table belongs to these sources, none
 of its kernels spills, and three of the kernels closest to the limit are compiled again. Those are
@@ -29,8 +29,12 @@ def test_the_table_belongs_to_these_sources():
     assert TABLE["sources"] == nvcc_report.of_sources(), "run tests/tools/nvcc_report.py --update"
 
 
-def test_no_kernel_spills():
+def test_only_small_sets_spill_and_the_frequent_ones_little():
     assert not nvcc_report.violations(TABLE["archs"], TABLE["archs"], list(TABLE["archs"]))
+    for table in TABLE["archs"].values():
+        for name, x in table.items():
+            if name.startswith("small_") and "double" not in name and "128" not in name:
+                assert x["spilled"] <= 160, name
 
 
 @pytest.mark.parametrize(
@@ -39,9 +43,10 @@ def test_no_kernel_spills():
         ("backward", "80", "float", 64),
         ("double_backward", "90", "Bfloat16", 128),
         ("few_seeds_backward", "90", "Bfloat16", 128),
+        ("small_backward", "90", "Bfloat16", 64),
     ],
 )
-def test_three_of_the_largest(source, arch, dtype, width):
+def test_some_of_the_largest(source, arch, dtype, width):
     needs_nvcc()
     said = nvcc_report.compile_one(source, arch, (dtype, width))
     found = nvcc_report.parse(said)

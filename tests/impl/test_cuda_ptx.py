@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 SYMBOLS = {"Bfloat16": "13__nv_bfloat16", "Half": "6__half", "float": "f", "double": "d"}
-NOTED = re.compile(r"= (?:attnpool::)?(\w+)<(?:attnpool::)?(\w+)(?:, (\d+))?>")
+NOTED = re.compile(r"= (?:attnpool::)?(\w+)<(?:attnpool::)?(\w+)(?:, (\d+))?(?:, (\d))?>")
 
 
 @cache
@@ -38,8 +38,9 @@ def compiled(source: str, dtype: str, width: int) -> str:
 
 @cache
 def kernel(source: str, noted: str, width: int) -> ptx.Kernel:
-    name, dtype, own_width = NOTED.search(noted).groups()
-    symbol = f"{len(name)}{name}I{SYMBOLS[dtype]}{f'Li{own_width}E' if own_width else ''}E"
+    name, dtype, *numbers = NOTED.search(noted).groups()
+    numbers = "".join(f"Li{number}E" for number in numbers if number)
+    symbol = f"{len(name)}{name}I{SYMBOLS[dtype]}{numbers}E"
     return ptx.Kernel(compiled(source, dtype, width), symbol)
 
 
@@ -49,10 +50,12 @@ class Simulated(cuda_host.Kernels):
     def _launch(self, name: str, plain: dict, values: list) -> int:
         buffers = [x for x in values if isinstance(x, torch.Tensor)]
         launches = self.module.plan(name, plain)
-        first = NOTED.search(launches[0][0])
-        width, few = int(first[3]), first[1].startswith("few_seeds")
+        width = int(NOTED.search(launches[0][0])[3])
         for noted, blocks, threads, shared, params in launches:
-            entry = kernel(f"few_seeds_{name}" if few else name, noted, width)
+            family = next((x for x in ("few_seeds_", "small_") if x in noted), "")
+            if "sum_" in noted:  # compiled with each source that launches it
+                family = "few_seeds_" if "few_seeds" in launches[0][0] else ""
+            entry = kernel(f"{family}{name}", noted, width)
             assert [size for _, size in entry.params] == [len(params)]
             ptx.launch(entry, (blocks,), threads, [params], buffers, shared, "warp", seed=1)
         return 0
@@ -75,6 +78,17 @@ def test_compiled_code_is_inside_the_budget(dtype, dim):
         nobody=1,
     )
     kernels = Simulated(cuda_host.build())
+    testing.judge(case, dtype, lambda batch: testing.run_kernels(batch, kernels))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "counts"),
+    [(torch.bfloat16, (9, 18, 27)), (torch.float32, (16, 20)), (torch.float16, (35, 49))],
+    ids=str,
+)
+def test_small_sets_without_options(dtype, counts):
+    case = testing.Case("ptx small", counts, heads=1, dim=32, lse=True, nobody=1)
+    kernels = Simulated(cuda_host.build(), longest=max(counts))
     testing.judge(case, dtype, lambda batch: testing.run_kernels(batch, kernels))
 
 

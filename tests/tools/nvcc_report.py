@@ -6,8 +6,8 @@ Run:  python tests/tools/nvcc_report.py --archs 80 90 --check   compare with the
                                                                they are of the same sources
       NVCCFLAGS=-Xptxas=-v make wheel 2>build.log              ... --log build.log --update
 The table is csrc/cuda/resources.json. It names the sources it belongs to by a hash, so that a test
-sees at once that it is old. The gate fails on any spill, on 8 registers more than the table has,
-and on a kernel that is missing.
+sees at once that it is old. The gate fails on more spilled bytes than the table has, where only
+kernels for small sets may have any, on 8 registers more, and on a kernel that is missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ KERNEL = re.compile(
     r".*?Used (?P<registers>\d+) registers",
     re.S,
 )
-SYMBOL = re.compile(r"_ZN8attnpool\d+(\w+?_kernel)I(6__half|13__nv_bfloat16|f|d)(?:Li(\d+)E)?E")
+SYMBOL = re.compile(
+    r"_ZN8attnpool\d+(\w+?_kernel)I(6__half|13__nv_bfloat16|f|d)(?:Li(\d+)E)?(?:Li(\d)E)?E"
+)
+VARIANTS = ("plain", "any", "plain large", "any large")  # of csrc/cuda/small_sets.cuh
 TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
 
 
@@ -54,7 +57,8 @@ def readable(symbol: str) -> str:
     match = SYMBOL.match(symbol)
     if not match:
         return symbol
-    return " ".join(filter(None, (match[1], TYPES[match[2]], match[3])))
+    variant = VARIANTS[int(match[4])] if match[4] else None
+    return " ".join(filter(None, (match[1], TYPES[match[2]], match[3], variant)))
 
 
 def parse(text: str) -> dict[str, dict[str, dict[str, int]]]:
@@ -95,8 +99,9 @@ def violations(found: dict, table: dict, archs: list[str], some: bool = False) -
         absent = set() if some else expected.keys() - got.keys()
         lines += [f"sm_{arch} {name}: not compiled" for name in sorted(absent)]
         for name, now in sorted(got.items()):
-            most = expected.get(name, {"registers": 255})["registers"] + 8
-            if now["spilled"]:
+            known = expected.get(name, {"registers": 255, "spilled": 0})
+            most = known["registers"] + 8
+            if now["spilled"] > (known["spilled"] if name.startswith("small_") else 0):
                 lines.append(f"sm_{arch} {name}: spills {now['spilled']} bytes")
             if now["registers"] > most:
                 lines.append(

@@ -91,11 +91,6 @@ void copy_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE())
 
 // ---- one lane ----------------------------------------------------------------------------------
 
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
-static const uint4 ZERO_ROW[32] = {};
-
 template <int BYTES>
 void load_words(uint32_t* x, const void* from) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
