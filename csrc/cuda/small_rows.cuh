@@ -32,7 +32,8 @@ struct ByColumn {
 // ---- operands ----------------------------------------------------------------------------------
 
 // float32 has three products of TF32: a number is its upper 11 bits, rounded, and a rest. Tensor
-// cores truncate sums, so the small products have a sum of their own.
+// cores truncate sums, so the small products have a sum of their own. The rest of an infinity is
+// NaN, and so is that of a NaN, which can have the upper part 0: Sums tells the two apart.
 ATTN_DEVICE void split(uint32_t x, uint32_t& high, uint32_t& low) {
   high = (x + 0x1000u) & 0xffffe000u;
   low = float_bits(bits_float(x) - bits_float(high));
@@ -66,8 +67,10 @@ struct Sums {
 template <>
 struct Sums<float> {
   float large[4] = {0, 0, 0, 0}, small[4] = {0, 0, 0, 0};
-  // Where an operand is infinite, its rest and so the small sum are NaN, and the large sum says all.
-  ATTN_DEVICE float operator[](int e) const { return large[e] + fmaxf(small[e], -3.4028235e38f); }
+  ATTN_DEVICE float operator[](int e) const {
+    const bool infinite = fabsf(large[e]) == INFINITY;  // then it says all, and small is NaN
+    return infinite ? large[e] : large[e] + small[e];
+  }
   ATTN_DEVICE void add(const Left<float>& a, uint32_t b0, uint32_t b1) {
     uint32_t high[2], low[2];
     split(b0, high[0], low[0]);

@@ -95,6 +95,17 @@ def test_layouts_that_cannot_be_read_by_16_bytes_are_left_to_the_others():
         assert not small or case.name == "strided"
 
 
+def test_every_nan_stays_one():
+    """GPUs make NaN of all ones, which arithmetic on its bits would turn into zero."""
+    batch = testing.Case("nan", (18, 40), heads=1, dim=32).make(torch.float32)
+    for x in (batch.q, batch.k, batch.v, batch.dout):
+        x.view(torch.int32)[17] = 0x7FFFFFFF
+    found = testing.run_kernels(batch, cuda_host.Kernels(cuda_host.build()))
+    for name in ("out", "lse", "dq", "dk", "dv", "gq", "gk", "gv", "gdout"):
+        assert bool(found[name][17].isnan().all()), name
+        assert bool(found[name][18:].isfinite().all()), name
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_infinite_values(dtype):
     """An infinite value is the result of every row that gives it a weight, and no NaN beside it."""
