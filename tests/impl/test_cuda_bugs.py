@@ -53,7 +53,7 @@ SMALL_EDITS = [
     ("small_sets.cuh", "sum += __shfl_xor_sync(WARP, sum, 8);", "", "sum over the rows of a tile"),
     ("small_sets.cuh", "w < S::WARPS; ++w", "w < 1; ++w", "sum over the warps"),
     ("nobody.cuh", "side ? edge(axis, axis.molecules)", "side ? axis.rows", "rows of nobody"),
-    ("small_rows.cuh", "2 * t + e < columns_left", "2 * t + e <= columns_left", "last row"),
+    ("small_rows.cuh", "2 * t + e < columns_left", "2 * t + e + 1 < columns_left", "last row"),
     ("small_rows.cuh", "mma_tf32(small, a.low,", "mma_tf32(small, a.high,", "rest of a float"),
     ("small_backward.cu", "weight_tiles.read(of_key, part", "weight_tiles.read(of_key, 0", "keys"),
     ("small_double_backward.cu", "OfQueries{of_p, c}", "OfQueries{of_u, c}", "(D11)"),

@@ -52,9 +52,9 @@ class Simulated(cuda_host.Kernels):
         launches = self.module.plan(name, plain)
         width = int(NOTED.search(launches[0][0])[3])
         for noted, blocks, threads, shared, params in launches:
-            family = next((x for x in ("few_seeds_", "small_") if x in noted), "")
-            if "sum_" in noted:  # compiled with each source that launches it
-                family = "few_seeds_" if "few_seeds" in launches[0][0] else ""
+            # Sums and merges are compiled with each source that launches them.
+            few = "few_seeds_" if "few_seeds" in launches[0][0] else ""
+            family = few or ("small_" if "= small_" in noted or "::small_" in noted else "")
             entry = kernel(f"{family}{name}", noted, width)
             assert [size for _, size in entry.params] == [len(params)]
             ptx.launch(entry, (blocks,), threads, [params], buffers, shared, "warp", seed=1)
