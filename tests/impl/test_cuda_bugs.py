@@ -63,7 +63,7 @@ SMALL_EDITS = [
         "multiply_tiles<T>(t, x, y",
         "(D1)",
     ),
-    ("launch.h", "p.scale_float = float(p.scale);", "p.scale_float = 1;", "scale"),
+    ("small_sets.cuh", "* (PLAIN ? 1.0f : p.scale_float);", "* 1.0f;", "scale"),
 ]
 
 
