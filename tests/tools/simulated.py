@@ -24,7 +24,7 @@ def simulated(
     def call(launch: aot.Launch) -> None:
         compiled = launch.compile(architecture)
         kernel = ptx.Kernel(compiled.asm["ptx"])
-        arguments = list(_passed(launch))
+        arguments = list(passed(launch))
         buffers = [x for x in arguments if isinstance(x, torch.Tensor)]
         arguments += [0] * (len(kernel.params) - len(arguments))  # Triton's scratch pointers
         threads = launch.options.get("num_warps", 4) * 32
@@ -44,7 +44,7 @@ def simulated(
         yield ran
 
 
-def _passed(launch: aot.Launch) -> Iterator:
+def passed(launch: aot.Launch) -> Iterator:
     """The arguments that stay after specialisation, tuples flattened."""
     constants = launch.source().constants
 
