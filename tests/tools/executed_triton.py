@@ -25,7 +25,7 @@ import torch
 import triton
 
 import attnpool_kernels.impl.triton as backend
-from attnpool_kernels import Ragged
+from attnpool_kernels import Ragged, ragged
 from attnpool_kernels.operands import Cotangents, Operands, Options, Result, Tangents, accumulator
 from tools import aot, executed, ptx, sass
 from tools.simulated import passed
@@ -66,7 +66,9 @@ class Line:
     def launches(self) -> list[aot.Launch]:
         dtype, heads = aot.DTYPES[self.row], self.heads
         sizes = Ragged.from_counts([self.rows] * self.molecules)
-        ptr = sizes.ptr if self.known else sizes.ptr.clone()
+        ptr = sizes.ptr.clone()
+        if self.known:
+            ragged.remember(ptr, sizes.sizes)
         k = torch.empty(self.rows * self.molecules, heads, self.width, dtype=dtype)
         q = k if self.seeds is None else k[: self.seeds]
         outs = q.shape if self.seeds is None else (self.molecules, *q.shape)
@@ -110,6 +112,8 @@ class Line:
         if self.seeds is not None and "SPLIT" in launch.arguments:
             block = launch.arguments["SPLIT"]
         tiles = launch.grid[0] // self.heads
+        if launch.arguments.get("WALK"):  # a program for each molecule
+            return [tile * self.heads for tile in (tiles // 3, tiles // 2)]
         if block is None or launch.grid[0] % self.heads:
             return None
         molecules = block // math.gcd(self.rows, block)

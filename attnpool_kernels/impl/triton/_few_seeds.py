@@ -45,16 +45,15 @@ from .primitives import (
     load_key_bias,
     load_row_values,
     load_rows,
-    logits,
     molecule_pairs,
     molecule_rows,
     of_molecule,
+    pair_weights,
     products,
     store_pairs,
     store_products,
     store_row_values,
     store_rows,
-    weights,
 )
 
 
@@ -127,7 +126,9 @@ def _forward_kernel(
     m_m = o_m < seeds
     at_m = Place(molecule * 0, o_m, m_m, head)
     c = tl.full((), scale, ACC)
-    acc, b_lse, largest, total = attend(x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE)
+    acc, b_lse, largest, total = attend(
+        x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE, False
+    )
     if x.seed is not None:
         acc *= tl.full((), keep_scale, ACC)
     if keys <= SPLIT:
@@ -222,7 +223,7 @@ def _block(x, dout, of, at_m, at_n, first_k, b_lse, by, zero, H, widths, tile):
     dp, _ = products(Dual(dout, None), at_m, Dual(x.v, None), at_n, zero, H, widths.v, tile)
     b_bias = load_bias(x.bias, of, at_m, at_n.offsets, at_n.head, by.c)
     b_key = load_key_bias(x.key_bias, at_n, by.c, 0)
-    p = weights(logits(s, by.c, b_bias, b_key, at_n.mask[None, :]), b_lse[:, None])
+    p = pair_weights(s, by.c, b_bias, b_key, at_n.mask[None, :], b_lse[:, None])
     kept = p
     if x.seed is not None:
         o_m, head = at_m.offsets, at_m.head

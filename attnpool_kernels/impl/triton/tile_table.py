@@ -31,6 +31,8 @@ GFX942 = (9, 4)  # as torch for ROCm counts: compiled for, never run
 
 LONG = 256  # rows from which a molecule has the tiles of long sets, where there are such
 LONG_PASSES = ("forward_long", "backward_query_long", "backward_key_long")
+MEDIUM = 33  # rows from which it has those of medium ones, likewise
+MEDIUM_PASSES = ("forward_medium", "backward_query_medium", "backward_key_medium")
 
 FEW = 16  # seeds up to which a molecule's queries are one small tile, with kernels of their own
 SPLIT = 512  # keys of a molecule that one program of those walks
@@ -118,6 +120,12 @@ _LONG_HALF = {
 _LONG_FLOAT32 = {
     32: ((32, 64, 32, 4, 2), (32, 32, 16, 4, 2, 255), (32, 32, 32, 4, 2)),
     64: ((32, 32, 32, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 4, 2, 255)),
+}
+
+# medium molecules: one tile has all queries of up to 64 atoms, and so writes all their gradients
+_MEDIUM_HALF = {
+    32: ((64, 64, 64, 4, 1), (64, 64, 64, 4, 1), (64, 32, 64, 2, 1)),
+    64: ((64, 64, 64, 4, 1), (64, 64, 64, 4, 1, 255), (64, 32, 64, 2, 1, 255)),
 }
 
 # few seeds: one row of tensor-core tiles
@@ -219,8 +227,8 @@ _KEY_BIAS_CHIPS = {  # before those
 }
 
 
-def _by_pass(columns: dict, few: dict, long: dict) -> dict:
-    named = (PASSES, columns), (FEW_PASSES, few), (LONG_PASSES, long)
+def _by_pass(columns: dict, few: dict, long: dict, medium: dict) -> dict:
+    named = (PASSES, columns), (FEW_PASSES, few), (LONG_PASSES, long), (MEDIUM_PASSES, medium)
     return {
         (width, name): entry
         for names, table in named
@@ -229,14 +237,14 @@ def _by_pass(columns: dict, few: dict, long: dict) -> dict:
     }
 
 
-_HALF_TABLE = _by_pass(_HALF, _FEW_HALF, _LONG_HALF)
-_FLOAT32_TABLE = _by_pass(_FLOAT32, _FEW_FLOAT32, _LONG_FLOAT32)
+_HALF_TABLE = _by_pass(_HALF, _FEW_HALF, _LONG_HALF, _MEDIUM_HALF)
+_FLOAT32_TABLE = _by_pass(_FLOAT32, _FEW_FLOAT32, _LONG_FLOAT32, {})
 _TABLES = {
     "fp16": _HALF_TABLE,
     "bf16": _HALF_TABLE,
     "fp32": _FLOAT32_TABLE,
     "tf32": _FLOAT32_TABLE,
-    "fp64": _by_pass(_FLOAT64, _FEW_FLOAT64, {}),
+    "fp64": _by_pass(_FLOAT64, _FEW_FLOAT64, {}, {}),
 }
 _OPTIONS: dict[str, dict] = {
     "fp16": _HALF_OPTIONS,
