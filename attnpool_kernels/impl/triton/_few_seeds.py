@@ -109,6 +109,7 @@ def _forward_kernel(
     SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
+    FLIP: tl.constexpr,
 ):
     ACC: tl.constexpr = y.lse.dtype.element_ty
     WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
@@ -127,7 +128,7 @@ def _forward_kernel(
     at_m = Place(molecule * 0, o_m, m_m, head)
     c = tl.full((), scale, ACC)
     acc, b_lse, largest, total = attend(
-        x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE, False
+        x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE, FLIP, False
     )
     if x.seed is not None:
         acc *= tl.full((), keep_scale, ACC)
@@ -397,7 +398,7 @@ def forward(x: Operands, options: Options) -> Result:
     parts = Outputs(scratch(y.out, x), scratch(y.lse, x), total)
     with launch.on_device(x.q):
         grid = (few_tiles(x) * x.q.shape[1],)
-        _forward_kernel[grid](**common, y=y, parts=parts, **tile)
+        _forward_kernel[grid](**common, y=y, parts=parts, FLIP=options.scale < 0, **tile)
         if x.k.shape[0] > tile_table.SPLIT:
             merge(common, tile, y, parts)
     return y

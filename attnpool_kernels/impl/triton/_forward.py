@@ -31,17 +31,31 @@ from .primitives import (
 
 
 @triton.jit
-def attend(x, of, at_m, first, last, c, threshold, H, widths, tile, PEELED: tl.constexpr):
+def attend(
+    x,
+    of,
+    at_m,
+    first,
+    last,
+    c,
+    threshold,
+    H,
+    widths,
+    tile,
+    FLIP: tl.constexpr,
+    PEELED: tl.constexpr,
+):
     """Of a block of queries over the keys first to last of a molecule: output, lse, and its terms,
     the largest logit and Σ exp(logit - largest).
 
     Without biases the logits are counted in powers of 2: one factor, c log2(e), does for the scale
-    and the exponential. The least finite bias would overflow there. PEELED: the blocks before the
-    last are whole, so they need no mask.
+    and the exponential, and the largest product is the largest logit, as the factor is positive
+    (q has the sign of the scale, see ``FLIP``). The least finite bias would overflow there.
+    PEELED: the blocks before the last are whole, so they need no mask.
     """
     BIASED: tl.constexpr = (x.bias is not None) or (x.key_bias is not None)
     if not BIASED:
-        c = c * LOG2_E
+        c = tl.maximum(tl.abs(c) * LOG2_E, 1e-37)  # not 0, which no -inf may meet
     largest = tl.full((tile.m,), float("-inf"), c.dtype)
     total = tl.zeros((tile.m,), c.dtype)
     acc = tl.zeros((tile.m, widths.v.padded), c.dtype)
@@ -50,11 +64,39 @@ def attend(x, of, at_m, first, last, c, threshold, H, widths, tile, PEELED: tl.c
         whole = first + (last - first) // tile.n * tile.n
         for first_k in range(first, whole, tile.n):
             largest, total, acc = attend_block(
-                x, of, at_m, first_k, last, c, threshold, H, largest, total, acc, widths, tile, True
+                x,
+                of,
+                at_m,
+                first_k,
+                last,
+                c,
+                threshold,
+                H,
+                largest,
+                total,
+                acc,
+                widths,
+                tile,
+                FLIP,
+                True,
             )
     for first_k in range(whole, last, tile.n):
         largest, total, acc = attend_block(
-            x, of, at_m, first_k, last, c, threshold, H, largest, total, acc, widths, tile, False
+            x,
+            of,
+            at_m,
+            first_k,
+            last,
+            c,
+            threshold,
+            H,
+            largest,
+            total,
+            acc,
+            widths,
+            tile,
+            FLIP,
+            False,
         )
     empty = total == 0
     acc = acc * (1.0 / tl.where(empty, 1.0, total))[:, None]
@@ -80,6 +122,7 @@ def attend_block(
     acc,
     widths,
     tile,
+    FLIP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """One step of the online softmax: (largest, total, acc) with the keys from first_k on."""
@@ -103,11 +146,12 @@ def attend_block(
         p = tl.exp(s - shift[:, None])
         shrink = tl.exp(largest - shift)
     else:
-        s = s * c
+        if FLIP:
+            s = -s
         if not WHOLE:
             s = tl.where(m_n[None, :], s, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(s, 1))
-        p = tl.exp2(s - new_largest[:, None])
+        new_largest = tl.maximum(largest, tl.max(s, 1) * c)
+        p = tl.exp2(s * c - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
     total = total * shrink + tl.sum(p, 1)
     if x.seed is not None:
@@ -133,13 +177,14 @@ def _forward_tile(
     H,
     widths,
     tile,
+    FLIP: tl.constexpr,
     PEELED: tl.constexpr,
 ):
     """The queries from first on."""
     o_m = first + tl.arange(0, tile.m)
     m_m = o_m < rows
     at_m = Place(q_row, o_m, m_m, head)
-    acc, b_lse, _, _ = attend(x, of, at_m, 0, of.keys, c, threshold, H, widths, tile, PEELED)
+    acc, b_lse, _, _ = attend(x, of, at_m, 0, of.keys, c, threshold, H, widths, tile, FLIP, PEELED)
     if x.seed is not None:
         acc *= r
     at_out = Place(o_row, o_m, m_m, head)
@@ -170,6 +215,7 @@ def _forward_kernel(
     SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
     WALK: tl.constexpr,
+    FLIP: tl.constexpr,
 ):
     ACC: tl.constexpr = y.lse.dtype.element_ty
     WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
@@ -188,11 +234,41 @@ def _forward_kernel(
     if WALK:
         for at in range(0, rows, BLOCK_M):
             _forward_tile(
-                x, y, of, q_row, o_row, at, rows, head, c, r, threshold, H, WIDTHS, TILE, PEELED
+                x,
+                y,
+                of,
+                q_row,
+                o_row,
+                at,
+                rows,
+                head,
+                c,
+                r,
+                threshold,
+                H,
+                WIDTHS,
+                TILE,
+                FLIP,
+                PEELED,
             )
     else:
         _forward_tile(
-            x, y, of, q_row, o_row, first, rows, head, c, r, threshold, H, WIDTHS, TILE, PEELED
+            x,
+            y,
+            of,
+            q_row,
+            o_row,
+            first,
+            rows,
+            head,
+            c,
+            r,
+            threshold,
+            H,
+            WIDTHS,
+            TILE,
+            FLIP,
+            PEELED,
         )
 
 
@@ -201,7 +277,8 @@ def forward(x: Operands, options: Options) -> Result:
     y = launch.new_result(x)
     if y.out.numel() == 0:
         return y
-    common, heads = launch.arguments(x, options), x.q.shape[1]
+    common = launch.arguments(x, options) | dict(FLIP=options.scale < 0)
+    heads = x.q.shape[1]
     with launch.on_device(x.q):
         for tile in schedules.of_queries("forward", x):
             tiles = schedules.query_programs(x, x.molecules, tile)

@@ -111,6 +111,7 @@ class Warp:
         self.now: Instruction | None = None
         self.active = self.live  # lanes at work
         self.partly: dict[tuple[str, int], np.ndarray] = {}  # lanes that know a register
+        self.local: dict[int, Value] = {}  # words of local memory, which holds spilled registers
         self.lost: dict[tuple[str, int], Instruction | None] = {}  # what made a register unknown
 
     # operands ------------------------------------------------------------------------------------
@@ -160,6 +161,10 @@ class Warp:
         last = {"R": 255, "UR": 63, "P": 7, "UP": 7}.get(x.kind)
         if last is None or x.index == last:
             return
+        if x.kind in ("UR", "UP") and lanes is not None:  # of the warp, whichever lanes it has
+            if not lanes.any():
+                return
+            lanes = TRUE
         held, place = self.files[x.kind], (x.kind, x.index + offset)
         at = place[1]
         if value is None:
