@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from tools.interpreted import MIXED, run
+from tools.interpreted import MIXED, run, with_red_zones
 from tools.triton_guard import guard, padded
 
 import attnpool_kernels.impl.triton as backend
-from attnpool_kernels import testing
+from attnpool_kernels import ragged, testing
 from attnpool_kernels.impl.triton import primitives, tile_table
 from attnpool_kernels.impl.triton._backward import sum_parts
 from attnpool_kernels.testing import Case
@@ -216,3 +216,41 @@ def test_tiles_cover_every_row_once(molecules):
     assert torch.equal(found, expected)
     covered = (edges[1:] - edges[:-1] + block - 1) // block
     assert (first_tile[1:] - first_tile[:-1] >= covered).all() and first_tile[-1] >= total - 1
+
+
+def passes(batch: testing.Batch, sizes: ragged.Sizes | None) -> dict[str, torch.Tensor]:
+    """Results with the sizes of the molecules known so, or unknown."""
+    batch = with_red_zones(batch)
+    if sizes is not None:
+        ragged.remember(batch.k_ptr, sizes)
+    if batch.q_ptr is not None:
+        batch.q_ptr = batch.k_ptr
+    with guard(seed=1):
+        return testing.run_kernels(batch, backend)
+
+
+@pytest.mark.parametrize("added", [None, "pair"])
+def test_known_sizes_change_no_bit(short_limits, added):
+    """Every schedule alone and beside others; rows of no molecule longer than any."""
+    for counts, rest in (((5, 0, 17), 0), ((20, 34), 3), ((45, 41), 0), ((3, 30), 60)):
+        case = Case("known", counts, heads=1, dim=16, nobody=rest, key_bias=added, lse=True)
+        unknown = passes(case.make(torch.float32), None)
+        found = passes(
+            case.make(torch.float32), ragged.Sizes(min(counts), max(counts), sum(counts))
+        )
+        for name, x in found.items():
+            assert torch.equal(x, unknown[name]), (counts, name)
+
+
+def test_sizes_known_wrongly_are_right_or_nan():
+    """As after a change behind torch's back: results as ever, or NaN gradients of keys."""
+    case = Case("stale", (20, 70, 7), heads=1, dim=16, nobody=2)
+    expected = passes(case.make(torch.float32), None)
+    for sizes in (ragged.Sizes(7, 20, 97), ragged.Sizes(300, 400, 97), ragged.Sizes(7, 20, 400)):
+        found = passes(case.make(torch.float32), sizes)
+        for name, x in found.items():
+            other = expected[name]
+            if name in ("dk", "dv", "gk", "gv") and sizes.longest <= 32:
+                assert x[20:90].isnan().all(), name
+                x, other = torch.cat([x[:20], x[90:]]), torch.cat([other[:20], other[90:]])
+            torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-5, msg=name)

@@ -356,31 +356,53 @@ def _key_tile(x, y, dy, gradients, saved, of, first, q_row, o_row, rows, head, b
         store_row_values(gradients.dkey_bias, at_n, H, b_de)
 
 
+GROUP = 64  # partial sums that one program adds
+
+
 @triton.jit(do_not_specialize=["size", "parts"])
-def _sum_parts_kernel(partial, total, size: tl.int64, parts: tl.int64, BLOCK: tl.constexpr):
-    """total[i] = sum of partial[part, i] over the parts, in order; what rounding takes from it is
-    gathered in lost (Knuth's two-sum), so that the error does not grow with the parts."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _sum_parts_kernel(
+    partial, total, size: tl.int64, parts: tl.int64, BLOCK: tl.constexpr, GROUP: tl.constexpr
+):
+    """total[g, i] = sum of partial[part, i] over the parts of group g, in order; what rounding
+    takes from it is gathered in lost (Knuth's two-sum), so that the error does not grow with them.
+    """
+    blocks = (size + BLOCK - 1) // BLOCK
+    group = tl.program_id(0) // blocks
+    o = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), partial.dtype.element_ty)
     lost = tl.zeros((BLOCK,), partial.dtype.element_ty)
-    for part in range(0, parts):
+    for part in range(group * GROUP, tl.minimum(group * GROUP + GROUP, parts)):
         x = tl.load(partial + part * size + o, mask=o < size, other=0.0)
         new = acc + x
         taken = new - acc
         lost += (acc - (new - taken)) + (x - taken)
         acc = new
     acc += tl.where(lost == lost, lost, 0.0)  # NaN where the sum is not finite
-    tl.store(total + o, acc.to(total.dtype.element_ty), mask=o < size)
+    tl.store(total + group * size + o, acc.to(total.dtype.element_ty), mask=o < size)
 
 
 def sum_parts(partial: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Gradient of shared seeds q from its partial sums, added in order."""
-    total, block = launch.new(q), 256
-    grid = (triton.cdiv(total.numel(), block),)
-    _sum_parts_kernel[grid](
-        partial, total, total.numel(), partial.shape[0], BLOCK=block, enable_fp_fusion=True
-    )
-    return total
+    """Gradient of shared seeds q from its partial sums, added in order: GROUP of them, then the
+    sums of the groups, so that no program adds more than a few dozen of the 4,096 that there are at
+    most."""
+    total, size, block = launch.new(q), q.numel(), 256
+    while True:
+        groups = -(-partial.shape[0] // GROUP)
+        last = groups <= 1
+        sums = total if last else partial.new_empty((groups, *q.shape))
+        _sum_parts_kernel[(-(-size // block) * max(groups, 1),)](
+            partial,
+            sums,
+            size,
+            partial.shape[0],
+            BLOCK=block,
+            GROUP=GROUP,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        if last:
+            return total
+        partial = sums
 
 
 def backward(

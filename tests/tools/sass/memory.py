@@ -117,7 +117,13 @@ def load_shared(warp, i, lanes):
 @handles("STL")
 def store_local(warp, i, lanes):
     place = address(warp, i.operands[0])
-    if place is None or (place != place[0]).any() or size_of(i) < 4 or lanes is None or not lanes.all():
+    if (
+        place is None
+        or (place != place[0]).any()
+        or size_of(i) < 4
+        or lanes is None
+        or not lanes.all()
+    ):
         warp.local.clear()  # no register that was spilled
         return
     for n in range(size_of(i) // 4):
