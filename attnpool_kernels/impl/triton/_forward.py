@@ -128,10 +128,10 @@ def attend_block(
     """One step of the online softmax: (largest, total, acc) with the keys from first_k on."""
     BIASED: tl.constexpr = (x.bias is not None) or (x.key_bias is not None)
     o_n = first_k + tl.arange(0, tile.n)
-    m_n = None
-    if not WHOLE:
-        m_n = o_n < last
+    m_n = o_n < last
     at_n = Place(of.k_row, o_n, m_n, at_m.head)
+    if WHOLE:
+        at_n = Place(of.k_row, o_n, None, at_m.head)
     zero = tl.zeros((tile.m, tile.n), c.dtype)
     # [BLOCK_M, BLOCK_N]
     s, _ = products(Dual(x.q, None), at_m, Dual(x.k, None), at_n, zero, H, widths.qk, tile)

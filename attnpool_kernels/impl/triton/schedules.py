@@ -80,16 +80,24 @@ def complete(launches: list[dict]) -> int:
 
 def _launches(name: str, x: Operands, least: int, most: int) -> list[dict]:
     """Of the tiles that there are, those that sizes from ``least`` to ``most`` need."""
-    tiles, starts = [launch.chosen(name, x) | dict(COMPLETES=True)], [0]
+    medium = long = None
     if not launch.has_options(x) and not x.shared:
-        medium, long = (launch.tile(f"{name}{kind}", x) for kind in ("_medium", "_long"))
-        # else the short tile would leave some sizes to the keys' programs, below those of this one
-        if medium is not None and tiles[0]["BLOCK_M"] >= tile_table.MEDIUM - 1:
-            tiles.append(medium | dict(COMPLETES=True))
-            starts.append(tile_table.MEDIUM)
-        if long is not None:
-            tiles.append(long | dict(COMPLETES=False))
-            starts.append(tile_table.LONG)
+        medium, long = launch.tile(f"{name}_medium", x), launch.tile(f"{name}_long", x)
+    return combined(launch.chosen(name, x), medium, long, least, most)
+
+
+def combined(
+    short: dict, medium: dict | None, long: dict | None, least: int, most: int
+) -> list[dict]:
+    """The launches of these tiles for sizes from ``least`` to ``most``."""
+    tiles, starts = [short | dict(COMPLETES=True)], [0]
+    # else the short tile would leave some sizes to the keys' programs, below those of this one
+    if medium is not None and short["BLOCK_M"] >= tile_table.MEDIUM - 1:
+        tiles.append(medium | dict(COMPLETES=True))
+        starts.append(tile_table.MEDIUM)
+    if long is not None:
+        tiles.append(long | dict(COMPLETES=False))
+        starts.append(tile_table.LONG)
     ends = [*starts[1:], NO_LIMIT]
     needed = [(t, e) for t, s, e in zip(tiles, starts, ends) if s <= most and least < e]
     found, start = [], 0
