@@ -254,3 +254,36 @@ def test_sizes_known_wrongly_are_right_or_nan():
                 assert x[20:90].isnan().all(), name
                 x, other = torch.cat([x[:20], x[90:]]), torch.cat([other[:20], other[90:]])
             torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@triton.jit
+def _find_long_kernel(ptr, found, B: tl.int64, n: tl.int64, BLOCK: tl.constexpr):
+    at = tl.program_id(0)
+    molecule, start, first, end = primitives.find_long_tile(at, ptr, B, n, BLOCK)
+    tl.store(found + 4 * at, molecule)
+    tl.store(found + 4 * at + 1, start)
+    tl.store(found + 4 * at + 2, first)
+    tl.store(found + 4 * at + 3, end)
+
+
+@pytest.mark.parametrize("draw", range(6))
+def test_tiles_of_long_segments_are_found_once(draw):
+    """Every tile of a segment of a block or more, those of no molecule being segments, too."""
+    block, generator = 16, torch.Generator().manual_seed(draw)
+    counts = torch.randint(0, (5, 40, 90)[draw % 3], (60,), generator=generator)
+    before, behind = (0, 37) if draw % 2 else (19, 0)
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) + before
+    n = int(ptr[-1]) + behind
+    edges = [0, *ptr.tolist(), n]
+    expected = [
+        (segment - 1, start, first, end)
+        for segment, (start, end) in enumerate(zip(edges, edges[1:]))
+        for first in range(start, end, block)
+        if end - start >= block
+    ]
+    programs = 2 * (n // block + 1)
+    found = torch.full((programs, 4), -7)
+    with guard():
+        _find_long_kernel[(programs,)](ptr, found, 60, n, BLOCK=block)
+    long = [tuple(x) for x in found.tolist() if x[2] < x[3] and x[3] - x[1] >= block]
+    assert sorted(long) == expected

@@ -112,7 +112,7 @@ class Line:
         if self.seeds is not None and "SPLIT" in launch.arguments:
             block = launch.arguments["SPLIT"]
         tiles = launch.grid[0] // self.heads
-        if launch.arguments.get("WALK"):  # a program for each molecule
+        if launch.arguments.get("WALK") == 1:  # a program for each molecule
             return [tile * self.heads for tile in (tiles // 3, tiles // 2)]
         if block is None or launch.grid[0] % self.heads:
             return None

@@ -18,6 +18,7 @@ from .primitives import (
     UNSPECIALIZED,
     add_biases,
     chunk_of,
+    find_long_tile,
     find_molecule,
     find_query_tile,
     find_segment_tiles,
@@ -300,7 +301,7 @@ def _query_kernel(
     if x.q_ptr is None:
         gq_row = part * n_q
     last = first + 1
-    if WALK:
+    if WALK == 1:
         last = rows
     for at in range(first, last, BLOCK_M):
         b_gq = _query_tile(
@@ -362,8 +363,12 @@ def _key_kernel(
     WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
     TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, SLICE, PRECISION)
     head = (tl.program_id(0) % H).to(tl.int64)
-    if WALK:
+    if WALK == 1:
         molecule, k_row, first_row, end = find_segment_tiles(tl.program_id(0) // H, x.k_ptr, B, n_k)
+    elif WALK == 2:
+        molecule, k_row, first_row, end = find_long_tile(
+            tl.program_id(0) // H, x.k_ptr, B, n_k, BLOCK_N
+        )
     else:
         molecule, k_row, first_row, end = find_tile(tl.program_id(0) // H, x.k_ptr, B, n_k, BLOCK_N)
     if (first_row >= end) | not_ours(end - k_row, SHORTEST, LONGEST):
@@ -378,7 +383,7 @@ def _key_kernel(
     by = Factors(tl.full((), scale, ACC), tl.full((), keep_scale, ACC), threshold)
     first = (first_row - k_row).to(tl.int32)
     last = first + 1
-    if WALK:
+    if WALK == 1:
         last = keys
     for at in range(first, last, BLOCK_N):
         _key_tile(

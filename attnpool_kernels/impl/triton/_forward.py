@@ -220,7 +220,7 @@ def _forward_kernel(
     ACC: tl.constexpr = y.lse.dtype.element_ty
     WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
     TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, SLICE, PRECISION)
-    PEELED: tl.constexpr = not WALK  # what has a program for each tile has many keys
+    PEELED: tl.constexpr = WALK != 1  # what has a program for each tile has many keys
     head = (tl.program_id(0) % H).to(tl.int64)
     molecule, q_row, first, rows = find_query_tile(
         tl.program_id(0) // H, x.q_ptr, B, n_q, BLOCK_M, WALK
@@ -231,7 +231,7 @@ def _forward_kernel(
     of = find_molecule(x, molecule, B, n_k, n_pairs)
     c = tl.full((), scale, ACC)
     r = tl.full((), keep_scale, ACC)
-    if WALK:
+    if WALK == 1:
         for at in range(0, rows, BLOCK_M):
             _forward_tile(
                 x,

@@ -96,6 +96,28 @@ def find_segment_tiles(segment, ptr, B, n):
 
 
 @triton.jit
+def find_long_tile(slot, ptr, B, n, BLOCK: tl.constexpr):
+    """find_tile where segments of fewer than BLOCK rows have no tiles, so that there are not so
+    many as molecules.
+
+    A tile that starts at the packed row x has the slot 2 (x // BLOCK) + (it is the first of its
+    segment): those of one segment are BLOCK rows apart, and so are the first ones of several.
+    """
+    n = n.to(tl.int64)
+    low = slot.to(tl.int64) // 2 * BLOCK
+    starts = slot % 2 == 1
+    # the last segment that starts within the block, or the one that its first row belongs to
+    row = tl.minimum(tl.where(starts, low + BLOCK - 1, low), n)
+    segment = find_segment(row, ptr, B, n, 1, 0)
+    start = boundary(ptr, segment, B, n)
+    end = tl.maximum(boundary(ptr, segment + 1, B, n), start)
+    later_one = start + tl.maximum(low - start + BLOCK - 1, 0) // BLOCK * BLOCK
+    first = tl.where(starts, start, later_one)
+    ours = tl.where(starts, start >= low, (first > start) & (first < low + BLOCK))
+    return segment - 1, start, tl.where(ours, first, end), end
+
+
+@triton.jit
 def not_ours(rows, SHORTEST, LONGEST):
     """Whether a molecule of this size is left to a launch with other tiles."""
     return (rows < SHORTEST) | (rows >= LONGEST)
@@ -117,7 +139,8 @@ def find_query_tile(tile, q_ptr, B, n_q, BLOCK: tl.constexpr, WALK: tl.constexpr
     """(molecule, first row in q, first and number of its queries) of a tile of queries.
 
     The last two count inside the molecule; a surplus tile has first >= number. Without q_ptr the
-    n_q seeds of every molecule are cut into tiles. WALK: the program has all tiles of a segment.
+    n_q seeds of every molecule are cut into tiles. WALK: the program has all tiles of a segment;
+    2 stands for tiles of long segments only.
     """
     if q_ptr is None:
         per_molecule = (n_q + BLOCK - 1) // BLOCK
@@ -126,8 +149,10 @@ def find_query_tile(tile, q_ptr, B, n_q, BLOCK: tl.constexpr, WALK: tl.constexpr
         first = (tile % per_molecule * BLOCK).to(tl.int32)
         rows = n_q.to(tl.int32)
     else:
-        if WALK:
+        if WALK == 1:
             molecule, start, first_row, end = find_segment_tiles(tile, q_ptr, B, n_q)
+        elif WALK == 2:
+            molecule, start, first_row, end = find_long_tile(tile, q_ptr, B, n_q, BLOCK)
         else:
             molecule, start, first_row, end = find_tile(tile, q_ptr, B, n_q, BLOCK)
         first = (first_row - start).to(tl.int32)

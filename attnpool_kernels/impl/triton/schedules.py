@@ -6,7 +6,9 @@ LONGEST - 1. Sizes that nobody has get no launch; its neighbours then serve thei
 So what was known wrongly costs time, or other bits, but every molecule is served by one launch.
 
 In a launch without long molecules a program has a whole segment (a molecule, or the rows of none)
-and walks its tiles, of which there are few; in others it finds its tile by a search.
+and walks its tiles, of which there are few. In one for long molecules only there is a program for
+each tile that a long molecule can have in so many rows, and in others one for each tile that any
+can have: both find theirs by a search.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from ...ragged import Sizes, sizes_of
 from . import launch, tile_table
 
 NO_LIMIT = 2**31 - 1
+SEARCH, SEGMENT, LONG_ONLY = 0, 1, 2  # how a program finds its tiles: WALK in the kernels
 
 
 def known(ptr: torch.Tensor, rows: int) -> Sizes | None:
@@ -42,7 +45,7 @@ def _bounds(ptr: torch.Tensor, rows: int) -> tuple[int, int]:
 def of_queries(name: str, x: Operands) -> list[dict]:
     """Tiles of the launches over queries."""
     if x.q_ptr is None:  # seeds, which are the same for every molecule
-        whole = dict(SHORTEST=0, LONGEST=NO_LIMIT, WALK=False, COMPLETES=True)
+        whole = dict(SHORTEST=0, LONGEST=NO_LIMIT, WALK=SEARCH, COMPLETES=True)
         return [launch.chosen(name, x) | whole]
     return _launches(name, x, *_bounds(x.q_ptr, x.q.shape[0]))
 
@@ -103,7 +106,11 @@ def combined(
     found, start = [], 0
     for place, (tile, end) in enumerate(needed):
         last = place == len(needed) - 1
-        walk = min(end - 1, most) < tile_table.LONG
+        walk = SEARCH
+        if min(end - 1, most) < tile_table.LONG:
+            walk = SEGMENT
+        elif start >= max(tile["BLOCK_M"], tile["BLOCK_N"]):
+            walk = LONG_ONLY
         found.append(tile | dict(SHORTEST=start, LONGEST=NO_LIMIT if last else end, WALK=walk))
         start = end
     return found
@@ -111,16 +118,20 @@ def combined(
 
 def query_programs(x: Operands, parts: int, tile: dict) -> int:
     """Programs of a head over queries; parts: the molecules, or what serves several of them."""
-    if tile["WALK"]:
-        return x.molecules + 2
-    return launch.query_tiles(x, parts, tile["BLOCK_M"])
+    if tile["WALK"] == SEARCH:
+        return launch.query_tiles(x, parts, tile["BLOCK_M"])
+    return _programs(x.q.shape[0], x.molecules, tile["WALK"], tile["BLOCK_M"])
 
 
 def key_programs(x: Operands, tile: dict) -> int:
     """Programs of a head over keys."""
-    if tile["WALK"]:
-        return x.molecules + 2
-    return launch.tiles_of(x.k.shape[0], x.molecules, tile["BLOCK_N"])
+    if tile["WALK"] == SEARCH:
+        return launch.tiles_of(x.k.shape[0], x.molecules, tile["BLOCK_N"])
+    return _programs(x.k.shape[0], x.molecules, tile["WALK"], tile["BLOCK_N"])
+
+
+def _programs(rows: int, molecules: int, walk: int, block: int) -> int:
+    return molecules + 2 if walk == SEGMENT else 2 * (rows // block + 1)
 
 
 def without_completion(tile: dict) -> dict:

@@ -294,7 +294,7 @@ def width(i: Instruction) -> int:
         kinds = [x for x in i.text.split()[1].split(".") if re.fullmatch(r"[FUS](8|16|32|64)", x)]
         return 2 if kinds and kinds[0].endswith("64") else 1
     if i.name == "LDSM":
-        return int(next((x for x in i.parts if x.isdigit()), "1"))
+        return int(next((x for x in ("2", "4") if x in i.parts), "1"))
     if (i.name[0] == "D" and i.name != "DEPBAR") or "F64" in i.parts or "S64" in i.parts:
         return 2
     return next((n for size, n in sizes.items() if size in i.parts), 1)
