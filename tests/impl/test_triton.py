@@ -165,7 +165,7 @@ def test_sizes_that_are_known_leave_out_what_nobody_needs():
             y = backend.forward(x, Options(0.1))
             backend.backward(x, Result(*y), Cotangents(q, None), Options(0.1), False)
         assert all(
-            launch.grid[0] == len(counts) + 2 for launch in found if launch.arguments["WALK"]
+            launch.grid[0] == len(counts) + 2 for launch in found if launch.arguments["WALK"] == 1
         )
         return [(x.name.removesuffix("_kernel"), x.arguments["SHORTEST"]) for x in found]
 

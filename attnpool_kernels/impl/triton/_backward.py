@@ -364,16 +364,21 @@ def _key_tile(x, y, dy, gradients, saved, of, first, q_row, o_row, rows, head, b
 GROUP = 64  # partial sums that one program adds
 
 
-@triton.jit(do_not_specialize=["size", "parts"])
+@triton.jit(do_not_specialize=["size", "parts", "groups"])
 def _sum_parts_kernel(
-    partial, total, size: tl.int64, parts: tl.int64, BLOCK: tl.constexpr, GROUP: tl.constexpr
+    partial,
+    total,
+    size: tl.int64,
+    parts: tl.int64,
+    groups: tl.int32,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """total[g, i] = sum of partial[part, i] over the parts of group g, in order; what rounding
     takes from it is gathered in lost (Knuth's two-sum), so that the error does not grow with them.
     """
-    blocks = (size + BLOCK - 1) // BLOCK
-    group = tl.program_id(0) // blocks
-    o = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    group = (tl.program_id(0) % groups).to(tl.int64)
+    o = (tl.program_id(0) // groups).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), partial.dtype.element_ty)
     lost = tl.zeros((BLOCK,), partial.dtype.element_ty)
     for part in range(group * GROUP, tl.minimum(group * GROUP + GROUP, parts)):
@@ -392,14 +397,15 @@ def sum_parts(partial: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     most."""
     total, size, block = launch.new(q), q.numel(), 256
     while True:
-        groups = -(-partial.shape[0] // GROUP)
-        last = groups <= 1
+        groups = max(1, -(-partial.shape[0] // GROUP))
+        last = groups == 1
         sums = total if last else partial.new_empty((groups, *q.shape))
-        _sum_parts_kernel[(-(-size // block) * max(groups, 1),)](
+        _sum_parts_kernel[(-(-size // block) * groups,)](
             partial,
             sums,
             size,
             partial.shape[0],
+            groups,
             BLOCK=block,
             GROUP=GROUP,
             num_warps=4,
