@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (see test_triton_bits.py)", allow_module_level=True)
 
 import functools
+import itertools
 import mmap
 from dataclasses import replace
 
@@ -277,7 +278,7 @@ def test_tiles_of_long_segments_are_found_once(draw):
     edges = [0, *ptr.tolist(), n]
     expected = [
         (segment - 1, start, first, end)
-        for segment, (start, end) in enumerate(zip(edges, edges[1:]))
+        for segment, (start, end) in enumerate(itertools.pairwise(edges))
         for first in range(start, end, block)
         if end - start >= block
     ]

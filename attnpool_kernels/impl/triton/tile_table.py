@@ -258,8 +258,8 @@ _HOPPER_HALF = {
     (64, "forward_long"): (128, 128, 64, 8, 3),
     (32, "backward_query_long"): (128, 64, 64, 8, 3),
     (64, "backward_query_long"): (128, 64, 64, 8, 3),
-    (32, "backward_key_long"): (64, 64, 64, 4, 2, 255),
-    (64, "backward_key_long"): (64, 64, 64, 4, 2, 255),
+    (32, "backward_key_long"): (32, 128, 64, 8, 2),
+    (64, "backward_key_long"): (32, 128, 64, 8, 2),
 }
 _HOPPER_FLOAT32 = {
     (16, "forward"): (32, 32, 32, 1, 1, 255),
