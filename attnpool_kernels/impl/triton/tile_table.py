@@ -345,9 +345,9 @@ def tile(
     if key_bias:
         entry = _KEY_BIAS[row].get((width, pass_name), entry)
     place = _known(capability or CAPABILITIES[0]), row, width, pass_name
-    entry = _CHIPS.get(place, entry)
     if place[0] == (9, 0) and not options:
         entry = _HOPPER[row].get((width, pass_name), entry)
+    entry = _CHIPS.get(place, entry)
     if options:
         entry = _OPTIONS_CHIPS.get(place, entry)
     if key_bias:
