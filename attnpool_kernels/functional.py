@@ -17,7 +17,7 @@ from .dispatch import BackendError
 from .dropout import draw_seed
 from .operands import Operands, Options
 from .problem import Problem
-from .ragged import Ragged, Sets, check_contents, check_kind, last_of
+from .ragged import Ragged, Sets, check_contents, check_kind, last_of, remember
 from .tracing import PLAIN, autocasting, unreadable
 
 __all__ = ["BackendError", "Problem", "explain", "seed_pool", "set_attention"]
@@ -433,7 +433,10 @@ def _boundaries(name: str, ptr: object, rows_of: Tensor) -> tuple[Tensor, Ragged
             raise ValueError(f"{name} must be on the CPU or on {device}, got {ptr.device}")
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{name} is on the CPU: it cannot be copied into a captured graph")
-        return ptr.to(device, non_blocking=True), None
+        moved = ptr.to(device, non_blocking=True)
+        if ragged is not None and not unreadable(ptr) and (sizes := ragged.sizes):
+            remember(moved, sizes)
+        return moved, None
     return ptr, ragged
 
 

@@ -7,6 +7,7 @@ one object and check its contents once.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +79,35 @@ def last_of(ptr: Tensor) -> int:
         return int(ptr[-1])
 
 
+class Sizes(NamedTuple):
+    """What boundaries say: the least and the most rows of a molecule, and ptr[-1]."""
+
+    shortest: int
+    longest: int
+    rows: int
+
+
+# By the identity of boundaries on any device: what was known of them before they left the CPU.
+# The operators take tensors only, and a graph holds no contents; kernels may look here when they
+# run. Not an attribute of the tensor, which would be saved with it.
+_known: dict[int, tuple[weakref.ref, int, Sizes]] = {}
+
+
+def remember(ptr: Tensor, sizes: Sizes) -> None:
+    """Lets ``sizes_of`` find them, until the boundaries change in place."""
+    if not ptr.is_inference():  # has no version, so a change would not be seen
+        place = id(ptr)
+        _known[place] = weakref.ref(ptr, lambda _: _known.pop(place, None)), ptr._version, sizes
+
+
+def sizes_of(ptr: Tensor) -> Sizes | None:
+    """What is known of boundaries without reading them; None where nothing is, or no more."""
+    found = _known.get(id(ptr))
+    if found is None or found[0]() is not ptr or found[1] != ptr._version:
+        return None
+    return found[2]
+
+
 class Ragged:
     """Boundaries of molecules in a concatenated batch, made once per batch and shared by layers.
 
@@ -87,6 +117,12 @@ class Ragged:
     Contents on the CPU are checked at once (ValueError); contents on another device are not read,
     see ``ragged.check``. What adapters to other libraries read from them (the longest molecule) is
     read once.
+
+    On the CPU it counts the molecules once it is asked to move to another device, and remembers the
+    shortest and the longest there (``sizes``), so that kernels leave out what no molecule needs.
+    Only time depends on that: a change of ``ptr`` in place drops it, and one behind torch's back
+    (in a replayed graph, by a kernel of somebody else) gives results that are right, or NaN
+    gradients of molecules that have become longer than any was.
 
     last: ptr[-1] once the contents have been checked, else None. kept: what has been read from the
     contents; whoever reads there compares ``ptr._version``, which a change in place raises.
@@ -212,9 +248,26 @@ class Ragged:
         """The same boundaries on another device, without a second check."""
         moved = object.__new__(Ragged)
         moved.ptr = self.ptr.to(device, non_blocking=True)
+        if not unreadable(self.ptr) and moved.ptr is not self.ptr and (sizes := self.sizes):
+            remember(moved.ptr, sizes)
         moved.last = self.last if moved.ptr.device.type == "cpu" else None
         moved.kept = {}
         return moved
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """The shortest and the longest molecule; on another device None unless known before."""
+        found = sizes_of(self.ptr)
+        if found is None and self.last is not None:
+            with unrecorded():
+                counts = self.ptr.diff()
+                if counts.numel():
+                    least, most = torch.aminmax(counts)
+                    found = Sizes(int(least), int(most), int(self.ptr[-1]))
+                else:
+                    found = Sizes(0, 0, int(self.ptr[-1]))
+                remember(self.ptr, found)
+        return found
 
     def __reduce__(self) -> tuple:
         return Ragged, (self.ptr,)

@@ -78,6 +78,44 @@ def test_check_accepts_good_boundaries():
     ragged.check(torch.tensor([0], dtype=torch.int32), 0)
 
 
+def test_sizes_are_remembered_for_boundaries_that_moved():
+    own = Ragged.from_counts([3, 0, 5])
+    assert own.sizes == ragged.Sizes(0, 5, 8) == ragged.sizes_of(own.ptr)
+    assert Ragged.from_counts([]).sizes == ragged.Sizes(0, 0, 0)
+    moved = own.to("meta")
+    assert moved.sizes == own.sizes and ragged.sizes_of(moved.ptr) == own.sizes
+    assert ragged.sizes_of(own.ptr.clone()) is None and Ragged(moved.ptr).sizes == own.sizes
+    assert Ragged(torch.empty(4, dtype=torch.int64, device="meta")).sizes is None
+
+
+def test_a_change_in_place_drops_the_sizes():
+    own = Ragged.from_counts([3, 0, 5])
+    assert own.sizes is not None
+    own.ptr[-1] = 4
+    assert ragged.sizes_of(own.ptr) is None and own.sizes == ragged.Sizes(0, 3, 4)
+    view = own.ptr.detach()
+    view += 0  # of a view, too
+    assert ragged.sizes_of(own.ptr) is None
+
+
+def test_sizes_are_forgotten_with_their_boundaries():
+    before = len(ragged._known)
+    own = Ragged.from_counts([3, 5])
+    assert own.sizes and len(ragged._known) == before + 1
+    del own
+    assert len(ragged._known) == before
+    with torch.inference_mode():
+        ptr = torch.tensor([0, 2])
+    ragged.remember(ptr, ragged.Sizes(2, 2, 2))
+    assert ragged.sizes_of(ptr) is None
+
+
+def test_sizes_are_not_saved_with_boundaries():
+    own = Ragged.from_counts([3, 5])
+    assert own.sizes and not own.ptr.__dict__
+    assert ragged.sizes_of(copy.deepcopy(own.ptr)) is None
+
+
 def test_copies_and_text():
     own = Ragged.from_counts([3, 5])
     for other in (copy.deepcopy(own), pickle.loads(pickle.dumps(own)), own.to("cpu")):

@@ -139,8 +139,44 @@ def recorded(counts, heads=2, dim=16, **options):
 def test_lengths_never_compile_again(options):
     """Same signature, constants and alignment for any number of rows and molecules."""
     first = [launch.source().hash() for launch in recorded((5, 18), **options)]
-    for counts in ((1,), (16,) * 16, (0, 3, 0), (130, 1, 77)):
+    for counts in ((1,), (16,), (0, 3, 0), (7, 1, 17)):
         assert [launch.source().hash() for launch in recorded(counts, **options)] == first
+    more = [launch.source().hash() for launch in recorded((16,) * 16, **options)]
+    assert more == [launch.source().hash() for launch in recorded((130, 1, 277), **options)]
+
+
+@needs_triton
+def test_sizes_that_are_known_leave_out_what_nobody_needs():
+    """By the kernels of forward and backward: (name, first row count that it serves)."""
+    from tools import aot
+
+    from attnpool_kernels import Ragged
+    from attnpool_kernels.operands import Cotangents, Operands, Options, Result
+
+    def names(counts, forget=False, rest=0):
+        sets = Ragged.from_counts(counts)
+        assert sets.sizes is not None
+        if forget:
+            sets.ptr += 0  # a new version
+        q = torch.empty(sum(counts) + rest, 1, 64, dtype=torch.bfloat16)
+        x = Operands.plain(q, q, q, sets.ptr, sets.ptr)
+        found = []
+        with aot.as_device((9, 0), "bf16"), aot.on_launch(found.append):
+            y = backend.forward(x, Options(0.1))
+            backend.backward(x, Result(*y), Cotangents(q, None), Options(0.1), False)
+        assert all(
+            launch.grid[0] == len(counts) + 2 for launch in found if launch.arguments["WALK"] == 1
+        )
+        return [(x.name.removesuffix("_kernel"), x.arguments["SHORTEST"]) for x in found]
+
+    small = [("forward_forward", 0), ("backward_query", 0)]
+    assert names((18,) * 40) == small and names((3, 32), rest=9) == small
+    assert names((55,) * 40) == small and names((256, 300))[0] == ("forward_forward", 0)
+    assert names((256, 300)) == [*small, ("backward_key", 0)]
+    assert len(names((18,) * 40, forget=True)) == 9
+    assert [start for _, start in names((18, 300))] == [0, 33, 256] * 3
+    assert names((18, 55)) == [(x, y) for x, _ in small for y in (0, 33)]
+    assert names((18,), rest=60)[:2] == [("forward_forward", 0), ("forward_forward", 33)]
 
 
 @needs_triton

@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (see test_triton_bits.py)", allow_module_level=True)
 
 import functools
+import itertools
 import mmap
 from dataclasses import replace
 
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from tools.interpreted import MIXED, run
+from tools.interpreted import MIXED, run, with_red_zones
 from tools.triton_guard import guard, padded
 
 import attnpool_kernels.impl.triton as backend
-from attnpool_kernels import testing
+from attnpool_kernels import ragged, testing
 from attnpool_kernels.impl.triton import primitives, tile_table
 from attnpool_kernels.impl.triton._backward import sum_parts
 from attnpool_kernels.testing import Case
@@ -216,3 +217,74 @@ def test_tiles_cover_every_row_once(molecules):
     assert torch.equal(found, expected)
     covered = (edges[1:] - edges[:-1] + block - 1) // block
     assert (first_tile[1:] - first_tile[:-1] >= covered).all() and first_tile[-1] >= total - 1
+
+
+def passes(batch: testing.Batch, sizes: ragged.Sizes | None) -> dict[str, torch.Tensor]:
+    """Results with the sizes of the molecules known so, or unknown."""
+    batch = with_red_zones(batch)
+    if sizes is not None:
+        ragged.remember(batch.k_ptr, sizes)
+    if batch.q_ptr is not None:
+        batch.q_ptr = batch.k_ptr
+    with guard(seed=1):
+        return testing.run_kernels(batch, backend)
+
+
+@pytest.mark.parametrize("added", [None, "pair"])
+def test_known_sizes_change_no_bit(short_limits, added):
+    """Every schedule alone and beside others; rows of no molecule longer than any."""
+    for counts, rest in (((5, 0, 17), 0), ((20, 34), 3), ((45, 41), 0), ((3, 30), 60)):
+        case = Case("known", counts, heads=1, dim=16, nobody=rest, key_bias=added, lse=True)
+        unknown = passes(case.make(torch.float32), None)
+        found = passes(
+            case.make(torch.float32), ragged.Sizes(min(counts), max(counts), sum(counts))
+        )
+        for name, x in found.items():
+            assert torch.equal(x, unknown[name]), (counts, name)
+
+
+def test_sizes_known_wrongly_are_right_or_nan():
+    """As after a change behind torch's back: results as ever, or NaN gradients of keys."""
+    case = Case("stale", (20, 70, 7), heads=1, dim=16, nobody=2)
+    expected = passes(case.make(torch.float32), None)
+    for sizes in (ragged.Sizes(7, 20, 97), ragged.Sizes(300, 400, 97), ragged.Sizes(7, 20, 400)):
+        found = passes(case.make(torch.float32), sizes)
+        for name, x in found.items():
+            other = expected[name]
+            if name in ("dk", "dv", "gk", "gv") and sizes.longest <= 32:
+                assert x[20:90].isnan().all(), name
+                x, other = torch.cat([x[:20], x[90:]]), torch.cat([other[:20], other[90:]])
+            torch.testing.assert_close(x, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@triton.jit
+def _find_long_kernel(ptr, found, B: tl.int64, n: tl.int64, BLOCK: tl.constexpr):
+    at = tl.program_id(0)
+    molecule, start, first, end = primitives.find_long_tile(at, ptr, B, n, BLOCK)
+    tl.store(found + 4 * at, molecule)
+    tl.store(found + 4 * at + 1, start)
+    tl.store(found + 4 * at + 2, first)
+    tl.store(found + 4 * at + 3, end)
+
+
+@pytest.mark.parametrize("draw", range(6))
+def test_tiles_of_long_segments_are_found_once(draw):
+    """Every tile of a segment of a block or more, those of no molecule being segments, too."""
+    block, generator = 16, torch.Generator().manual_seed(draw)
+    counts = torch.randint(0, (5, 40, 90)[draw % 3], (60,), generator=generator)
+    before, behind = (0, 37) if draw % 2 else (19, 0)
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) + before
+    n = int(ptr[-1]) + behind
+    edges = [0, *ptr.tolist(), n]
+    expected = [
+        (segment - 1, start, first, end)
+        for segment, (start, end) in enumerate(itertools.pairwise(edges))
+        for first in range(start, end, block)
+        if end - start >= block
+    ]
+    programs = 2 * (n // block + 1)
+    found = torch.full((programs, 4), -7)
+    with guard():
+        _find_long_kernel[(programs,)](ptr, found, 60, n, BLOCK=block)
+    long = [tuple(x) for x in found.tolist() if x[2] < x[3] and x[3] - x[1] >= block]
+    assert sorted(long) == expected

@@ -2,9 +2,12 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from attnpool_kernels.integrations import metatrain as integration
 
 
 @pytest.fixture
@@ -34,3 +37,11 @@ def test_what_metatrain_needs(without, monkeypatch):
     module = importlib.import_module("attnpool_kernels.integrations.metatrain")
     with pytest.raises(ImportError, match=r"metatrain needs metatomic.*: pip install metatrain=="):
         module.use_attnpool(torch.nn.Linear(1, 1))
+
+
+def test_the_versions_tried_are_those_installed_and_documented():
+    root = Path(__file__).parents[2]
+    wanted = f"metatrain=={integration.TRIED}"
+    assert f'"{wanted}"' in (root / "pyproject.toml").read_text()
+    assert wanted in (root / "examples" / "pet_metatrain.py").read_text()
+    assert f"metatrain {integration.TRIED}" in (root / "README.md").read_text()

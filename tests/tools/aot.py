@@ -49,6 +49,8 @@ DTYPES = {
     "fp16": torch.float16,
     "tf32": torch.float32,
 }
+WARPGROUPS = ("wgmma", "tcgen05.mma")
+SPILLS = 256  # bytes per thread that a tile may spill where it still issues less than others
 NONE, ALL, NO_KEY_BIAS = "none", "all", "all but key_bias"  # options of a variant
 WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
 
@@ -217,11 +219,25 @@ def as_device(capability: tuple[int, int], row: str, **changes: Any) -> Iterator
 
 
 def launches(variant: Variant) -> list[Launch]:
-    """The kernels of a pass."""
+    """The kernels of a pass, for so few rows that there is no other schedule, and where one tile
+    serves all molecules also for so many that a program finds its tile by a search."""
+    name, place = variant.pass_name, (variant.capability, variant.row, variant.width)
+    if name in tile_table.FEW_PASSES:
+        return launches_of(variant, tile_table.SPLIT + 16)
+    if name in tile_table.LONG_PASSES:
+        return launches_of(variant, tile_table.LONG)
+    if name in tile_table.MEDIUM_PASSES:
+        return launches_of(variant, tile_table.MEDIUM + 15)
+    found = launches_of(variant, 16)
+    if variant.options != NONE or tile_table.tile(f"{name}_long", *place, False) is None:
+        found += launches_of(variant, tile_table.LONG + 16)
+    return found
+
+
+def launches_of(variant: Variant, rows: int) -> list[Launch]:
+    """Those with one molecule of so many rows."""
     found: list[Launch] = []
     few = variant.pass_name in tile_table.FEW_PASSES
-    long = variant.pass_name in tile_table.LONG_PASSES
-    rows = tile_table.SPLIT + 16 if few else tile_table.LONG if long else 16
     dtype, options = DTYPES[variant.row], variant.options != NONE
     k = torch.empty(rows, 16, variant.width, dtype=dtype)
     q = k[: tile_table.FEW] if few else k
@@ -248,11 +264,12 @@ def launches(variant: Variant) -> list[Launch]:
     found = [launch for launch in found if not launch.name.endswith("sum_parts_kernel")]
     if few:
         return found
-    kernel = variant.pass_name.removesuffix("_long")
+    kernel = variant.pass_name.removesuffix("_long").removesuffix("_medium")
     kernel = {"forward": "forward_forward"}.get(kernel, kernel) + "_kernel"
-    shortest = tile_table.LONG if long else 0
+    starts = {"long": tile_table.LONG, "medium": tile_table.MEDIUM}
+    shortest = starts.get(variant.pass_name.rpartition("_")[2], 0)
     found = [launch for launch in found if launch.name == kernel]
-    return [launch for launch in found if launch.arguments.get("SHORTEST", 0) == shortest]
+    return [launch for launch in found if launch.arguments["SHORTEST"] == shortest]
 
 
 def tool(name: str, *arguments: Any) -> str:
@@ -289,16 +306,19 @@ def findings(variant: Variant, launch: Launch, compiled, record: Record) -> list
     wide = dots and not launch.arguments.get("STATISTICS")
     wide = wide and launch.arguments["BLOCK_N"] * row >= 8 * 32 * warps
     amd = variant.sm == GFX942
+    # their sources are executed as mma.sync of other architectures
+    hopper = variant.sm == 90 and variant.pass_name.endswith(("_medium", "_long"))
     text = compiled.asm["amdgcn" if amd else "ptx"]
     wanted = {"tf32": ".tf32", "tf32x3": ".tf32"}.get(launch.arguments.get("PRECISION"))
     half = variant.row in ("fp16", "bf16")
     atomics = r"atomic_(add|fadd|pk_add)_(f|bf)" if amd else r"\b(atom|red)\.[^;]*\.b?f(16|32|64)"
     tests = {
-        f"{record.stack} bytes of spills": record.stack > 0,
+        f"{record.stack} bytes of spills": record.stack > SPILLS,
         "shared memory over the limit": record.shared > SHARED_LIMIT[variant.sm] * 1024,
         "registers of a block": not amd and record.registers * warps * 32 > 65536,
         "no tensor core instruction": dots and (half or amd) and record.unit == "fma",
-        "not mma.sync, which CI can execute": record.unit in ("wgmma", "tcgen05.mma"),
+        "not mma.sync, which CI can execute": record.unit in ("wgmma", "tcgen05.mma")
+        and not hopper,
         "no tf32 instruction": wanted is not None and wanted not in text,
         "tf32 in another precision": wanted is None and ".tf32" in text,
         "float atomics": re.search(atomics, text) is not None,
@@ -325,7 +345,8 @@ def digest(variant: Variant) -> str:
 def variants() -> Iterator[Variant]:
     """Every entry of the table on every architecture, the likeliest to be used first.
 
-    Tiles of long sets serve calls without options only; few seeds are compiled with all of them.
+    Tiles of medium and long sets serve calls without options only; few seeds are compiled with all
+    of them, and without where they have other tiles then.
     Without a key bias, options have variants of their own where they have other tiles.
     """
     widths = (32, 64, 128, 16, 256)
@@ -336,6 +357,8 @@ def variants() -> Iterator[Variant]:
         (tile_table.PASSES, ALL, everywhere),
         (tile_table.FEW_PASSES, ALL, everywhere),
         (tile_table.LONG_PASSES, NONE, everywhere),
+        (tile_table.MEDIUM_PASSES, NONE, everywhere),
+        (tile_table.FEW_PASSES, NONE, [place for place in everywhere if place[2] == 90]),
         (tile_table.PASSES, NONE, amd),
     ):
         for row, width, sm in where:

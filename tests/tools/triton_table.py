@@ -3,7 +3,7 @@
 ``build/triton_<version>.json`` keeps what was found of every variant, with a digest of what was
 compiled (sources, signature, constants, options), so that an update compiles what has changed only.
 ``triton_resources.csv`` is its summary, to be committed and reviewed: the most of all widths and
-architectures, and a digest over theirs, so that no stale line goes unnoticed. Nothing may spill.
+architectures, and a digest over theirs, so that no stale line goes unnoticed.
 
     python -m tools.triton_table check                digests of the summary, and a sample compiled
     python -m tools.triton_table check --all          everything compiled; exit code 1 on a finding

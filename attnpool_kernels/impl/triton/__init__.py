@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from dataclasses import replace
 
 import torch
@@ -77,17 +78,21 @@ def _module(pass_name: str, x: Operands):
     few = x.shared and x.q.shape[0] <= tile_table.FEW
     if few and launch.tile(f"few_seeds_{pass_name}", x) is not None:
         module = "_few_seeds_double" if pass_name == "double_backward" else "_few_seeds"
-    return importlib.import_module(f"{__name__}.{module}")
+    name = f"{__name__}.{module}"
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def _near(group):
     """A tuple of tensors; one whose units lie 2^31 elements apart or more is copied, because the
     kernels count offsets inside a row in 32 bits."""
-    return group._make(x.contiguous() if x is not None and _spreads_far(x) else x for x in group)
+    for x in group:
+        if x is not None and _spreads_far(x):
+            return group._make(x if x is None else x.contiguous() for x in group)
+    return group
 
 
 def _spreads_far(x: torch.Tensor) -> bool:
-    return x.dim() > 2 and (x.shape[-1] - 1) * x.stride(-1) >= 2**31
+    return x.stride(-1) > 1 and x.dim() > 2 and (x.shape[-1] - 1) * x.stride(-1) >= 2**31
 
 
 def forward(x: Operands, options: Options) -> Result:

@@ -45,16 +45,15 @@ from .primitives import (
     load_key_bias,
     load_row_values,
     load_rows,
-    logits,
     molecule_pairs,
     molecule_rows,
     of_molecule,
+    pair_weights,
     products,
     store_pairs,
     store_products,
     store_row_values,
     store_rows,
-    weights,
 )
 
 
@@ -110,6 +109,7 @@ def _forward_kernel(
     SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
+    FLIP: tl.constexpr,
 ):
     ACC: tl.constexpr = y.lse.dtype.element_ty
     WIDTHS: tl.constexpr = Widths(Width(D, BD), Width(DV, BDV))
@@ -127,7 +127,9 @@ def _forward_kernel(
     m_m = o_m < seeds
     at_m = Place(molecule * 0, o_m, m_m, head)
     c = tl.full((), scale, ACC)
-    acc, b_lse, largest, total = attend(x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE)
+    acc, b_lse, largest, total = attend(
+        x, of, at_m, first, last, c, threshold, H, WIDTHS, TILE, FLIP, False
+    )
     if x.seed is not None:
         acc *= tl.full((), keep_scale, ACC)
     if keys <= SPLIT:
@@ -222,7 +224,7 @@ def _block(x, dout, of, at_m, at_n, first_k, b_lse, by, zero, H, widths, tile):
     dp, _ = products(Dual(dout, None), at_m, Dual(x.v, None), at_n, zero, H, widths.v, tile)
     b_bias = load_bias(x.bias, of, at_m, at_n.offsets, at_n.head, by.c)
     b_key = load_key_bias(x.key_bias, at_n, by.c, 0)
-    p = weights(logits(s, by.c, b_bias, b_key, at_n.mask[None, :]), b_lse[:, None])
+    p = pair_weights(s, by.c, b_bias, b_key, at_n.mask[None, :], b_lse[:, None])
     kept = p
     if x.seed is not None:
         o_m, head = at_m.offsets, at_m.head
@@ -396,7 +398,7 @@ def forward(x: Operands, options: Options) -> Result:
     parts = Outputs(scratch(y.out, x), scratch(y.lse, x), total)
     with launch.on_device(x.q):
         grid = (few_tiles(x) * x.q.shape[1],)
-        _forward_kernel[grid](**common, y=y, parts=parts, **tile)
+        _forward_kernel[grid](**common, y=y, parts=parts, FLIP=options.scale < 0, **tile)
         if x.k.shape[0] > tile_table.SPLIT:
             merge(common, tile, y, parts)
     return y

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import triton
 
 from ...operands import Cotangents, Operands, Options, Result, Tangents
 from . import tile_table
@@ -38,7 +37,7 @@ def arguments(x: Operands, options: Options) -> dict:
 
 def padded(width: int) -> int:
     """Width of the tiles of a head dimension: a power of two, of which tl.dot wants at least 16."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def rows(x: torch.Tensor | None) -> Rows | None:
@@ -96,22 +95,6 @@ def has_options(x: Operands) -> bool:
     return x.bias is not None or x.key_bias is not None or x.seed is not None
 
 
-def schedules(pass_name: str, x: Operands, number: int) -> list[dict]:
-    """Tiles of the launches of a pass, each with the sizes of molecules it serves.
-
-    Which tiles a molecule gets depends on its own size, not on its batch, so its bits do not
-    either. number: rows of the tiled axis; a batch of fewer than LONG has no long molecule.
-    """
-    short = chosen(pass_name, x)
-    long = None if has_options(x) or x.shared else tile(f"{pass_name}_long", x)
-    if long is None:
-        return [short | dict(SHORTEST=0, LONGEST=0)]
-    found = [short | dict(SHORTEST=0, LONGEST=tile_table.LONG)]
-    if number >= tile_table.LONG:
-        found.append(long | dict(SHORTEST=tile_table.LONG, LONGEST=0))
-    return found
-
-
 def tiles_of(number: int, molecules: int, block: int) -> int:
     """Tiles of a packed axis that covers every molecule and every other row; see primitives."""
     return number // block + molecules + 2
@@ -120,14 +103,14 @@ def tiles_of(number: int, molecules: int, block: int) -> int:
 def query_tiles(x: Operands, parts: int, block: int) -> int:
     """Tiles of the queries; parts: the molecules, or what serves several of them with seeds."""
     if x.shared:
-        return triton.cdiv(x.q.shape[0], block) * parts
+        return -(-x.q.shape[0] // block) * parts
     return tiles_of(x.q.shape[0], parts, block)
 
 
 def chunks(units: int, others: int) -> tuple[int, int]:
     """(units per program, programs) where seeds gather gradients over units; others: per unit."""
     chunk = max(1, units * others // _PROGRAMS)
-    return chunk, triton.cdiv(units, chunk)
+    return chunk, -(-units // chunk)
 
 
 def query_chunks(x: Operands, block: int) -> tuple[int, int]:

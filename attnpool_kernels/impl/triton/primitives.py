@@ -24,6 +24,9 @@ PIVOTS = tl.constexpr(32)  # boundaries tried at once: one per lane of a warp
 
 # sizes and factors that change from batch to batch: never a reason to compile again
 UNSPECIALIZED = ["B", "H", "n_q", "n_k", "n_pairs", "scale", "threshold", "keep_scale", "CHUNK"]
+UNSPECIALIZED += ["SHORTEST", "LONGEST", "COMPLETE", "ALONE"]
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -83,12 +86,41 @@ def molecule_rows(ptr, molecule, B, n):
 
 
 @triton.jit
-def not_ours(rows, SHORTEST: tl.constexpr, LONGEST: tl.constexpr):
-    """Whether a molecule of this size is left to the launch with the other tiles; 0: no limit."""
-    other = rows < SHORTEST
-    if LONGEST > 0:
-        other = other | (rows >= LONGEST)
-    return other
+def find_segment_tiles(segment, ptr, B, n):
+    """find_tile of a program that has a segment to itself, and walks its tiles from the first."""
+    n = n.to(tl.int64)
+    segment = segment.to(tl.int64)
+    start = boundary(ptr, segment, B, n)
+    end = tl.maximum(boundary(ptr, segment + 1, B, n), start)
+    return segment - 1, start, start, end
+
+
+@triton.jit
+def find_long_tile(slot, ptr, B, n, BLOCK: tl.constexpr):
+    """find_tile where segments of fewer than BLOCK rows have no tiles, so that there are not so
+    many as molecules.
+
+    A tile that starts at the packed row x has the slot 2 (x // BLOCK) + (it is the first of its
+    segment): those of one segment are BLOCK rows apart, and so are the first ones of several.
+    """
+    n = n.to(tl.int64)
+    low = slot.to(tl.int64) // 2 * BLOCK
+    starts = slot % 2 == 1
+    # the last segment that starts within the block, or the one that its first row belongs to
+    row = tl.minimum(tl.where(starts, low + BLOCK - 1, low), n)
+    segment = find_segment(row, ptr, B, n, 1, 0)
+    start = boundary(ptr, segment, B, n)
+    end = tl.maximum(boundary(ptr, segment + 1, B, n), start)
+    later_one = start + tl.maximum(low - start + BLOCK - 1, 0) // BLOCK * BLOCK
+    first = tl.where(starts, start, later_one)
+    ours = tl.where(starts, start >= low, (first > start) & (first < low + BLOCK))
+    return segment - 1, start, tl.where(ours, first, end), end
+
+
+@triton.jit
+def not_ours(rows, SHORTEST, LONGEST):
+    """Whether a molecule of this size is left to a launch with other tiles."""
+    return (rows < SHORTEST) | (rows >= LONGEST)
 
 
 @triton.jit
@@ -103,11 +135,12 @@ def query_rows(q_ptr, molecule, B, n_q):
 
 
 @triton.jit
-def find_query_tile(tile, q_ptr, B, n_q, BLOCK: tl.constexpr):
+def find_query_tile(tile, q_ptr, B, n_q, BLOCK: tl.constexpr, WALK: tl.constexpr):
     """(molecule, first row in q, first and number of its queries) of a tile of queries.
 
     The last two count inside the molecule; a surplus tile has first >= number. Without q_ptr the
-    n_q seeds of every molecule are cut into tiles.
+    n_q seeds of every molecule are cut into tiles. WALK: the program has all tiles of a segment;
+    2 stands for tiles of long segments only.
     """
     if q_ptr is None:
         per_molecule = (n_q + BLOCK - 1) // BLOCK
@@ -116,7 +149,12 @@ def find_query_tile(tile, q_ptr, B, n_q, BLOCK: tl.constexpr):
         first = (tile % per_molecule * BLOCK).to(tl.int32)
         rows = n_q.to(tl.int32)
     else:
-        molecule, start, first_row, end = find_tile(tile, q_ptr, B, n_q, BLOCK)
+        if WALK == 1:
+            molecule, start, first_row, end = find_segment_tiles(tile, q_ptr, B, n_q)
+        elif WALK == 2:
+            molecule, start, first_row, end = find_long_tile(tile, q_ptr, B, n_q, BLOCK)
+        else:
+            molecule, start, first_row, end = find_tile(tile, q_ptr, B, n_q, BLOCK)
         first = (first_row - start).to(tl.int32)
         rows = (end - start).to(tl.int32)
     return molecule, start, first, rows
@@ -187,15 +225,22 @@ def of_molecule(x, molecule):
 
 @triton.jit
 def load_slice(x, at, first_d, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """[rows, TILE] of x[at, first_d:]; 0 outside the mask and beyond WIDTH."""
+    """[rows, TILE] of x[at, first_d:]; 0 outside the mask, if there is one, and beyond WIDTH."""
     o_d = first_d + tl.arange(0, TILE)
     # [rows, TILE]
     p_x = x.data + at.head * x.strides[1] + ((at.row + at.offsets) * x.strides[0])[:, None]
     p_x += (o_d * x.strides[2])[None, :]
-    m_x = at.mask[:, None]
-    if WIDTH % TILE != 0:
-        m_x = m_x & (o_d < WIDTH)[None, :]
-    return tl.load(p_x, mask=m_x, other=0.0)
+    if at.mask is None:
+        if WIDTH % TILE != 0:
+            b_x = tl.load(p_x, mask=(o_d < WIDTH)[None, :], other=0.0)
+        else:
+            b_x = tl.load(p_x)
+    else:
+        m_x = at.mask[:, None]
+        if WIDTH % TILE != 0:
+            m_x = m_x & (o_d < WIDTH)[None, :]
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
+    return b_x
 
 
 @triton.jit
@@ -365,6 +410,19 @@ def logits(s, c, b_bias, b_key, m_pair):
 def weights(s, b_lse):
     """(F2) P from logits and LSE; a row of LSE -inf has no weights."""
     return tl.exp(s - tl.where(b_lse == float("-inf"), float("inf"), b_lse))
+
+
+@triton.jit
+def pair_weights(s, c, b_bias, b_key, m_pair, b_lse):
+    """(F2) P of the products s; 0 where m_pair is off. Without biases in powers of 2."""
+    if b_bias is None and b_key is None:
+        shift = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
+        p = tl.exp2(s * (c * LOG2_E) - shift)
+        if m_pair is not None:
+            p = tl.where(m_pair, p, 0.0)
+    else:
+        p = weights(logits(s, c, b_bias, b_key, m_pair), b_lse)
+    return p
 
 
 @triton.jit

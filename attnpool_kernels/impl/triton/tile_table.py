@@ -1,12 +1,13 @@
 """The tile table: block sizes, precision and compiler options per (capability, dtype, D, pass).
 
 Chosen for molecules of 15 to 64 atoms: 32 x 32 tiles where registers allow (a molecule whose
-queries fit one tile needs one gradient kernel instead of two), `mma.sync` everywhere, so that what
-ships can be executed in CI (tests/tools/ptx), and no spills. Nothing here was measured on a GPU
-yet: an entry is the first of a list of candidates (32 x 32, more warps, then fewer keys, then fewer
-queries, then slices of the width) that compiled without. tests/tools/aot.py compiles every entry
-for every architecture, tests/tools/triton_resources.csv sums up the result, PREDICTED.md says what
-follows.
+queries fit one tile needs one gradient kernel instead of two). Nothing here was measured on a GPU
+yet. On sm_90 the tiles of calls without options are those that issue the fewest instructions, as
+counted from their machine code (``_HOPPER``); elsewhere an entry is the first of a list of
+candidates (32 x 32, more warps, then fewer keys, then fewer queries, then slices of the width) that
+compiled without spills, on `mma.sync`, which CI can execute (tests/tools/ptx). tests/tools/aot.py
+compiles every entry for every architecture, tests/tools/triton_resources.csv and
+triton_executed.csv sum up the result, PREDICTED.md says what follows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ GFX942 = (9, 4)  # as torch for ROCm counts: compiled for, never run
 
 LONG = 256  # rows from which a molecule has the tiles of long sets, where there are such
 LONG_PASSES = ("forward_long", "backward_query_long", "backward_key_long")
+MEDIUM = 33  # rows from which it has those of medium ones: one tile has all queries of up to 64
+MEDIUM_PASSES = ("forward_medium", "backward_query_medium", "backward_key_medium")
 
 FEW = 16  # seeds up to which a molecule's queries are one small tile, with kernels of their own
 SPLIT = 512  # keys of a molecule that one program of those walks
@@ -219,6 +222,63 @@ _KEY_BIAS_CHIPS = {  # before those
 }
 
 
+# sm_90 without options: chosen by counted instructions (tests/tools/executed_triton.py), one or two
+# warps a tile where they repeat no product, some spilled registers where they cost less than they
+# save. Medium and long sets have warp group products, which CI executes as mma.sync of other chips.
+_HOPPER_HALF = {
+    (16, "forward"): (32, 32, 64, 1, 1, 255),
+    (32, "forward"): (32, 32, 64, 1, 1, 255),
+    (64, "forward"): (32, 32, 64, 1, 1, 255),
+    (128, "forward"): (32, 32, 64, 2, 1, 255),
+    (16, "backward_query"): (32, 32, 64, 1, 1, 255),
+    (32, "backward_query"): (32, 32, 64, 1, 1, 255),
+    (64, "backward_query"): (32, 32, 64, 2, 1, 255),
+    (128, "backward_query"): (32, 32, 64, 2, 1, 255),
+    (64, "backward_key"): (32, 32, 64, 2, 1, 255),
+    (16, "double_backward_query"): (32, 32, 64, 2, 1, 255),
+    (32, "double_backward_query"): (32, 32, 64, 2, 1, 255),
+    (64, "double_backward_query"): (32, 32, 64, 2, 1, 255),
+    (64, "double_backward_key"): (32, 32, 64, 2, 1, 255),
+    (16, "few_seeds_forward"): (16, 32, 64, 1, 1, 255),
+    (32, "few_seeds_forward"): (16, 32, 64, 1, 1, 255),
+    (64, "few_seeds_forward"): (16, 32, 64, 1, 1, 255),
+    (16, "few_seeds_backward"): (16, 32, 64, 1, 1, 255),
+    (32, "few_seeds_backward"): (16, 32, 64, 1, 1, 255),
+    (64, "few_seeds_backward"): (16, 32, 64, 1, 1, 255),
+    (16, "forward_medium"): (64, 64, 64, 2, 1, 255),
+    (32, "forward_medium"): (64, 64, 64, 2, 1, 255),
+    (64, "forward_medium"): (64, 64, 64, 4, 1, 255),
+    (16, "backward_query_medium"): (64, 64, 64, 2, 1, 255),
+    (32, "backward_query_medium"): (64, 64, 64, 4, 1, 255),
+    (64, "backward_query_medium"): (64, 64, 64, 4, 1, 255),
+    (16, "backward_key_medium"): (64, 32, 64, 2, 1, 255),
+    (32, "backward_key_medium"): (64, 32, 64, 2, 1, 255),
+    (64, "backward_key_medium"): (64, 32, 64, 2, 1, 255),
+    (32, "forward_long"): (128, 128, 64, 8, 3),
+    (64, "forward_long"): (128, 128, 64, 8, 3),
+    (32, "backward_query_long"): (128, 64, 64, 8, 3),
+    (64, "backward_query_long"): (128, 64, 64, 8, 3),
+    (32, "backward_key_long"): (32, 128, 64, 8, 2),
+    (64, "backward_key_long"): (32, 128, 64, 8, 2),
+}
+_HOPPER_FLOAT32 = {
+    (16, "forward"): (32, 32, 32, 1, 1, 255),
+    (32, "forward"): (32, 32, 32, 1, 1, 255),
+    (64, "forward"): (32, 32, 64, 2, 1, 255),
+    (16, "backward_query"): (32, 32, 32, 2, 1, 255),
+    (32, "backward_query"): (32, 32, 16, 2, 1, 255),
+    (64, "backward_query"): (32, 32, 16, 2, 1, 255),
+    (64, "double_backward_query"): (32, 32, 16, 4, 1, 255),
+}
+_HOPPER: dict[str, dict] = {
+    "fp16": _HOPPER_HALF,
+    "bf16": _HOPPER_HALF,
+    "fp32": _HOPPER_FLOAT32,
+    "tf32": _HOPPER_FLOAT32,
+    "fp64": {},
+}
+
+
 def _by_pass(columns: dict, few: dict, long: dict) -> dict:
     named = (PASSES, columns), (FEW_PASSES, few), (LONG_PASSES, long)
     return {
@@ -285,6 +345,8 @@ def tile(
     if key_bias:
         entry = _KEY_BIAS[row].get((width, pass_name), entry)
     place = _known(capability or CAPABILITIES[0]), row, width, pass_name
+    if place[0] == (9, 0) and not options:
+        entry = _HOPPER[row].get((width, pass_name), entry)
     entry = _CHIPS.get(place, entry)
     if options:
         entry = _OPTIONS_CHIPS.get(place, entry)

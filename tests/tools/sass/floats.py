@@ -77,3 +77,13 @@ def convert(warp, i, lanes):
     elif i.name == "MUFU" and "RCP" in parts:
         value = (np.float32(1) / a.view(np.float32)).view(np.uint32)
     put(warp, i, value, lanes)
+
+
+@handles("HFMA2")
+def constant(warp, i, lanes):
+    """Of nothing but zeros and two halves it is a constant: a way to spell MOV."""
+    zeros = [x.kind == "R" and x.index == 255 for x in i.operands[1:3]]
+    if not all(zeros) or len(i.operands) != 5:
+        return unknown(warp, i, lanes)
+    high, low = (np.float16(float(x.text)).view(np.uint16) for x in i.operands[3:])
+    put(warp, i, np.full(32, int(high) << 16 | int(low), np.uint32), lanes)

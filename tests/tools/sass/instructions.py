@@ -85,7 +85,10 @@ def put64(warp: Warp, x: Operand, value: Value, lanes: Value) -> None:
 def move(warp, i, lanes):
     if i.operands[0].kind in ("P", "UP"):
         return unknown(warp, i, lanes)
-    put(warp, i, warp.word(i.operands[1]), lanes)
+    value = warp.word(i.operands[1])
+    if i.name == "R2UR" and value is not None and lanes is not None and lanes.any():
+        value = np.full(32, value[lanes][0], np.uint32)
+    put(warp, i, value, lanes)
 
 
 @handles("IMAD", "UIMAD")

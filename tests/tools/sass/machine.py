@@ -111,6 +111,7 @@ class Warp:
         self.now: Instruction | None = None
         self.active = self.live  # lanes at work
         self.partly: dict[tuple[str, int], np.ndarray] = {}  # lanes that know a register
+        self.local: dict[int, Value] = {}  # words of local memory, which holds spilled registers
         self.lost: dict[tuple[str, int], Instruction | None] = {}  # what made a register unknown
 
     # operands ------------------------------------------------------------------------------------
@@ -160,6 +161,10 @@ class Warp:
         last = {"R": 255, "UR": 63, "P": 7, "UP": 7}.get(x.kind)
         if last is None or x.index == last:
             return
+        if x.kind in ("UR", "UP") and lanes is not None:  # of the warp, whichever lanes it has
+            if not lanes.any():
+                return
+            lanes = TRUE
         held, place = self.files[x.kind], (x.kind, x.index + offset)
         at = place[1]
         if value is None:
@@ -289,7 +294,7 @@ def width(i: Instruction) -> int:
         kinds = [x for x in i.text.split()[1].split(".") if re.fullmatch(r"[FUS](8|16|32|64)", x)]
         return 2 if kinds and kinds[0].endswith("64") else 1
     if i.name == "LDSM":
-        return int(next((x for x in i.parts if x.isdigit()), "1"))
+        return int(next((x for x in ("2", "4") if x in i.parts), "1"))
     if (i.name[0] == "D" and i.name != "DEPBAR") or "F64" in i.parts or "S64" in i.parts:
         return 2
     return next((n for size, n in sizes.items() if size in i.parts), 1)

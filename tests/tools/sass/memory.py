@@ -114,6 +114,31 @@ def load_shared(warp, i, lanes):
         warp.write(i.operands[0], value, lanes, n)
 
 
-@handles("ST", "STL", "UTMASTG", "UTMACMDFLUSH", "UTMAPF", "HGMMA_FENCE")
+@handles("STL")
+def store_local(warp, i, lanes):
+    place = address(warp, i.operands[0])
+    if (
+        place is None
+        or (place != place[0]).any()
+        or size_of(i) < 4
+        or lanes is None
+        or not lanes.all()
+    ):
+        warp.local.clear()  # no register that was spilled
+        return
+    for n in range(size_of(i) // 4):
+        warp.local[int(place[0]) + 4 * n] = warp.raw(i.operands[1], n)
+
+
+@handles("LDL")
+def load_local(warp, i, lanes):
+    place = address(warp, i.operands[1])
+    for n in range(width(i)):
+        known = place is not None and (place == place[0]).all()
+        value = warp.local.get(int(place[0]) + 4 * n) if known else None
+        warp.write(i.operands[0], value, lanes, n)
+
+
+@handles("ST", "UTMASTG", "UTMACMDFLUSH", "UTMAPF", "HGMMA_FENCE")
 def store(warp, i, lanes):
     """Memory that is not followed: nothing is known of what it held either."""
