@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from . import impl, ops
-from .impl import CompositeBackend
+from .impl import CompositeBackend, library
 from .operands import (
     Cotangents,
     Gradients,
@@ -58,8 +58,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, namespace, *flat):
         x, options = split(flat, Operands, Options)
-        with _below_autograd():
-            y = ops.PASSES[namespace].forward(*flat)
+        y = _run(ops.PASSES[namespace].forward, flat)
         ctx.save_for_backward(*x, *y)
         ctx.namespace, ctx.options = namespace, options
         ctx.set_materialize_grads(False)
@@ -89,8 +88,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, namespace, *flat):
         x, y, dy, options, need_dbias = split(flat, Operands, Result, Cotangents, Options)
-        with _below_autograd():
-            dx = Gradients(*ops.PASSES[namespace].backward(*flat))
+        dx = Gradients(*_run(ops.PASSES[namespace].backward, flat))
         ctx.save_for_backward(*x, *y, *dy)
         ctx.namespace, ctx.options = namespace, options
         if not need_dbias:
@@ -122,8 +120,7 @@ class _DoubleBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, namespace, *flat):
         ctx.namespace, ctx.device = namespace, flat[0].device.type
-        with _below_autograd():
-            return ops.PASSES[namespace].double_backward(*flat)
+        return _run(ops.PASSES[namespace].double_backward, flat)
 
     @staticmethod
     def backward(ctx, *_):
@@ -134,6 +131,12 @@ class _DoubleBackward(torch.autograd.Function):
 
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _run(operator: torch._ops.OpOverload, flat: tuple) -> tuple[Tensor, ...]:
+    """What is registered for the device, without its derivative."""
+    with _below_autograd():
+        return library.call(operator, flat)
 
 
 def differentiable(namespace: str) -> None:
@@ -155,8 +158,7 @@ def _differentiable(own, namespace, operator, function) -> Callable[..., tuple[T
     def differentiate(*flat):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return function.apply(namespace, *flat)
-        with _below_autograd():
-            return operator(*flat)
+        return _run(operator, flat)
 
     def call(*flat):
         return operator(*flat) if watched() else differentiate(*flat)
@@ -289,7 +291,7 @@ def _native_gradients(ctx, x: Operands, dy: Cotangents, needs: Operands) -> Oper
 def _native(x: Operands, options: Options) -> str | None:
     """The operators of the first kernel backend that can serve these tensors to second order."""
     problem = Problem.of(x, options, grad_order=2, return_lse=True)
-    for name in impl.PRIORITY:
+    for name in impl.order(problem):
         backend = impl.load(name)
         if backend.KIND == "kernel" and not backend.why_not(problem):
             return backend.OPERATORS

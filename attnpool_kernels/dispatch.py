@@ -2,7 +2,7 @@
 
 A ``Problem`` is the facts of a call without its tensors, so it can also be asked about a machine
 that is not at hand. Every backend lists all its reasons against a problem; ``select`` takes the
-first of ``impl.PRIORITY`` with none. A backend asked for by name is used or refused, never
+first of ``impl.order`` with none. A backend asked for by name is used or refused, never
 replaced.
 """
 
@@ -85,7 +85,7 @@ _select_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _select(problem: Problem, name: str | None) -> Backend:
     if name is None:
-        for candidate in impl.PRIORITY:
+        for candidate in impl.order(problem):
             module = impl.load(candidate)
             if not module.why_not(problem):
                 return module
@@ -113,13 +113,16 @@ def table(problem: Problem) -> str:
     facts = [f"{f.name}={getattr(problem, f.name)}" for f in fields(problem)[2:]]
     facts = [fact for fact in facts if not fact.endswith(("=None", "=False", "=0"))]
     lines, chosen = [f"{problem.dtype} on {problem.device}, {', '.join(facts)}"], False
-    width = max(map(len, impl.PRIORITY))
-    for name in impl.PRIORITY:
+    order = impl.order(problem)
+    width, moved = max(map(len, order)), order != impl.PRIORITY
+    for name in order:
         reasons = impl.load(name).why_not(problem)
         if reasons:
             mark, text = "-", ";  ".join(reasons)
         else:
             mark, text = ("+", "can serve") if chosen else ("*", "chosen")
+            if moved and name == "cuda":
+                text += ";  before triton, because the sets are small"
             chosen = True
         lines.append(f"{name:<{width}}  {mark}  {text}")
     return "\n".join(lines)

@@ -108,7 +108,9 @@ def set_attention(
 
     Accumulates in float32 (float64 for float64). On the native backends exact to second order in
     q, k, v and both biases; a third derivative raises. With dropout 0 a molecule's result has the
-    same bits alone and in any batch. No argument depends on the longest molecule.
+    same bits alone and in any batch of the same backend; on a GPU the automatic choice depends on
+    the sizes of the batch, unless ``torch.use_deterministic_algorithms`` is on. No argument depends
+    on the longest molecule.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or dtype; of the wrong value, shape or

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from .operands import Operands, Options
+from .ragged import longest_of
+from .tracing import unreadable
+
+SMALL = 64  # rows of a set up to which the CUDA kernels beat the tiles of Triton, as counted
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Problem:
     grad_order: int = 0  # highest derivative that the call may need
     deterministic: bool = False
     return_lse: bool = False
+    small_sets: bool = False  # on a GPU: no set of more than 64 rows, as far as can be told
 
     @classmethod
     def of(cls, x: Operands, options: Options, grad_order: int, return_lse: bool) -> Problem:
@@ -46,4 +51,19 @@ class Problem:
             grad_order=grad_order,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             return_lse=return_lse,
+            small_sets=device.type == "cuda" and _are_small(x),
         )
+
+
+def _are_small(x: Operands) -> bool:
+    """By the longest set where it is known, else by the mean, which needs no wait for the device.
+
+    Of a graph, which outlives the sizes, nothing is known.
+    """
+    if unreadable(x.k_ptr) or unreadable(x.k):
+        return False
+    longest = longest_of(x.q_ptr, x.k_ptr, x.q.shape[0])
+    if longest is not None:
+        return longest <= SMALL
+    queries = x.q.shape[0] * (x.molecules if x.shared else 1)
+    return max(queries, x.k.shape[0]) <= SMALL * x.molecules

@@ -101,11 +101,23 @@ def remember(ptr: Tensor, sizes: Sizes) -> None:
 
 
 def sizes_of(ptr: Tensor) -> Sizes | None:
-    """What is known of boundaries without reading them; None where nothing is, or no more."""
+    """What is known of boundaries without reading them; None where nothing is, or no more, and
+    while a graph is captured: it is replayed with other contents."""
     found = _known.get(id(ptr))
     if found is None or found[0]() is not ptr or found[1] != ptr._version:
         return None
+    if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
     return found[2]
+
+
+def longest_of(q_ptr: Tensor | None, k_ptr: Tensor, seeds: int) -> int | None:
+    """The most queries or keys of a molecule, if known; without q_ptr there are so many seeds."""
+    keys = sizes_of(k_ptr)
+    queries = keys if q_ptr is k_ptr else None if q_ptr is None else sizes_of(q_ptr)
+    if keys is None or (queries is None and q_ptr is not None):
+        return None
+    return max(keys.longest, seeds if queries is None else queries.longest)
 
 
 class Ragged:

@@ -5,17 +5,32 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "cuda/launch.h"
 #include "operators.h"
 
 namespace attnpool {
 namespace {
 
+// What ``expect`` said last on this thread, 0 once a pass has used it.
+thread_local int64_t expected_rows = 0;
+
+// The next pass on this thread has no molecule of more queries or keys; 0: unknown. Saves it the
+// kernels for larger ones. A molecule that is larger all the same stops the device (see
+// small_sets.cuh).
+int64_t expect(int64_t rows) {
+  STD_TORCH_CHECK(rows >= 0, "rows must not be negative, got ", rows);
+  return std::exchange(expected_rows, rows);
+}
+
 constexpr const char* NAMES[] = {"forward", "backward", "double_backward"};
 
 // Runs a pass on the device of q.
 void run(Pass pass, const Call& call) {
   const AttnParams& a = call.a;
+  const int64_t longest = std::exchange(expected_rows, 0);
   STD_TORCH_CHECK(a.head_dim <= MAX_DIM && a.value_dim <= MAX_DIM,
                   "CUDA kernels: head and value widths must be 1 to ", MAX_DIM, ", got ",
                   a.head_dim, " and ", a.value_dim);
@@ -24,6 +39,7 @@ void run(Pass pass, const Call& call) {
       "CUDA kernels: at most ", MAX_ROWS, " rows and molecules");
   KernelParams p{};
   static_cast<AttnParams&>(p) = a;
+  p.longest = static_cast<int32_t>(std::min(longest, MAX_ROWS));
   const ScratchSizes need = prepare(p, pass);
   std::vector<Tensor> scratch;
   const auto take = [&](int64_t elements) -> void* {
@@ -46,5 +62,11 @@ void run(Pass pass, const Call& call) {
 
 }  // namespace
 }  // namespace attnpool
+
+STABLE_TORCH_LIBRARY_FRAGMENT(attnpool, m) { m.def("_expect(int rows) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(attnpool, CompositeExplicitAutograd, m) {
+  m.impl("_expect", TORCH_BOX(&attnpool::expect));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(attnpool, CUDA, m) { attnpool::register_operators<attnpool::run>(m); }

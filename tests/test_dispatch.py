@@ -2,11 +2,22 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from attnpool_kernels import BackendError, Problem, backends, dispatch, explain, impl
+from attnpool_kernels import (
+    BackendError,
+    Problem,
+    Ragged,
+    backends,
+    dispatch,
+    explain,
+    impl,
+    problem,
+)
+from attnpool_kernels.operands import Operands
 
 FORCES = Problem("cpu", torch.float32, 32, 32, grad_order=2)
 GPU = Problem("cuda", torch.bfloat16, 32, 32, capability=(9, 0), grad_order=2)
@@ -78,3 +89,51 @@ def test_import_is_cheap_and_clean():
         for _ in range(3)
     ]
     assert min(shares) < 0.06, shares
+
+
+def both_gpu_backends(monkeypatch):
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(impl.load(name), "why_not", lambda problem: [])
+    monkeypatch.setattr(dispatch, "_chosen", {})
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, "cuda"),
+        ({"small_sets": False}, "triton"),
+        ({"deterministic": True}, "triton"),
+        ({"dtype": torch.float64}, "triton"),
+        ({"value_dim": 65}, "triton"),
+        ({"seeds": 8}, "triton"),
+        ({"seeds": 9}, "cuda"),
+    ],
+)
+def test_small_sets_go_to_the_kernels_made_for_them(change, expected, monkeypatch):
+    both_gpu_backends(monkeypatch)
+    given = replace(GPU, **({"small_sets": True} | change))
+    assert dispatch.select(given).__name__.endswith(expected)
+    first, *_ = (line for line in dispatch.table(given).splitlines() if "  *  " in line)
+    assert first.split()[0] == expected and ("small" in first) == (expected == "cuda")
+
+
+def operands(counts, rows=None, seeds=None):
+    """On the CPU, whose device the judgement of sizes does not read."""
+    sets = Ragged.from_counts(counts)
+    k = torch.zeros(sum(counts) if rows is None else rows, 1, 8)
+    q = k if seeds is None else torch.zeros(seeds, 1, 8)
+    return Operands.plain(q, k, k, None if seeds else sets.ptr, sets.ptr), sets
+
+
+def test_sizes_decide_by_the_longest_set_or_by_the_mean():
+    small, sets = operands([64, 3, 0])
+    assert sets.sizes.longest == 64 and problem._are_small(small)
+    large, sets = operands([65, 1, 0])
+    assert problem._are_small(large)  # by the mean: nobody has asked for the sizes yet
+    assert sets.sizes.longest == 65 and not problem._are_small(large)
+    assert not problem._are_small(operands([100, 100])[0])
+    assert not problem._are_small(operands([3, 3], seeds=65)[0])
+    assert problem._are_small(operands([3, 3], seeds=64)[0])
+    assert not problem._are_small(operands([3], rows=65)[0])  # rows of no molecule count, too
+    with torch._subclasses.FakeTensorMode():
+        assert not problem._are_small(operands([3, 3])[0])

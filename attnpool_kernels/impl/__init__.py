@@ -28,8 +28,8 @@ from ..ragged import Sets
 from .needs import Needs
 
 # Native kernels first: they are exact to second order. cpu stands before the two for CUDA, so that
-# Triton's interpreter serves CPU tensors by name only; triton before cuda until a GPU has timed
-# both. The automatic choice ends at reference, which serves everything; flex is used by name only.
+# Triton's interpreter serves CPU tensors by name only; which of those two comes first, ``order``
+# says. The automatic choice ends at reference, which serves everything; flex is used by name only.
 PRIORITY = (
     "cpu",
     "triton",
@@ -41,6 +41,26 @@ PRIORITY = (
     "reference",
     "flex",
 )
+
+
+def order(problem: Problem) -> tuple[str, ...]:
+    """The names of all backends, in the order in which they are tried for a problem.
+
+    Small sets go to the CUDA kernels, which issue 2 to 3 times fewer instructions for them, others
+    to Triton, whose tiles of long sets issue about 3 times fewer (counted from machine code, see
+    csrc/cuda/README.md and impl/triton/PREDICTED.md; no GPU has timed them). The two round
+    differently, so where results must repeat, sizes have no say.
+    """
+    if not _for_small_kernels(problem) or problem.deterministic:
+        return PRIORITY
+    return tuple({"triton": "cuda", "cuda": "triton"}.get(name, name) for name in PRIORITY)
+
+
+def _for_small_kernels(problem: Problem) -> bool:
+    """Whether csrc/cuda/small_*.cu would serve every set."""
+    widest = max(problem.head_dim, problem.value_dim)
+    few = problem.seeds is not None and problem.seeds <= 8  # these have kernels of their own
+    return problem.small_sets and problem.dtype.itemsize <= 4 and widest <= 64 and not few
 
 
 class KernelBackend(Protocol):

@@ -384,7 +384,8 @@ ATTN_DEVICE void for_heads(const KernelParams& p, const SmallSet& set, int share
   }
 }
 
-// LARGE: sets of 33 to 64 rows.
+// LARGE: sets of 33 to 64 rows. A larger one than the caller knew of stops the device, as nobody
+// else comes for it.
 template <typename PASS, bool LARGE>
 ATTN_DEVICE void small_block(const KernelParams& p, unsigned char* memory) {
   const int blocks = int(p.molecules) << p.head_shift;
@@ -394,17 +395,22 @@ ATTN_DEVICE void small_block(const KernelParams& p, unsigned char* memory) {
   }
   const SmallSet set(p, blockIdx.x >> p.head_shift, PASS::PLAIN);
   const int share = blockIdx.x & ((1 << p.head_shift) - 1), tiles = (set.rows() + 7) / 8;
+  constexpr int MOST = LARGE ? 8 : 4;
+  if (tiles > MOST) {
+    if (p.longest && p.longest <= MOST * 8) stop();
+    return;
+  }
   if constexpr (LARGE) {
-    if (tiles < 5 || tiles > 8) return;
+    if (tiles < 5) return;
     if (PASS::SIX && tiles <= 6) for_heads<typename PASS::Six>(p, set, share, memory);
     else for_heads<typename PASS::Eight>(p, set, share, memory);
   } else if constexpr (PASS::PLAIN) {
-    if (tiles == 0 || tiles > 4) return;
+    if (tiles == 0) return;
     if (tiles <= 2) for_heads<typename PASS::Two>(p, set, share, memory);
     else if (tiles == 3) for_heads<typename PASS::Three>(p, set, share, memory);
     else for_heads<typename PASS::Four>(p, set, share, memory);
   } else {
-    if (tiles <= 4) for_heads<typename PASS::Four>(p, set, share, memory);
+    for_heads<typename PASS::Four>(p, set, share, memory);
   }
 }
 

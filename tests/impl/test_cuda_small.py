@@ -10,7 +10,8 @@ import torch
 from test_cuda import different
 from tools import cuda_host
 
-from attnpool_kernels import testing
+from attnpool_kernels import Ragged, autograd, testing
+from attnpool_kernels.operands import Operands, Options
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.missing()), reason=cuda_host.missing())
 
@@ -70,6 +71,31 @@ def test_what_no_set_needs_is_not_launched():
     unknown, known = launched(case), launched(case, longest=24)
     assert {"forward_kernel", "backward_keys_kernel"} <= unknown
     assert known == {f"small_{x}_kernel" for x in ("forward", "backward", "double_backward")}
+
+
+def test_a_ragged_that_knows_its_sizes_saves_launches():
+    backend, names = cuda_host.registered(cuda_host.Kernels(cuda_host.build())), []
+    launch = backend._launch
+    backend._launch = lambda name, plain, values: (
+        names.extend(x[0].split("= ")[1].split("<")[0] for x in backend.module.plan(name, plain)),
+        launch(name, plain, values),
+    )[1]
+    sets = Ragged.from_counts([5, 18, 24])
+    x = Operands.plain(*torch.randn(3, 47, 2, 32), sets.ptr, sets.ptr)
+    unknown = autograd.attention(backend.OPERATORS, x, Options(0.2))
+    assert len(names) == 3
+    names.clear()
+    assert sets.sizes.longest == 24
+    known = autograd.attention(backend.OPERATORS, x, Options(0.2))
+    assert names == ["small_forward_kernel"]
+    assert torch.equal(known.out, unknown.out) and torch.equal(known.lse, unknown.lse)
+
+
+@pytest.mark.parametrize("counts, longest", [((5, 33), 24), ((5, 65), 64), ((65,), 1)])
+def test_a_set_larger_than_any_that_was_known_stops_the_device(counts, longest):
+    batch = testing.Case("larger", counts, heads=2, dim=32).make(torch.float32)
+    with pytest.raises(RuntimeError, match="stopped the device"):
+        testing.run_kernels(batch, cuda_host.Kernels(cuda_host.build(), longest=longest))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -50,7 +50,7 @@ DTYPES = {
     "tf32": torch.float32,
 }
 WARPGROUPS = ("wgmma", "tcgen05.mma")
-SPILLS = 256  # bytes per thread that a tile may spill where it still issues less than others
+SPILLS = 256  # bytes a thread that a tile of sm_90 may spill: chosen by counted instructions
 NONE, ALL, NO_KEY_BIAS = "none", "all", "all but key_bias"  # options of a variant
 WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
 
@@ -308,12 +308,13 @@ def findings(variant: Variant, launch: Launch, compiled, record: Record) -> list
     amd = variant.sm == GFX942
     # their sources are executed as mma.sync of other architectures
     hopper = variant.sm == 90 and variant.pass_name.endswith(("_medium", "_long"))
+    counted = variant.sm == 90 and variant.options == NONE
     text = compiled.asm["amdgcn" if amd else "ptx"]
     wanted = {"tf32": ".tf32", "tf32x3": ".tf32"}.get(launch.arguments.get("PRECISION"))
     half = variant.row in ("fp16", "bf16")
     atomics = r"atomic_(add|fadd|pk_add)_(f|bf)" if amd else r"\b(atom|red)\.[^;]*\.b?f(16|32|64)"
     tests = {
-        f"{record.stack} bytes of spills": record.stack > SPILLS,
+        f"{record.stack} bytes of spills": record.stack > (SPILLS if counted else 0),
         "shared memory over the limit": record.shared > SHARED_LIMIT[variant.sm] * 1024,
         "registers of a block": not amd and record.registers * warps * 32 > 65536,
         "no tensor core instruction": dots and (half or amd) and record.unit == "fma",

@@ -33,6 +33,7 @@ from attnpool_kernels.operands import (
     Tangents,
     accumulator,
 )
+from attnpool_kernels.ragged import longest_of
 
 ROOT = Path(__file__).parents[2]
 MODULE = "attnpool_cuda_host"
@@ -130,7 +131,8 @@ class Kernels:
 
     schedule: the order in which emulated threads run (tests/tools/host/fibers.h); vector: whether
     16-byte copies are allowed; split: keys of a part of a molecule with few seeds. Outputs and
-    scratch are NaN before the call. longest: the rows of the longest molecule, 0 where unknown.
+    scratch are NaN before the call. longest: the rows of the longest molecule, 0 where unknown,
+    None for what is known of the boundaries.
     """
 
     KIND = "kernel"
@@ -138,7 +140,12 @@ class Kernels:
     __name__ = "attnpool_kernels.impl.cuda"
 
     def __init__(
-        self, module, schedule: int = 0, vector: bool = True, split: int = 512, longest: int = 0
+        self,
+        module,
+        schedule: int = 0,
+        vector: bool = True,
+        split: int = 512,
+        longest: int | None = None,
     ):
         self.module, self.schedule, self.vector, self.split = module, schedule, vector, split
         self.longest = longest
@@ -180,6 +187,9 @@ class Kernels:
 
     def _call(self, x: Operands, options: Options) -> dict:
         scale, dropout = options
+        longest = self.longest
+        if longest is None:
+            longest = longest_of(x.q_ptr, x.k_ptr, x.q.shape[0]) or 0
         return x._asdict() | {
             "molecules": x.molecules,
             "heads": x.q.shape[1],
@@ -198,7 +208,7 @@ class Kernels:
             "shared_seeds": int(x.shared),
             "vector": self.vector,
             "split": self.split,
-            "longest": self.longest,
+            "longest": longest,
         }
 
     def _run(self, name: str, q: Tensor, call: dict):

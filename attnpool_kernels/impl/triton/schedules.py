@@ -26,10 +26,10 @@ SEARCH, SEGMENT, LONG_ONLY = 0, 1, 2  # how a program finds its tiles: WALK in t
 def known(ptr: torch.Tensor, rows: int) -> Sizes | None:
     """The least and the most rows of a segment, those of no molecule being one too.
 
-    None where they are unknown, and while a graph is captured: it is replayed with other contents.
+    None where they are unknown.
     """
     found = sizes_of(ptr)
-    if found is None or (ptr.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if found is None:
         return None
     rest = max(rows - found.rows, 0)
     if rest == 0:
@@ -67,7 +67,7 @@ def alone(x: Operands, complete: int) -> bool:
     if x.q_ptr is None or x.q_ptr is not x.k_ptr or x.q.shape[0] != x.k.shape[0]:
         return False
     sizes = sizes_of(x.q_ptr)
-    return sizes is not None and known(x.q_ptr, 0) is not None and sizes.longest <= complete
+    return sizes is not None and sizes.longest <= complete
 
 
 def complete(launches: list[dict]) -> int:

@@ -29,6 +29,8 @@
 
 namespace attnpool {
 
+inline void stop() { throw fibers::Error("a kernel stopped the device"); }
+
 inline float bits_float(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);
