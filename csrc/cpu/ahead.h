@@ -64,15 +64,17 @@ struct Tensor {
   int64_t width;
 };
 
-// To be called before each head with the tensors that it reads, of queries and of keys, and the tiles
-// that it computes. A small molecule asks for all of the next one: whole rows come much faster than
-// the pieces that belong to one head. Of large ones only the next head fits into the cache.
+// To be called before each head with the tensors that it reads, of queries and of keys, and the
+// tiles that it computes. Small molecules are asked for as a whole: rows come much faster than the
+// pieces that belong to one head. Of large ones only the next head fits into the cache.
 template <int Q, int K>
 void ask_ahead(Ahead& ahead, const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
                int64_t tiles, const Tensor (&queries)[Q], const Tensor (&keys)[K]) {
   constexpr int64_t SMALL = VECTOR_BYTES == 64 ? 1 << 18 : 1 << 17;  // bytes of a molecule
+  constexpr int64_t MOST_ROWS = 128;  // more are left to whoever packs them
   const int64_t element = a.dtype == Dtype::float64 ? 8 : a.dtype == Dtype::float32 ? 4 : 2;
-  const bool all_heads = task.head_end - task.head == a.heads, more = molecule + 1 < task.molecule_end;
+  const bool all_heads = task.head_end - task.head == a.heads;
+  const bool more = molecule + 1 < task.molecule_end;
   const Span next_queries = more ? query_span(a, molecule + 1) : Span{};
   const Span next_keys = more ? key_span(a, molecule + 1) : Span{};
   int64_t bytes = 0;
@@ -97,7 +99,7 @@ void ask_ahead(Ahead& ahead, const AttnParams& a, const Task& task, int64_t mole
   if (!same && !more) return;
   const int64_t next = same ? head + 1 : task.head;
   const auto add = [&](const Tensor& t, const Span& rows) {
-    if (!t.x.data || t.x.unit != 1 || rows.size > 128) return;
+    if (!t.x.data || t.x.unit != 1 || rows.size > MOST_ROWS) return;
     const char* const data = static_cast<const char*>(t.x.data);
     ahead.add(data + (rows.first * t.x.row + next * t.x.head) * element, t.width * element,
               t.x.row * element, rows.size);

@@ -73,8 +73,8 @@ void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, cons
   }
 }
 
-// The same from the logits of a block that has all keys, and the largest of each query: P is divided
-// by its sum, and delta = rowsum(P dP).
+// The same from the logits of a block that has all keys, and the largest of each query: P is
+// divided by its sum, and delta = rowsum(P dP).
 template <typename T, bool DROPOUT>
 void own_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* maxima,
                    const T* dlse) {
@@ -280,8 +280,9 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
 
 template <typename T>
 void ask_for_rows(Ahead& ahead, const AttnParams& a, const Task& task, int64_t molecule,
-                  int64_t head) {
+                  int64_t head, int64_t most_keys) {
   const int64_t ni = query_span(a, molecule).size, nj = key_span(a, molecule).size;
+  if (ni > QUERIES || nj > most_keys) return ahead.clear();  // pack_rows() asks for its blocks
   const int64_t tiles = 2 * tiles_of<T>(nj, ni) + tiles_of<T>(nj, a.head_dim + a.value_dim) +
                         tiles_of<T>(ni, a.head_dim);
   ask_ahead(ahead, a, task, molecule, head, tiles,
@@ -296,7 +297,7 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
   Ahead ahead;
   for_each_head<T>(a, task, scratch.long_dq, scratch.head_ld,
                    [&](int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
-                     ask_for_rows<T>(ahead, a, task, molecule, head);
+                     ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
                      run_head<T>(a, task, molecule, head, scratch, dq_sum, ahead);
                    });
   publish_streams();

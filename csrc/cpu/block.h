@@ -1,7 +1,8 @@
-// Blocks: up to QUERIES rows of q against up to key_block() rows of k of one (molecule, head).
-// Inside a block everything is the accumulation type T, dense and padded with zeros, whatever the
-// tensors hold. Matrices of pairs are stored [key][query], so that the lanes of a vector are
-// queries and row statistics are plain vector operations.
+// Blocks: up to QUERIES rows of q against up to key_block() rows of k of one (molecule, head). Rows
+// are read where they lie (rows.h) or are packed, dense, padded with zeros and of the accumulation
+// type T, whatever the tensors hold; the sums are the same. Matrices of pairs are stored
+// [key][query], so that the lanes of a vector are queries and row statistics are plain vector
+// operations.
 #pragma once
 
 #include "../philox.h"
@@ -259,9 +260,9 @@ void add_bias(T* p, const T* bias, int64_t nj, int64_t lanes, T* maxima) {
   }
 }
 
-// (F1) of a block that has all keys of its queries, and the largest logit of each query: weights are
-// relative to that and are divided by their sum, because the rounding of a large LSE would spoil the
-// cancellations of the derivatives. pairs is scratch for the biases.
+// (F1) of a block that has all keys of its queries, and the largest logit of each query: weights
+// are relative to that and are divided by their sum, because the rounding of a large LSE would spoil
+// the cancellations of the derivatives. pairs is scratch for the biases.
 template <typename T>
 void block_logits(const AttnParams& a, const Block& at, const Place<T>& k, const T* q_t, T* pairs,
                   T* p, T* maxima, Ahead& ahead) {
@@ -281,7 +282,7 @@ ATTN_INLINE Vector<T> finite_top(const T* maxima) {
   return top == splat(-T(__builtin_inf())) ? Vector<T>{} : top;
 }
 
-// What the weights of a block are relative to that has some keys of its queries: to the LSE; or, to be
+// What weights are relative to in a block that has some keys of its queries: to the LSE; or, to be
 // divided by their sum, to a whole number near it, which is subtracted without any rounding.
 enum class Base { lse, whole };
 

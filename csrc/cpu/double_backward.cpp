@@ -400,8 +400,9 @@ class Head {
 
 template <typename T>
 void ask_for_rows(Ahead& ahead, const AttnParams& a, const Task& task, int64_t molecule,
-                  int64_t head) {
+                  int64_t head, int64_t most_keys) {
   const int64_t ni = query_span(a, molecule).size, nj = key_span(a, molecule).size;
+  if (ni > QUERIES || nj > most_keys) return ahead.clear();  // pack_rows() asks for its blocks
   const int64_t tiles = 5 * tiles_of<T>(nj, ni) + tiles_of<T>(nj, 2 * a.head_dim + a.value_dim) +
                         tiles_of<T>(ni, 2 * (a.head_dim + a.value_dim));
   ask_ahead(ahead, a, task, molecule, head, tiles,
@@ -422,7 +423,7 @@ void run(const AttnParams& a, const Task& task, void* buffer, bool only_statisti
   }
   for_each_head<T>(a, task, scratch.long_gq, scratch.head_ld,
                    [&](int64_t molecule, int64_t head, LongSum<T>& gq_sum) {
-                     ask_for_rows<T>(ahead, a, task, molecule, head);
+                     ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
                      Head<T>(a, task, molecule, head, scratch, ahead).run(gq_sum);
                    });
 }

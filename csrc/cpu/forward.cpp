@@ -51,8 +51,8 @@ ATTN_INLINE Vector<T> weigh(T* s, int64_t nj, Vector<T> top) {
 }
 
 // Turns logits s (and biases) into weights and moves the running maximum and sum of each row on;
-// w.row[i] is what the sums of earlier blocks must be multiplied by. The maximum is rounded to a whole
-// number: then that is a power of 2, which rounds nothing away, however often the maximum rises.
+// w.row[i] is what the sums of earlier blocks must be multiplied by. The maximum is rounded to a
+// whole number: then that is a power of 2, which rounds nothing away, however often it rises.
 template <typename T, Added ADDED>
 void soften(T* s, const T* bias, int64_t nj, int64_t lanes, const ForwardScratch<T>& w) {
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
@@ -159,7 +159,8 @@ void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
         rows_of(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, true,
                 ahead_of(a.q, at.queries, at.ni, head, a.heads));
     transpose_rows(q.data, q.ld, at.ni, columns_of<T>(a.head_dim), w.q_t);
-    for (int64_t i = 0; i < lanes; ++i) w.maximum[i] = w.taken[i] = -infinity, w.sum[i] = w.lost[i] = 0;
+    for (int64_t i = 0; i < lanes; ++i)
+      w.maximum[i] = w.taken[i] = -infinity, w.sum[i] = w.lost[i] = 0;
     LongSum<T> sums{w.o_sum, w.o_lost};
     const auto decay_of_taken = [&] {
       for (int64_t x = 0; x < lanes; x += WIDTH<T>) {

@@ -6,16 +6,16 @@ namespace attnpool {
 namespace ATTN_ISA {
 namespace {
 
-// Rows of a tile by its vectors: as many as registers hold beside a row of b and one element of a, 32
-// registers with AVX-512 and 16 otherwise (also what 64-bit Arm can spare).
+// Rows of a tile by its vectors: as many as registers hold beside a row of b and one element of a,
+// 32 registers with AVX-512 and 16 otherwise (also what 64-bit Arm can spare).
 #if defined(__AVX512F__)
 constexpr int MAX_VECTORS = 4, MAX_ROWS[] = {16, 12, 8, 6};
 #else
 constexpr int MAX_VECTORS = 3, MAX_ROWS[] = {12, 6, 4};
 #endif
 
-// What becomes of the sums of a tile: they are stored, or stored past the caches, or stored while the
-// largest of each column is kept, or added to what is there.
+// What becomes of the sums of a tile: they are stored, or stored past the caches, or stored while
+// the largest of each column is kept, or added to what is there.
 enum class Fate { stored, streamed, topped, added };
 
 // rows: factors of the rows, or null; but the maxima of the columns where those are kept. last:
@@ -42,7 +42,8 @@ void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int6
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i, c += c_stride) {
     constexpr bool ADDED = FATE == Fate::added;
-    const T own = FATE != Fate::topped && rows ? rows[i] : T(1), all = ADDED ? factor : own * factor;
+    const T own = FATE != Fate::topped && rows ? rows[i] : T(1);
+    const T all = ADDED ? factor : own * factor;
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) {
       sum[i][j] *= all;

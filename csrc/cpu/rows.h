@@ -116,13 +116,13 @@ inline bool is_large(const View& x, int64_t rows) {
   return x.row * rows > LARGE;
 }
 
-// Whether rows so far apart stay in the L1 cache together: those whose distance has many factors of two
-// meet in few of its sets. With AVX-512 a product reads them too seldom for that to count.
+// Whether rows so far apart stay in the L1 cache together: those whose distance has many factors of
+// two meet in few of its sets. With AVX-512 a product reads them too seldom for that to count.
 template <typename T>
 ATTN_INLINE bool stay_together(int64_t count, int64_t row) {
-  constexpr int64_t SETS_BYTES = 4096, ROWS_IN_A_SET = 4;
+  constexpr int64_t SETS = 4096, ROWS_IN_A_SET = 4;  // bytes of all sets; rows that leave room
   const int64_t bytes = row * int64_t(sizeof(T));
-  return VECTOR_BYTES == 64 || count * smaller(bytes & -bytes, SETS_BYTES) <= ROWS_IN_A_SET * SETS_BYTES;
+  return VECTOR_BYTES == 64 || count * smaller(bytes & -bytes, SETS) <= ROWS_IN_A_SET * SETS;
 }
 
 // Rows to be read: where they lie if they are wanted there and their layout allows, else packed.
@@ -174,8 +174,8 @@ ATTN_INLINE void zero(T* to, int64_t count) {
   memset(static_cast<void*>(to), 0, size_t(count) * sizeof(T));
 }
 
-// to[d][i] = row i of `from`, element d, for d < width; `to` has rows of QUERIES. The lanes of the last
-// vector from `count` on repeat the last row. width >= WIDTH<T>: where it is no multiple, the last
+// to[d][i] = row i of `from`, element d, for d < width; `to` has rows of QUERIES. The lanes of the
+// last vector from `count` on repeat the last row. width >= WIDTH<T>: where it is no multiple, some
 // columns are written twice.
 template <typename T>
 void transpose_rows(const T* from, int64_t ld, int64_t count, int64_t width, T* to) {

@@ -78,7 +78,7 @@ ATTN_INLINE void store(T* to, Vector<T> x) {
   memcpy(to, &x, sizeof(x));
 }
 
-// Past the caches, to an aligned place; publish_streams() makes such stores visible to other threads.
+// Stores past the caches, to an aligned place; publish_streams() shows that to other threads.
 template <typename T>
 ATTN_INLINE void stream(T* to, Vector<T> x) {
 #if defined(__clang__)
@@ -320,8 +320,8 @@ ATTN_INLINE void store_as(Half* to, Vector<float> x) {
 #endif
 }
 
-// to[c * to_stride + r] = row(r)[c] for WIDTH x WIDTH elements. Quarters of rows are gathered by the
-// loads, so that only the steps inside 4 x 4 elements shuffle.
+// to[c * to_stride + r] = row(r)[c] for WIDTH x WIDTH elements. Quarters of rows are gathered by
+// the loads, so that only the steps inside 4 x 4 elements shuffle.
 template <typename T, typename Row>
 ATTN_INLINE void transpose(Row row, T* to, int64_t to_stride) {
   constexpr int W = WIDTH<T>;

@@ -1,4 +1,4 @@
-"""Small sets on the CPU: rows are read and written where they lie, whatever their width and layout."""
+"""Small sets on the CPU: rows of any width and layout are read and written where they lie."""
 
 from dataclasses import replace
 
@@ -90,9 +90,8 @@ def test_results_too_large_for_the_caches(width, dim):
     rows = sum(sizes)
     one = Case("few", sizes, heads=8, dim=dim).make(torch.float32)
     copies = 2**22 // (rows * 8 * dim) + 2
-    ptr = torch.cat(
-        [one.k_ptr[:-1] + i * rows for i in range(copies)] + [torch.tensor([copies * rows])]
-    )
+    starts = [one.k_ptr[:-1] + i * rows for i in range(copies)]
+    ptr = torch.cat([*starts, torch.tensor([copies * rows])])
     names = ("q", "k", "v", "dout", "ddq", "ddk", "ddv")
     many = replace(
         one,
