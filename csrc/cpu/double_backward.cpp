@@ -184,12 +184,15 @@ class Head {
     return once_ && all_keys_ ? 0 : ahead_of(x, rows, count, at_.head, a_.heads);
   }
 
+  // All rows are packed, because several products read each of them again.
   void load_keys() {
     const int64_t key = at_.keys.first + at_.j0;
     const auto read = [&](const View& x, int64_t width, T* buffer) {
       if (!x.data) return Place<T>{};
-      return rows_of(x, a_.dtype, 0, key, at_.head, at_.nj, width, buffer, once_,
-                       ahead_by(x, at_.keys, at_.nj));
+      const Place<T> rows{buffer, whole_vectors<T>(width), false};
+      pack_rows(x, a_.dtype, 0, key, at_.head, at_.nj, width, buffer, rows.ld,
+                ahead_by(x, at_.keys, at_.nj));
+      return rows;
     };
     k_ = read(a_.k, a_.head_dim, w_.k);
     v_ = read(a_.v, a_.value_dim, w_.v);
@@ -204,9 +207,9 @@ class Head {
     dead_.clear_rows(w_.dlse, 1, at_.ni);
     const auto read = [&](const View& x, int64_t molecule, int64_t width, T* buffer, T* turned) {
       if (!x.data) return Place<T>{};
-      const Place<T> rows = rows_of(x, a_.dtype, molecule, row, at_.head, at_.ni, width, buffer,
-                                      all_keys_ && !dead_.any,
-                                      ahead_by(x, at_.queries, at_.ni));
+      const Place<T> rows{buffer, whole_vectors<T>(width), false};
+      pack_rows(x, a_.dtype, molecule, row, at_.head, at_.ni, width, buffer, rows.ld,
+                ahead_by(x, at_.queries, at_.ni));
       dead_.clear_rows(buffer, rows.ld, at_.ni);
       transpose_rows(rows.data, rows.ld, at_.ni, columns_of<T>(width), turned);
       return rows;
