@@ -55,46 +55,50 @@ struct BackwardScratch {
 constexpr int64_t MANY_KEYS = 2048;
 constexpr int LARGE_LSE = 16;
 
-// How a block of P becomes the softmax: it has all keys, or it is divided by a norm, or it is.
-enum class Norm { own, given, one };
-
-// p to P (times R), ds from dO.v to dS. Norm::own: P is divided by its sum, and delta =
-// rowsum(P dP) comes from the block itself.
-template <typename T, bool DROPOUT, Norm NORM>
+// p to P (times R), ds from dO.v to dS, with P divided by a norm if there is one.
+template <typename T, bool DROPOUT, bool NORM>
 void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* norm,
                      const T* delta, const T* dlse) {
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-    Vector<T> sum{}, total{};
-    if (NORM == Norm::own) {
-      Vector<T> sums[2] = {};
-      sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&few)[2]) {
-        const int64_t at = j * QUERIES + x;
-        const Vector<T> weight = load(p + at);
-        Vector<T> dp = load(ds + at);
-        if (DROPOUT) dp *= load(keep + at);
-        few[0] += weight;
-        few[1] += weight * dp;
-      });
-      total = sums[0], sum = sums[1];
-      total = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
-      sum *= total;
-    } else {
-      sum = load(delta + x);
-      if (NORM == Norm::given) total = load(norm + x);
-    }
-    const Vector<T> delta_l = sum - load(dlse + x);  // (B2)
+    const Vector<T> delta_l = load(delta + x) - load(dlse + x);  // (B2)
     for (int64_t j = 0; j < nj; ++j) {
       const int64_t at = j * QUERIES + x;
       Vector<T> weight = load(p + at), dp = load(ds + at);
-      if (NORM != Norm::one) weight *= total;
-      if (DROPOUT) {
-        const Vector<T> kept = load(keep + at);
-        dp *= kept;
-        store(p + at, weight * kept);
-      } else if (NORM != Norm::one) {
-        store(p + at, weight);
-      }
+      if (NORM) weight *= load(norm + x);
+      if (DROPOUT) dp *= load(keep + at);
       store(ds + at, score_gradient(weight, dp, delta_l));  // (B3)
+      if (DROPOUT) weight *= load(keep + at);
+      if (DROPOUT || NORM) store(p + at, weight);
+    }
+  }
+}
+
+// The same from the logits of a block that has all keys, and the largest of each query: P is
+// divided by its sum, and delta = rowsum(P dP).
+template <typename T, bool DROPOUT>
+void own_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* maxima,
+                   const T* dlse) {
+  for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
+    const Vector<T> top = finite_top(maxima + x);
+    Vector<T> sums[2] = {};
+    sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&few)[2]) {
+      const int64_t at = j * QUERIES + x;
+      const Vector<T> weight = exp2<T>(load(p + at) - top);
+      Vector<T> dp = load(ds + at);
+      if (DROPOUT) dp *= load(keep + at);
+      few[0] += weight;
+      few[1] += weight * dp;
+      store(p + at, weight);
+    });
+    const Vector<T> inverse = sums[0] == Vector<T>{} ? Vector<T>{} : T(1) / sums[0];
+    const Vector<T> delta_l = sums[1] * inverse - load(dlse + x);  // (B2)
+    for (int64_t j = 0; j < nj; ++j) {
+      const int64_t at = j * QUERIES + x;
+      Vector<T> weight = load(p + at) * inverse, dp = load(ds + at);
+      if (DROPOUT) dp *= load(keep + at);
+      store(ds + at, score_gradient(weight, dp, delta_l));  // (B3)
+      if (DROPOUT) weight *= load(keep + at);
+      store(p + at, weight);
     }
   }
 }
@@ -125,14 +129,15 @@ void find_norms(const AttnParams& a, int64_t molecule, int64_t head, int64_t fir
     read_lse(a.lse, molecule, row, head, at.ni, w.minus_lse, dead);
     pack_rows(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, w.head_ld);
     dead.clear_rows(w.q, w.head_ld, at.ni);
-    transpose_rows(w.q, w.head_ld, at.ni, w.q_t);
+    transpose_rows(w.q, w.head_ld, at.ni, w.head_ld, w.q_t);
     T *const sums = w.delta, *const lost = w.dlse;
     zero(sums, QUERIES);
     zero(lost, QUERIES);
     for (at.j0 = 0; at.j0 < at.keys.size; at.j0 += key_step) {
       at.nj = smaller(key_step, at.keys.size - at.j0);
       pack_rows(a.k, a.dtype, 0, at.keys.first + at.j0, head, at.nj, a.head_dim, w.k, w.head_ld);
-      block_weights(a, at, Base::whole, w.k, w.head_ld, w.q_t, w.minus_lse, w.pairs, w.p);
+      block_weights<T>(a, at, Base::whole, {w.k, w.head_ld, false}, w.q_t, w.minus_lse, w.pairs,
+                       w.p);
       dead.clear_pairs(w.p, at.ni, at.nj);
       for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
         Vector<T> block[1] = {}, sum = load(sums + x), rest = load(lost + x);
@@ -169,7 +174,7 @@ const T* norms_of(const AttnParams& a, const Task& task, int64_t molecule, int64
 
 template <typename T>
 void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-              const BackwardScratch<T>& w, LongSum<T>& dq_sum) {
+              const BackwardScratch<T>& w, LongSum<T>& dq_sum, Ahead& ahead) {
   Block at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
   const Span queries = at.queries, keys = at.keys;
   const int64_t first = smaller(task.first, keys.size), last = smaller(task.last, keys.size);
@@ -188,21 +193,25 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
   const T scale = T(a.scale);
   const int64_t key_step = step_of(last - first, w.keys, 4);
   const int64_t query_step = step_of(queries.size, QUERIES, WIDTH<T>);
-  const bool one_block = key_step >= keys.size;
-  Target<T> dq;
+  const bool one_block = key_step >= keys.size, one_query_block = query_step >= queries.size;
+  const bool once = one_block && one_query_block, large = once && is_large(a.dk, a.key_rows);
+  const auto place = once ? place_of<T, true> : place_of<T, false>;
+  Place<T> dq;
   if (task.dq_sum)
     dq = {static_cast<T*>(task.dq_sum) + head * queries.size * w.head_ld, w.head_ld, true};
   else
-    dq = target_of(a.dq, a.dtype, 0, queries.first, head, a.head_dim, w.dq, w.head_ld);
+    dq = place(a.dq, a.dtype, 0, queries.first, head, a.head_dim, w.dq);
   const T* const norms = one_block ? nullptr : norms_of(a, task, molecule, head, w);
-  const Base base = one_block ? Base::top : norms ? Base::whole : Base::lse;
-  const auto finish_block =
-      a.seed ? (one_block ? score_gradients<T, true, Norm::own>
-                          : norms ? score_gradients<T, true, Norm::given>
-                                  : score_gradients<T, true, Norm::one>)
-             : (one_block ? score_gradients<T, false, Norm::own>
-                          : norms ? score_gradients<T, false, Norm::given>
-                                  : score_gradients<T, false, Norm::one>);
+  const Base base = norms ? Base::whole : Base::lse;
+  const auto finish_own = a.seed ? own_gradients<T, true> : own_gradients<T, false>;
+  const auto finish = a.seed ? (norms ? score_gradients<T, true, true>
+                                      : score_gradients<T, true, false>)
+                             : (norms ? score_gradients<T, false, true>
+                                      : score_gradients<T, false, false>);
+  const auto ahead_by = [&](const View& x, const Span& rows, int64_t count) {
+    return once ? 0 : ahead_of(x, rows, count, head, a.heads);
+  };
+  Place<T> q{}, dout{};
   DeadRows dead{};
   KeySums<T> ds_sum{};
   if (a.dkey_bias.data) ds_sum = {w.key_sums[0], w.key_sums[1], w.key_sums[2]};
@@ -211,12 +220,12 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
     const int64_t key = keys.first + at.j0;
     const bool add_dq = dq_sum.next(dq, queries.size, w.head_ld);
     LongSum<T> dk_sum{w.long_dk[0], w.long_dk[1]}, dv_sum{w.long_dv[0], w.long_dv[1]};
-    pack_rows(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, w.head_ld,
-              ahead_of(a.k, keys, at.nj, head, a.heads));
-    pack_rows(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, w.value_ld,
-              ahead_of(a.v, keys, at.nj, head, a.heads));
-    const Target<T> dk = target_of(a.dk, a.dtype, 0, key, head, a.head_dim, w.dk, w.head_ld);
-    const Target<T> dv = target_of(a.dv, a.dtype, 0, key, head, a.value_dim, w.dv, w.value_ld);
+    const Place<T> k = rows_of(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k,
+                                 one_query_block, ahead_by(a.k, keys, at.nj));
+    const Place<T> v = rows_of(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v,
+                                 one_query_block, ahead_by(a.v, keys, at.nj));
+    const Place<T> dk = place(a.dk, a.dtype, 0, key, head, a.head_dim, w.dk);
+    const Place<T> dv = place(a.dv, a.dtype, 0, key, head, a.value_dim, w.dv);
     for (at.i0 = 0; at.i0 < queries.size; at.i0 += query_step) {
       at.ni = smaller(query_step, queries.size - at.i0);
       const int64_t row = queries.first + at.i0, nj = at.nj, lanes = whole_vectors<T>(at.ni);
@@ -226,29 +235,32 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
         dead.clear_rows(w.dlse, 1, at.ni);
         for (int64_t i = 0; norms && i < lanes; ++i)
           w.norm[i] = i < at.ni ? norms[at.i0 + i] : T(0);
-        pack_rows(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, w.head_ld,
-                  ahead_of(a.q, queries, at.ni, head, a.heads));
-        pack_rows(a.dout, a.dtype, molecule, row, head, at.ni, a.value_dim, w.dout, w.value_ld,
-                  ahead_of(a.dout, queries, at.ni, head, a.heads));
+        const bool in_place = one_block && !dead.any;
+        q = rows_of(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, in_place,
+                      ahead_by(a.q, queries, at.ni));
+        dout = rows_of(a.dout, a.dtype, molecule, row, head, at.ni, a.value_dim, w.dout,
+                         in_place, ahead_by(a.dout, queries, at.ni));
         dead.clear_rows(w.q, w.head_ld, at.ni);
         dead.clear_rows(w.dout, w.value_ld, at.ni);
-        transpose_rows(w.q, w.head_ld, at.ni, w.q_t);
-        transpose_rows(w.dout, w.value_ld, at.ni, w.dout_t);
+        transpose_rows(q.data, q.ld, at.ni, columns_of<T>(a.head_dim), w.q_t);
+        transpose_rows(dout.data, dout.ld, at.ni, columns_of<T>(a.value_dim), w.dout_t);
         if (!one_block) {
           pack_rows(a.out, a.dtype, molecule, row, head, at.ni, a.value_dim, w.out, w.value_ld);
           row_products(w.out, w.dout, w.value_ld, at.ni, w.delta);  // (B2)
         }
       }
-      block_weights(a, at, base, w.k, w.head_ld, w.q_t, w.minus_lse, w.pairs, w.p);
-      pair_products(at, w.v, w.value_ld, w.dout_t, a.value_dim, w.ds, T(1), false);  // (B1)
-      dead.clear_pairs(w.p, at.ni, at.nj);
-      dead.clear_pairs(w.ds, at.ni, at.nj);
+      if (one_block) block_logits(a, at, k, w.q_t, w.pairs, w.p, w.norm, ahead);
+      else block_weights(a, at, base, k, w.q_t, w.minus_lse, w.pairs, w.p);
+      pair_products(at, v, w.dout_t, a.value_dim, w.ds, T(1), false, &ahead);  // (B1)
+      dead.clear_pairs(w.p, at.ni, nj, one_block ? -T(__builtin_inf()) : T(0));
+      dead.clear_pairs(w.ds, at.ni, nj);
       if (a.seed) keep_pairs(a, at, w.pairs);
-      finish_block(w.p, w.ds, w.pairs, nj, lanes, norms ? w.norm : nullptr, w.delta, w.dlse);
+      if (one_block) finish_own(w.p, w.ds, w.pairs, nj, lanes, w.norm, w.dlse);
+      else finish(w.p, w.ds, w.pairs, nj, lanes, w.norm, w.delta, w.dlse);
       const bool add_dv = dv_sum.next(dv, nj, w.value_ld), add_dk = dk_sum.next(dk, nj, w.head_ld);
-      sum_over_queries(at, w.p, w.dout, w.value_ld, dv.data, dv.ld, T(1), add_dv);  // (B4)
-      sum_over_queries(at, w.ds, w.q, w.head_ld, dk.data, dk.ld, scale, add_dk);    // (B6)
-      sum_over_keys(at, dead, w.ds, w.k, w.head_ld, dq.row(at.i0), dq.ld, scale, add_dq);  // (B5)
+      sum_over_queries(at, w.p, dout, a.value_dim, dv, T(1), add_dv, &ahead, large);  // (B4)
+      sum_over_queries(at, w.ds, q, a.head_dim, dk, scale, add_dk, &ahead, large);    // (B6)
+      sum_over_keys(at, dead, w.ds, k, a.head_dim, dq, scale, add_dq, &ahead, large);  // (B5)
       if (a.dbias.data) store_pairs(a, w.ds, at, a.dbias);  // (B7)
       ds_sum.add(at, w.ds);                                 // (B8)
     }
@@ -267,13 +279,28 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
 }
 
 template <typename T>
+void ask_for_rows(Ahead& ahead, const AttnParams& a, const Task& task, int64_t molecule,
+                  int64_t head, int64_t most_keys) {
+  const int64_t ni = query_span(a, molecule).size, nj = key_span(a, molecule).size;
+  if (ni > QUERIES || nj > most_keys) return ahead.clear();  // pack_rows() asks for its blocks
+  const int64_t tiles = 2 * tiles_of<T>(nj, ni) + tiles_of<T>(nj, a.head_dim + a.value_dim) +
+                        tiles_of<T>(ni, a.head_dim);
+  ask_ahead(ahead, a, task, molecule, head, tiles,
+            {{a.q, a.head_dim}, {a.dout, a.value_dim}},
+            {{a.k, a.head_dim}, {a.v, a.value_dim}});
+}
+
+template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
   const BackwardScratch<T> scratch(a, longest_of(a, task), arena);
+  Ahead ahead;
   for_each_head<T>(a, task, scratch.long_dq, scratch.head_ld,
                    [&](int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
-                     run_head<T>(a, task, molecule, head, scratch, dq_sum);
+                     ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
+                     run_head<T>(a, task, molecule, head, scratch, dq_sum, ahead);
                    });
+  publish_streams();
 }
 
 template <typename T>

@@ -1,19 +1,19 @@
-// Blocks: up to QUERIES rows of q against up to key_block() rows of k of one (molecule, head).
-// Inside a block everything is the accumulation type T, dense and padded with zeros, whatever the
-// tensors hold. Matrices of pairs are stored [key][query], so that the lanes of a vector are
-// queries and row statistics are plain vector operations.
+// Blocks: up to QUERIES rows of q against up to key_block() rows of k of one (molecule, head). Rows
+// are read where they lie (rows.h) or are packed, dense, padded with zeros and of the accumulation
+// type T, whatever the tensors hold; the sums are the same. Matrices of pairs are stored
+// [key][query], so that the lanes of a vector are queries and row statistics are plain vector
+// operations.
 #pragma once
 
 #include "../philox.h"
 #include "kernels.h"
 #include "product.h"
+#include "rows.h"
 #include "simd.h"
 #include "sums.h"
 
 namespace attnpool {
 namespace ATTN_ISA {
-
-constexpr int QUERIES = 64;
 
 template <typename T>
 ATTN_INLINE int64_t key_block(int64_t widest) {
@@ -47,133 +47,6 @@ class Arena {
   char* base_;
   int64_t used_ = 0;
 };
-
-// Calls f with a value of the type that dtype names.
-template <typename F>
-ATTN_INLINE void with_stored(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::float16: return f(Half());
-    case Dtype::bfloat16: return f(Bfloat16());
-    case Dtype::float32: return f(float());
-    default: return f(double());
-  }
-}
-
-ATTN_INLINE float widened(float x) { return x; }
-ATTN_INLINE double widened(double x) { return x; }
-ATTN_INLINE float widened(Half x) { return to_float(x); }
-ATTN_INLINE float widened(Bfloat16 x) { return to_float(x); }
-template <typename T>
-ATTN_INLINE void narrow(T x, double* to) { *to = x; }
-template <typename T>
-ATTN_INLINE void narrow(T x, float* to) { *to = float(x); }
-template <typename T>
-ATTN_INLINE void narrow(T x, Half* to) { *to = to_half(float(x)); }
-template <typename T>
-ATTN_INLINE void narrow(T x, Bfloat16* to) { *to = to_bfloat16(float(x)); }
-
-template <typename T, typename S>
-constexpr bool STORES = sizeof(T) == 8 ? sizeof(S) == 8 : sizeof(S) <= 4;
-
-// Copies rows and asks for the cache lines `ahead` elements further on, which are needed next; 0:
-// for none. VECTORS: the width in vectors where it is known.
-template <typename T, int VECTORS, typename S>
-ATTN_INLINE void copy_rows(const S* from, int64_t row, int64_t count, int64_t width, T* to,
-                           int64_t ld, int64_t ahead) {
-  constexpr int W = WIDTH<T>, LINE = 64 / sizeof(S) > W ? 64 / sizeof(S) : W;
-  const int64_t whole = VECTORS ? VECTORS * W : width / W * W;
-  for (int64_t i = 0; i < count; ++i, from += row, to += ld) {
-#pragma GCC unroll 4
-    for (int64_t d = 0; d < whole; d += W) {
-      store(to + d, load_as(from + d));
-      if (ahead && d % LINE == 0) __builtin_prefetch(from + d + ahead, 0, 2);
-    }
-    if (VECTORS) continue;
-    for (int64_t d = whole; d < width; ++d) to[d] = widened(from[d]);
-    for (int64_t d = width; d < ld; ++d) to[d] = 0;
-  }
-}
-
-// Rows first ... first + count - 1 of one head to to[count][ld], zero from width to ld.
-template <typename T>
-void pack_rows(const View& x, Dtype dtype, int64_t molecule, int64_t first, int64_t head,
-               int64_t count, int64_t width, T* to, int64_t ld, int64_t ahead = 0) {
-  with_stored(dtype, [&](auto kind) {
-    using S = decltype(kind);
-    if constexpr (STORES<T, S>) {
-      const S* from = address<S>(x, molecule, first, head);
-      if (x.unit != 1) {
-        for (int64_t i = 0; i < count; ++i, from += x.row, to += ld) {
-          for (int64_t d = 0; d < width; ++d) to[d] = widened(from[d * x.unit]);
-          for (int64_t d = width; d < ld; ++d) to[d] = 0;
-        }
-        return;
-      }
-      switch (width % WIDTH<T> ? 0 : width / WIDTH<T>) {
-        case 1: return copy_rows<T, 1>(from, x.row, count, width, to, ld, ahead);
-        case 2: return copy_rows<T, 2>(from, x.row, count, width, to, ld, ahead);
-        case 4: return copy_rows<T, 4>(from, x.row, count, width, to, ld, ahead);
-        default: return copy_rows<T, 0>(from, x.row, count, width, to, ld, ahead);
-      }
-    }
-  });
-}
-
-// from[count][ld] (times rows_scale[i]) to rows first ... of one head; the opposite of pack_rows.
-template <typename T>
-void store_rows(const T* from, int64_t ld, const T* rows_scale, const View& x, Dtype dtype,
-                int64_t molecule, int64_t first, int64_t head, int64_t count, int64_t width) {
-  with_stored(dtype, [&](auto kind) {
-    using S = decltype(kind);
-    if constexpr (STORES<T, S>) {
-      constexpr int W = WIDTH<T>;
-      S* to = address<S>(x, molecule, first, head);
-      const int64_t whole = x.unit == 1 ? width / W * W : 0;
-      for (int64_t i = 0; i < count; ++i, from += ld, to += x.row) {
-        const T scale = rows_scale ? rows_scale[i] : T(1);
-        for (int64_t d = 0; d < whole; d += W) store_as(to + d, load(from + d) * scale);
-        for (int64_t d = whole; d < width; ++d) narrow(from[d] * scale, to + d * x.unit);
-      }
-    }
-  });
-}
-
-template <typename T>
-void fill_rows(T value, const View& x, Dtype dtype, int64_t molecule, int64_t first, int64_t head,
-               int64_t count, int64_t width) {
-  with_stored(dtype, [&](auto kind) {
-    using S = decltype(kind);
-    if constexpr (STORES<T, S>)
-      for (int64_t i = 0; i < count; ++i) {
-        S* to = address<S>(x, molecule, first + i, head);
-        for (int64_t d = 0; d < width; ++d) narrow(value, to + d * x.unit);
-      }
-  });
-}
-
-template <typename T>
-ATTN_INLINE void zero(T* to, int64_t count) {
-  memset(static_cast<void*>(to), 0, size_t(count) * sizeof(T));
-}
-
-// from[count][ld] to to[ld][QUERIES], with zeros in the lanes of the last vector from count on.
-// Writes zeros into `from`, too, up to a whole number of vectors.
-template <typename T>
-void transpose_rows(T* from, int64_t ld, int64_t count, T* to) {
-  constexpr int W = WIDTH<T>;
-  zero(from + count * ld, (whole_vectors<T>(count) - count) * ld);
-  for (int64_t i = 0; i < count; i += W)
-    for (int64_t d = 0; d < ld; d += W)
-      transpose<T>(from + i * ld + d, ld, to + d * QUERIES + i, QUERIES);
-}
-
-// What lies ahead of a block of `count` rows of `rows`: the next block, else the next head, else
-// the next molecule.
-ATTN_INLINE int64_t ahead_of(const View& x, const Span& rows, int64_t count, int64_t head,
-                             int64_t heads) {
-  if (count < rows.size) return count * x.row;
-  return head + 1 < heads ? x.head : rows.size * x.row - head * x.head;
-}
 
 // One (molecule, head) and the block of pairs at hand.
 struct Block {
@@ -316,42 +189,45 @@ struct DeadRows {
     }
   }
   template <typename T>
-  void clear_pairs(T* pairs, int64_t ni, int64_t nj) const {
+  void clear_pairs(T* pairs, int64_t ni, int64_t nj, T value = 0) const {
     if (!any) return;
     for (int64_t i = 0; i < ni; ++i)
       if (lane[i])
-        for (int64_t j = 0; j < nj; ++j) pairs[j * QUERIES + i] = 0;
+        for (int64_t j = 0; j < nj; ++j) pairs[j * QUERIES + i] = value;
   }
 };
 
-// to (+)= factor * x^T y: sums over the keys of a block. x is [nj][QUERIES], y is [nj][ld]; dead
-// rows receive nothing.
+// to (+)= factor * x^T y: sums over the keys of a block. x is [nj][QUERIES], y the
+// rows of keys, `to` the rows of the molecule's queries; dead rows receive nothing.
 template <typename T>
-void sum_over_keys(const Block& at, const DeadRows& dead, const T* x, const T* y, int64_t ld,
-                   T* to, int64_t to_ld, T factor, bool add) {
+void sum_over_keys(const Block& at, const DeadRows& dead, const T* x, const Place<T>& y,
+                   int64_t width, const Place<T>& to, T factor, bool add, Ahead* ahead = nullptr,
+                   bool large = false) {
   if (!add)
     for (int64_t i = 0; dead.any && i < at.ni; ++i)
-      if (dead.lane[i]) zero(to + i * to_ld, ld);
+      if (dead.lane[i]) zero(to.row(at.i0 + i), columns_of<T>(width));
   dead.living(at.ni, [&](int64_t i, int64_t count) {
-    product_columns<T>({x + i, QUERIES, y, ld, to + i * to_ld, to_ld, int(count),
-                        int(ld / WIDTH<T>), int(at.nj), factor, nullptr, add});
+    product_columns<T>({x + i, QUERIES, y.data, y.ld, to.row(at.i0 + i), to.ld, int(count),
+                        int(columns_of<T>(width)), int(at.nj), factor, nullptr, add, ahead, large});
   });
 }
 
-// to (+)= factor * x y: sums over the queries of a block. x is [nj][QUERIES], y is [ni][ld].
+// to (+)= factor * x y: sums over the queries of a block. x is [nj][QUERIES], y the
+// rows of queries.
 template <typename T>
-void sum_over_queries(const Block& at, const T* x, const T* y, int64_t ld, T* to, int64_t to_ld,
-                      T factor, bool add) {
-  product_rows<T>({x, QUERIES, y, ld, to, to_ld, int(at.nj), int(ld / WIDTH<T>), int(at.ni),
-                   factor, nullptr, add});
+void sum_over_queries(const Block& at, const T* x, const Place<T>& y, int64_t width,
+                      const Place<T>& to, T factor, bool add, Ahead* ahead = nullptr,
+                      bool large = false) {
+  product_rows<T>({x, QUERIES, y.data, y.ld, to.data, to.ld, int(at.nj),
+                   int(columns_of<T>(width)), int(at.ni), factor, nullptr, add, ahead, large});
 }
 
-// to (+)= factor * x y^T of the block, x the rows of keys [nj][ld] and y the transposed queries.
+// to (+)= factor * x y^T of the block, x the rows of keys and y the transposed queries.
 template <typename T>
-void pair_products(const Block& at, const T* x, int64_t ld, const T* y_t, int64_t width, T* to,
-                   T factor, bool add) {
-  product_rows<T>({x, ld, y_t, QUERIES, to, QUERIES, int(at.nj),
-                   int(blocks_of(at.ni, WIDTH<T>)), int(width), factor, nullptr, add});
+void pair_products(const Block& at, const Place<T>& x, const T* y_t, int64_t width, T* to,
+                   T factor, bool add, Ahead* ahead = nullptr) {
+  product_rows<T>({x.data, x.ld, y_t, QUERIES, to, QUERIES, int(at.nj),
+                   int(whole_vectors<T>(at.ni)), int(width), factor, nullptr, add, ahead});
 }
 
 // minus_lse[lanes] = -lse in units of log 2, or -inf in dead rows, so that exp2(s + minus_lse) is 0
@@ -370,31 +246,54 @@ void read_lse(const View& lse, int64_t molecule, int64_t first, int64_t head, in
   for (int64_t i = count; i < whole_vectors<T>(count); ++i) minus_lse[i] = 0;
 }
 
-// What a block's weights are relative to, see below.
-enum class Base { top, lse, whole };
+// Adds the biases to logits p and finds the largest of each query.
+template <typename T, Added ADDED>
+void add_bias(T* p, const T* bias, int64_t nj, int64_t lanes, T* maxima) {
+  for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
+    Vector<T> top = splat(-T(__builtin_inf()));
+    for (int64_t j = 0; j < nj; ++j) {
+      const Vector<T> logit = with_bias<T, ADDED>(load(p + j * QUERIES + x), bias, j, x);
+      store(p + j * QUERIES + x, logit);
+      top = larger_lanes(logit, top);
+    }
+    store(maxima + x, top);
+  }
+}
 
-// p: logits (without bias) to weights. With all keys of the rows in the block they are taken from
-// the rows' own maximum (top) and must be divided by their sum: the rounding of a large LSE would
-// spoil the cancellations of the derivatives. Otherwise they come from the LSE, or, to be divided
-// by their sum as well, from a whole number near it: that is subtracted without any rounding.
+// (F1) of a block that has all keys of its queries, and the largest logit of each query: weights
+// are relative to that and are divided by their sum, because the rounding of a large LSE would spoil
+// the cancellations of the derivatives. pairs is scratch for the biases.
+template <typename T>
+void block_logits(const AttnParams& a, const Block& at, const Place<T>& k, const T* q_t, T* pairs,
+                  T* p, T* maxima, Ahead& ahead) {
+  const int64_t lanes = whole_vectors<T>(at.ni);
+  for (int64_t x = 0; x < lanes; x += WIDTH<T>) store(maxima + x, splat(-T(__builtin_inf())));
+  product_rows<T>({k.data, k.ld, q_t, QUERIES, p, QUERIES, int(at.nj), int(lanes), int(a.head_dim),
+                   T(a.scale * LOG2_E), nullptr, false, &ahead, false, maxima});
+  const Added added = pack_bias(a, at, pairs);
+  if (added == Added::keys) add_bias<T, Added::keys>(p, pairs, at.nj, lanes, maxima);
+  if (added == Added::pairs) add_bias<T, Added::pairs>(p, pairs, at.nj, lanes, maxima);
+}
+
+// What weights 2^(logit - x) are relative to, given the largest logit.
+template <typename T>
+ATTN_INLINE Vector<T> finite_top(const T* maxima) {
+  const Vector<T> top = load(maxima);
+  return top == splat(-T(__builtin_inf())) ? Vector<T>{} : top;
+}
+
+// What weights are relative to in a block that has some keys of its queries: to the LSE; or, to be
+// divided by their sum, to a whole number near it, which is subtracted without any rounding.
+enum class Base { lse, whole };
+
+// p: logits (without bias) to weights.
 template <typename T, Base BASE, Added ADDED>
 void weights_of(T* p, const T* bias, const T* minus_lse, int64_t nj, int64_t lanes) {
-  const Vector<T> infinity = splat(T(__builtin_inf()));
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
     Vector<T> shift = load(minus_lse + x);
     if (BASE == Base::whole) shift = nearest_whole<T>(shift);
-    if (BASE == Base::top) {
-      Vector<T> top = -infinity;
-      for (int64_t j = 0; j < nj; ++j) {
-        const Vector<T> logit = with_bias<T, ADDED>(load(p + j * QUERIES + x), bias, j, x);
-        if (ADDED != Added::nothing) store(p + j * QUERIES + x, logit);
-        top = larger_lanes(logit, top);
-      }
-      shift = top == -infinity ? Vector<T>{} : -top;
-    }
     for (int64_t j = 0; j < nj; ++j) {
-      Vector<T> logit = load(p + j * QUERIES + x);
-      if (BASE != Base::top) logit = with_bias<T, ADDED>(logit, bias, j, x);
+      const Vector<T> logit = with_bias<T, ADDED>(load(p + j * QUERIES + x), bias, j, x);
       const Vector<T> power = logit + shift;
       store(p + j * QUERIES + x, BASE == Base::whole
                                      ? exp2<T, true>(power, logit - (power - shift))
@@ -416,13 +315,11 @@ void weights_with(Added added, T* p, const T* bias, const T* minus_lse, int64_t 
 
 // (F1), (F2) of a block; pairs is scratch for the biases.
 template <typename T>
-void block_weights(const AttnParams& a, const Block& at, Base base, const T* k, int64_t ld,
+void block_weights(const AttnParams& a, const Block& at, Base base, const Place<T>& k,
                    const T* q_t, const T* minus_lse, T* pairs, T* p) {
-  pair_products(at, k, ld, q_t, a.head_dim, p, T(a.scale * LOG2_E), false);
+  pair_products(at, k, q_t, a.head_dim, p, T(a.scale * LOG2_E), false);
   const Added added = pack_bias(a, at, pairs);
-  const auto run = base == Base::top   ? weights_with<T, Base::top>
-                   : base == Base::lse ? weights_with<T, Base::lse>
-                                       : weights_with<T, Base::whole>;
+  const auto run = base == Base::lse ? weights_with<T, Base::lse> : weights_with<T, Base::whole>;
   run(added, p, pairs, minus_lse, at.nj, whole_vectors<T>(at.ni));
 }
 

@@ -60,8 +60,8 @@ template <typename T>
 class Head {
  public:
   Head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-       const DoubleBackwardScratch<T>& w)
-      : a_(a), task_(task), w_(w), scale_(T(a.scale)),
+       const DoubleBackwardScratch<T>& w, Ahead& ahead)
+      : a_(a), task_(task), w_(w), ahead_(ahead), scale_(T(a.scale)),
         at_{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0} {
     query_step_ = step_of(at_.queries.size, QUERIES, WIDTH<T>);
     rows_ = task.statistics ? static_cast<T*>(task.statistics) + head * 4 * at_.queries.size
@@ -79,7 +79,7 @@ class Head {
         at_.nj = smaller(step, at_.keys.size - at_.j0);
         load_keys();
         products();
-        add_sums(sums, at_.j0 == 0);
+        add_sums<false>(sums, at_.j0 == 0);
       }
       finish(sums);
       for (int64_t i = 0; i < at_.ni; ++i) {
@@ -104,12 +104,14 @@ class Head {
     if (keys.size == 0) return no_keys();
     const int64_t key_step = step_of(last - first, w_.keys, 4);
     const bool one_block = all_keys_ = key_step >= keys.size;
+    once_ = query_step_ >= queries.size;
+    const auto place = one_block && once_ ? place_of<T, true> : place_of<T, false>;
     if (!one_block && !task_.statistics) statistics(0, queries.size);
     T* const gq_buffer = w_.linear + 4 * whole_vectors<T>(queries.size);
     T* const gdout_buffer = gq_buffer + queries.size * w_.head_ld;
-    const Target<T> gq = sum_of(task_.dq_sum, a_.gq, 0, a_.head_dim, gq_buffer, w_.head_ld);
-    const Target<T> gdout =
-        sum_of(task_.gdout_sum, a_.gdout, at_.molecule, a_.value_dim, gdout_buffer, w_.value_ld);
+    const Place<T> gq = sum_of(place, task_.dq_sum, a_.gq, 0, a_.head_dim, gq_buffer);
+    const Place<T> gdout =
+        sum_of(place, task_.gdout_sum, a_.gdout, at_.molecule, a_.value_dim, gdout_buffer);
     LongSum<T> gdout_sum{w_.long_gdout[0], w_.long_gdout[1]};
     KeySums<T> z_sum{};
     if (a_.gkey_bias.data) z_sum = {w_.key_sums[0], w_.key_sums[1], w_.key_sums[2]};
@@ -120,17 +122,17 @@ class Head {
       LongSum<T> gk_sum{w_.long_gk[0], w_.long_gk[1]}, gv_sum{w_.long_gv[0], w_.long_gv[1]};
       const int64_t key = keys.first + at_.j0;
       load_keys();
-      const Target<T> gk =
-          target_of(a_.gk, a_.dtype, 0, key, at_.head, a_.head_dim, w_.gk, w_.head_ld);
-      const Target<T> gv =
-          target_of(a_.gv, a_.dtype, 0, key, at_.head, a_.value_dim, w_.gv, w_.value_ld);
+      const Place<T> gk =
+          place(a_.gk, a_.dtype, 0, key, at_.head, a_.head_dim, w_.gk);
+      const Place<T> gv =
+          place(a_.gv, a_.dtype, 0, key, at_.head, a_.value_dim, w_.gv);
       for (at_.i0 = 0; at_.i0 < queries.size; at_.i0 += query_step_) {
         at_.ni = smaller(query_step_, queries.size - at_.i0);
         if (query_step_ < queries.size || at_.j0 == first) load_queries();
         products();
         if (one_block) {
           RowSums<T> sums;
-          add_sums(sums, true);
+          add_sums<true>(sums, true);
           finish(sums);
           centre();
         } else {
@@ -169,23 +171,33 @@ class Head {
     for (int64_t i = 0; i < count; ++i) *address<T>(a_.gdlse, at_.molecule, row + i, at_.head) = 0;
   }
 
-  Target<T> sum_of(void* sum, const View& x, int64_t molecule, int64_t width, T* buffer,
-                   int64_t ld) const {
+  template <typename F>
+  Place<T> sum_of(F place, void* sum, const View& x, int64_t molecule, int64_t width,
+                  T* buffer) const {
+    const int64_t ld = whole_vectors<T>(width);
     if (sum) return {static_cast<T*>(sum) + at_.head * at_.queries.size * ld, ld, true};
-    return target_of(x, a_.dtype, molecule, at_.queries.first, at_.head, width, buffer, ld);
+    return place(x, a_.dtype, molecule, at_.queries.first, at_.head, width, buffer);
   }
 
+  // What pack_rows() asks for; a molecule of one block leaves that to ahead_.
+  int64_t ahead_by(const View& x, const Span& rows, int64_t count) const {
+    return once_ && all_keys_ ? 0 : ahead_of(x, rows, count, at_.head, a_.heads);
+  }
+
+  // All rows are packed, because several products read each of them again.
   void load_keys() {
     const int64_t key = at_.keys.first + at_.j0;
-    const auto pack = [&](const View& x, int64_t width, T* to, int64_t ld) {
-      if (x.data)
-        pack_rows(x, a_.dtype, 0, key, at_.head, at_.nj, width, to, ld,
-                  ahead_of(x, at_.keys, at_.nj, at_.head, a_.heads));
+    const auto read = [&](const View& x, int64_t width, T* buffer) {
+      if (!x.data) return Place<T>{};
+      const Place<T> rows{buffer, whole_vectors<T>(width), false};
+      pack_rows(x, a_.dtype, 0, key, at_.head, at_.nj, width, buffer, rows.ld,
+                ahead_by(x, at_.keys, at_.nj));
+      return rows;
     };
-    pack(a_.k, a_.head_dim, w_.k, w_.head_ld);
-    pack(a_.v, a_.value_dim, w_.v, w_.value_ld);
-    pack(a_.ddk, a_.head_dim, w_.ddk, w_.head_ld);
-    pack(a_.ddv, a_.value_dim, w_.ddv, w_.value_ld);
+    k_ = read(a_.k, a_.head_dim, w_.k);
+    v_ = read(a_.v, a_.value_dim, w_.v);
+    ddk_ = read(a_.ddk, a_.head_dim, w_.ddk);
+    ddv_ = read(a_.ddv, a_.value_dim, w_.ddv);
   }
 
   void load_queries() {
@@ -193,29 +205,32 @@ class Head {
     read_lse(a_.lse, at_.molecule, row, at_.head, at_.ni, w_.minus_lse, dead_);
     read_statistic(a_.dlse, at_.molecule, row, at_.head, at_.ni, w_.dlse);
     dead_.clear_rows(w_.dlse, 1, at_.ni);
-    const auto pack = [&](const View& x, int64_t molecule, int64_t width, T* to, T* to_t,
-                          int64_t ld) {
-      if (!x.data) return;
-      pack_rows(x, a_.dtype, molecule, row, at_.head, at_.ni, width, to, ld,
-                ahead_of(x, at_.queries, at_.ni, at_.head, a_.heads));
-      dead_.clear_rows(to, ld, at_.ni);
-      transpose_rows(to, ld, at_.ni, to_t);
+    const auto read = [&](const View& x, int64_t molecule, int64_t width, T* buffer, T* turned) {
+      if (!x.data) return Place<T>{};
+      const Place<T> rows{buffer, whole_vectors<T>(width), false};
+      pack_rows(x, a_.dtype, molecule, row, at_.head, at_.ni, width, buffer, rows.ld,
+                ahead_by(x, at_.queries, at_.ni));
+      dead_.clear_rows(buffer, rows.ld, at_.ni);
+      transpose_rows(rows.data, rows.ld, at_.ni, columns_of<T>(width), turned);
+      return rows;
     };
-    pack(a_.q, 0, a_.head_dim, w_.q, w_.q_t, w_.head_ld);
-    pack(a_.dout, at_.molecule, a_.value_dim, w_.dout, w_.dout_t, w_.value_ld);
-    pack(a_.ddq, 0, a_.head_dim, w_.ddq, w_.ddq_t, w_.head_ld);
+    q_ = read(a_.q, 0, a_.head_dim, w_.q, w_.q_t);
+    dout_ = read(a_.dout, at_.molecule, a_.value_dim, w_.dout, w_.dout_t);
+    ddq_ = read(a_.ddq, 0, a_.head_dim, w_.ddq, w_.ddq_t);
   }
 
   int64_t lanes() const { return whole_vectors<T>(at_.ni); }
 
-  void scores(const T* x, const T* y_t, int64_t ld, int64_t width, T* to, T factor, bool add) {
-    pair_products(at_, x, ld, y_t, width, to, factor, add);
+  void scores(const Place<T>& x, const T* y_t, int64_t width, T* to, T factor, bool add) {
+    pair_products(at_, x, y_t, width, to, factor, add, &ahead_);
   }
 
-  // P (before it is divided by its sum), T, dP and G of the block, (D1), (B1), (D3).
+  // P (before it is divided by its sum; its logits, if the block has all keys), T, dP and G of the
+  // block, (D1), (B1), (D3).
   void products() {
     const int64_t nj = at_.nj, count = nj * QUERIES;
-    block_weights(a_, at_, all_keys_ ? Base::top : Base::whole, w_.k, w_.head_ld, w_.q_t, w_.minus_lse, w_.pairs, w_.p);
+    if (all_keys_) block_logits(a_, at_, k_, w_.q_t, w_.pairs, w_.p, w_.minus_lse, ahead_);
+    else block_weights(a_, at_, Base::whole, k_, w_.q_t, w_.minus_lse, w_.pairs, w_.p);
     bool add = a_.ddbias.data != nullptr;
     if (add) pack_pairs(a_, a_.ddbias, at_, w_.tangent);
     if (a_.ddkey_bias.data) {
@@ -227,16 +242,16 @@ class Head {
       add = true;
     }
     if (a_.ddq.data) {
-      scores(w_.k, w_.ddq_t, w_.head_ld, a_.head_dim, w_.tangent, scale_, add);
+      scores(k_, w_.ddq_t, a_.head_dim, w_.tangent, scale_, add);
       add = true;
     }
     if (a_.ddk.data) {
-      scores(w_.ddk, w_.q_t, w_.head_ld, a_.head_dim, w_.tangent, scale_, add);
+      scores(ddk_, w_.q_t, a_.head_dim, w_.tangent, scale_, add);
       add = true;
     }
     if (!add) zero(w_.tangent, count);
-    scores(w_.v, w_.dout_t, w_.value_ld, a_.value_dim, w_.dp, T(1), false);
-    if (a_.ddv.data) scores(w_.ddv, w_.dout_t, w_.value_ld, a_.value_dim, w_.g, T(1), false);
+    scores(v_, w_.dout_t, a_.value_dim, w_.dp, T(1), false);
+    if (a_.ddv.data) scores(ddv_, w_.dout_t, a_.value_dim, w_.g, T(1), false);
     else zero(w_.g, count);
     if (a_.seed) {
       keep_pairs(a_, at_, w_.pairs);
@@ -248,18 +263,23 @@ class Head {
         }
     }
     if (!dead_.any) return;
-    dead_.clear_pairs(w_.p, at_.ni, nj);
+    dead_.clear_pairs(w_.p, at_.ni, nj, all_keys_ ? -T(__builtin_inf()) : T(0));
     dead_.clear_pairs(w_.tangent, at_.ni, nj);
     dead_.clear_pairs(w_.dp, at_.ni, nj);
     dead_.clear_pairs(w_.g, at_.ni, nj);
   }
 
+  // FROM_LOGITS: P is made on the way, from the logits of a block that has all keys.
+  template <bool FROM_LOGITS>
   void add_sums(RowSums<T>& sums, bool first) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
       Vector<T> block[sums.COUNT] = {};
+      const Vector<T> top = FROM_LOGITS ? finite_top(w_.minus_lse + x) : Vector<T>{};
       sum_keys<T>(at_.nj, block, [&](int64_t j, Vector<T>(&few)[sums.COUNT]) {
         const int64_t at = j * QUERIES + x;
-        const Vector<T> p = load(w_.p + at), dp = load(w_.dp + at);
+        Vector<T> p = load(w_.p + at);
+        if (FROM_LOGITS) store(w_.p + at, p = exp2<T>(p - top));
+        const Vector<T> dp = load(w_.dp + at);
         const Vector<T> weighted = p * load(w_.tangent + at);
         few[sums.TOTAL] += p;
         few[sums.DELTA] += p * dp;
@@ -345,50 +365,69 @@ class Head {
     }
   }
 
-  void by_queries(const T* x, const T* y, int64_t ld, const Target<T>& to, T factor, bool add) {
-    sum_over_keys(at_, dead_, x, y, ld, to.row(at_.i0), to.ld, factor, add);
+  void by_queries(const T* x, const Place<T>& y, int64_t width, const Place<T>& to, T factor,
+                  bool add) {
+    sum_over_keys(at_, dead_, x, y, width, to, factor, add, &ahead_);
   }
-  void by_keys(const T* x, const T* y, int64_t ld, const Target<T>& to, T factor, bool add) {
-    sum_over_queries(at_, x, y, ld, to.data, to.ld, factor, add);
+  void by_keys(const T* x, const Place<T>& y, int64_t width, const Place<T>& to, T factor,
+               bool add) {
+    sum_over_queries(at_, x, y, width, to, factor, add, &ahead_);
   }
 
   // add_...: whether this is added to the target, which else begins here.
-  void accumulate(const Target<T>& gq, bool add_gq, const Target<T>& gdout, bool add_gdout,
-                  const Target<T>& gk, bool add_gk, const Target<T>& gv, bool add_gv) {
+  void accumulate(const Place<T>& gq, bool add_gq, const Place<T>& gdout, bool add_gdout,
+                  const Place<T>& gk, bool add_gk, const Place<T>& gv, bool add_gv) {
     const T *pr = w_.p, *ur = w_.tangent, *ds = w_.dp, *z = w_.g;
-    by_queries(z, w_.k, w_.head_ld, gq, scale_, add_gq);  // (D7)
-    if (a_.ddk.data) by_queries(ds, w_.ddk, w_.head_ld, gq, scale_, true);
-    by_keys(z, w_.q, w_.head_ld, gk, scale_, add_gk);  // (D8)
-    if (a_.ddq.data) by_keys(ds, w_.ddq, w_.head_ld, gk, scale_, true);
-    by_keys(ur, w_.dout, w_.value_ld, gv, T(1), add_gv);           // (D9)
-    by_queries(ur, w_.v, w_.value_ld, gdout, T(1), add_gdout);  // (D11)
-    if (a_.ddv.data) by_queries(pr, w_.ddv, w_.value_ld, gdout, T(1), true);
+    by_queries(z, k_, a_.head_dim, gq, scale_, add_gq);  // (D7)
+    if (a_.ddk.data) by_queries(ds, ddk_, a_.head_dim, gq, scale_, true);
+    by_keys(z, q_, a_.head_dim, gk, scale_, add_gk);  // (D8)
+    if (a_.ddq.data) by_keys(ds, ddq_, a_.head_dim, gk, scale_, true);
+    by_keys(ur, dout_, a_.value_dim, gv, T(1), add_gv);           // (D9)
+    by_queries(ur, v_, a_.value_dim, gdout, T(1), add_gdout);  // (D11)
+    if (a_.ddv.data) by_queries(pr, ddv_, a_.value_dim, gdout, T(1), true);
     if (a_.gbias.data) store_pairs(a_, z, at_, a_.gbias);  // (D10)
   }
 
   const AttnParams& a_;
   const Task& task_;
   const DoubleBackwardScratch<T>& w_;
+  Ahead& ahead_;
   const T scale_;
   Block at_;
   int64_t query_step_;
   T* rows_;
-  bool all_keys_ = false;
+  bool all_keys_ = false, once_ = false;  // whether one block has all keys, all queries
+  Place<T> q_{}, dout_{}, ddq_{}, k_{}, v_{}, ddk_{}, ddv_{};
   DeadRows dead_{};
 };
+
+template <typename T>
+void ask_for_rows(Ahead& ahead, const AttnParams& a, const Task& task, int64_t molecule,
+                  int64_t head, int64_t most_keys) {
+  const int64_t ni = query_span(a, molecule).size, nj = key_span(a, molecule).size;
+  if (ni > QUERIES || nj > most_keys) return ahead.clear();  // pack_rows() asks for its blocks
+  const int64_t tiles = 5 * tiles_of<T>(nj, ni) + tiles_of<T>(nj, 2 * a.head_dim + a.value_dim) +
+                        tiles_of<T>(ni, 2 * (a.head_dim + a.value_dim));
+  ask_ahead(ahead, a, task, molecule, head, tiles,
+            {{a.q, a.head_dim}, {a.dout, a.value_dim}, {a.ddq, a.head_dim}},
+            {{a.k, a.head_dim}, {a.v, a.value_dim},
+             {a.ddk, a.head_dim}, {a.ddv, a.value_dim}});
+}
 
 template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer, bool only_statistics) {
   Arena arena(buffer);
   const DoubleBackwardScratch<T> scratch(a, longest_of(a, task), arena);
+  Ahead ahead;
   if (only_statistics) {
     for (int64_t head = task.head; head < task.head_end; ++head)
-      Head<T>(a, task, task.molecule, head, scratch).statistics(task.first, task.last);
+      Head<T>(a, task, task.molecule, head, scratch, ahead).statistics(task.first, task.last);
     return;
   }
   for_each_head<T>(a, task, scratch.long_gq, scratch.head_ld,
                    [&](int64_t molecule, int64_t head, LongSum<T>& gq_sum) {
-                     Head<T>(a, task, molecule, head, scratch).run(gq_sum);
+                     ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
+                     Head<T>(a, task, molecule, head, scratch, ahead).run(gq_sum);
                    });
 }
 

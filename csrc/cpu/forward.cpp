@@ -38,41 +38,40 @@ ATTN_INLINE Vector<T> fading(Vector<T> old, Vector<T> now) {
   return exp2<T>(old - (now == -infinity ? Vector<T>{} : now));
 }
 
-// Turns logits s (and biases) into weights exp(s - max) and moves the running maximum and sum of each
-// row on; decay[i] is what the sums of earlier blocks must be multiplied by. Over several blocks
-// the maximum is rounded to a whole number: then decay is a power of 2, which rounds nothing away,
-// however often the maximum rises.
+// Logits of one vector of queries to weights 2^(s - top); returns their sums.
+template <typename T>
+ATTN_INLINE Vector<T> weigh(T* s, int64_t nj, Vector<T> top) {
+  Vector<T> sums[1] = {};
+  sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&sum)[1]) {
+    const Vector<T> weight = exp2<T>(load(s + j * QUERIES) - top);
+    sum[0] += weight;
+    store(s + j * QUERIES, weight);
+  });
+  return sums[0];
+}
+
+// Turns logits s (and biases) into weights and moves the running maximum and sum of each row on;
+// w.row[i] is what the sums of earlier blocks must be multiplied by. The maximum is rounded to a
+// whole number: then that is a power of 2, which rounds nothing away, however often it rises.
 template <typename T, Added ADDED>
-void soften(T* s, const T* bias, int64_t nj, int64_t lanes, bool one_block, T* maximum, T* sum,
-            T* lost, T* decay) {
-  const Vector<T> infinity = splat(T(__builtin_inf()));
+void soften(T* s, const T* bias, int64_t nj, int64_t lanes, const ForwardScratch<T>& w) {
   for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-    const Vector<T> old = load(maximum + x);
+    const Vector<T> old = load(w.maximum + x);
     Vector<T> top = old;
     for (int64_t j = 0; j < nj; ++j) {
       const Vector<T> logit = with_bias<T, ADDED>(load(s + j * QUERIES + x), bias, j, x);
       if (ADDED != Added::nothing) store(s + j * QUERIES + x, logit);
       top = larger_lanes(logit, top);
     }
-    if (!one_block) top = nearest_whole<T>(top);
-    store(maximum + x, top);
-    const Vector<T> finite = top == -infinity ? Vector<T>{} : top;
-    Vector<T> sums[1] = {};
-    sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&sum)[1]) {
-      const Vector<T> weight = exp2<T>(load(s + j * QUERIES + x) - finite);
-      sum[0] += weight;
-      store(s + j * QUERIES + x, weight);
-    });
-    Vector<T> total = sums[0];
-    if (!one_block) {
-      const Vector<T> fade = fading<T>(old, top);
-      Vector<T> before = load(sum + x) * fade, rest = load(lost + x) * fade;
-      add_exactly<T>(before, rest, total);
-      total = before;
-      store(lost + x, rest);
-      store(decay + x, fade);
-    }
-    store(sum + x, total);
+    top = nearest_whole<T>(top);
+    store(w.maximum + x, top);
+    const Vector<T> block = weigh<T>(s + x, nj, finite_top(w.maximum + x));
+    const Vector<T> fade = fading<T>(old, top);
+    Vector<T> sum = load(w.sum + x) * fade, rest = load(w.lost + x) * fade;
+    add_exactly<T>(sum, rest, block);
+    store(w.sum + x, sum);
+    store(w.lost + x, rest);
+    store(w.row + x, fade);
   }
 }
 
@@ -97,33 +96,71 @@ bool finish_rows(int64_t ni, T* maximum, const T* sum, const T* lost, T* row) {
   return dead;
 }
 
+// out = 0 in rows without a finite logit.
 template <typename T>
-void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-              const ForwardScratch<T>& w) {
-  Block at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
-  const int64_t first = smaller(task.first, at.queries.size);
-  const int64_t last = smaller(task.last, at.queries.size);
-  const T infinity = T(__builtin_inf());
-  if (at.keys.size == 0) {
-    const int64_t row = at.queries.first + first;
-    fill_rows(T(0), a.out, a.dtype, molecule, row, head, last - first, a.value_dim);
-    for (int64_t i = 0; i < last - first; ++i)
-      *address<T>(a.lse, molecule, row + i, head) = -infinity;
-    return;
-  }
-  const int64_t key_step = step_of(at.keys.size, w.keys, 4);
+void clear_dead(const AttnParams& a, const Block& at, const T* sum) {
+  const int64_t row = at.queries.first + at.i0;
+  for (int64_t i = 0; i < at.ni; ++i)
+    if (sum[i] == 0)
+      fill_rows(T(0), a.out, a.dtype, at.molecule, row + i, at.head, 1, a.value_dim);
+}
+
+// Queries first ... last - 1 of a molecule whose keys are one block.
+template <typename T>
+void run_one_block(const AttnParams& a, Block at, int64_t first, int64_t last,
+                   const ForwardScratch<T>& w, Ahead& ahead) {
+  const int64_t molecule = at.molecule, head = at.head, key = at.keys.first;
   const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
-  const bool one_block = key_step >= at.keys.size, keep = at.keys.size <= w.kept;
+  const bool large = is_large(a.out, a.query_rows);
+  const int nj = int(at.nj = at.keys.size);
+  const Place<T> k = rows_of(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, true, 0);
+  const Place<T> v = rows_of(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, true, 0);
   for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
     at.ni = smaller(query_step, last - at.i0);
     const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
-    pack_rows(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, w.head_ld,
-              ahead_of(a.q, at.queries, at.ni, head, a.heads));
-    transpose_rows(w.q, w.head_ld, at.ni, w.q_t);
-    for (int64_t i = 0; i < lanes; ++i) w.maximum[i] = w.taken[i] = -infinity, w.sum[i] = w.lost[i] = 0;
-    const Target<T> out = one_block ? target_of(a.out, a.dtype, molecule, row, head, a.value_dim,
-                                                w.o, w.value_ld)
-                                    : Target<T>{w.o, w.value_ld, false};
+    const Place<T> q =
+        rows_of(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, true, 0);
+    const Place<T> out = place_of<T, true>(a.out, a.dtype, molecule, row, head, a.value_dim, w.o);
+    transpose_rows(q.data, q.ld, at.ni, columns_of<T>(a.head_dim), w.q_t);
+    block_logits(a, at, k, w.q_t, w.pairs, w.s, w.maximum, ahead);  // (F1), (F2)
+    for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
+      store(w.sum + x, weigh<T>(w.s + x, at.nj, finite_top(w.maximum + x)));
+      store(w.lost + x, Vector<T>{});
+    }
+    if (a.seed) {
+      keep_pairs(a, at, w.pairs);
+      multiply_pairs(w.s, w.pairs, at.nj, lanes);
+    }
+    const bool dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
+    product_columns<T>({w.s, QUERIES, v.data, v.ld, out.data, out.ld, int(at.ni),  // (F3)
+                        int(columns_of<T>(a.value_dim)), nj, T(1), w.row, false, &ahead, large});
+    if (!out.direct)
+      store_rows<T>(out.data, out.ld, nullptr, a.out, a.dtype, molecule, row, head, at.ni,
+                    a.value_dim);
+    if (dead) clear_dead(a, at, w.sum);
+    write_statistic(w.maximum, a.lse, molecule, row, head, at.ni);
+  }
+}
+
+// The same with several blocks of keys: softmax kept online.
+template <typename T>
+void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
+                const ForwardScratch<T>& w) {
+  const int64_t molecule = at.molecule, head = at.head;
+  const T infinity = T(__builtin_inf());
+  const int64_t key_step = step_of(at.keys.size, w.keys, 4);
+  const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
+  const bool keep = at.keys.size <= w.kept;
+  const Place<T> out{w.o, w.value_ld, false};
+  for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
+    at.ni = smaller(query_step, last - at.i0);
+    const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
+    const Place<T> q =
+        rows_of(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, true,
+                ahead_of(a.q, at.queries, at.ni, head, a.heads));
+    transpose_rows(q.data, q.ld, at.ni, columns_of<T>(a.head_dim), w.q_t);
+    for (int64_t i = 0; i < lanes; ++i)
+      w.maximum[i] = w.taken[i] = -infinity, w.sum[i] = w.lost[i] = 0;
     LongSum<T> sums{w.o_sum, w.o_lost};
     const auto decay_of_taken = [&] {
       for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
@@ -132,55 +169,71 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
       }
       return w.row;
     };
-    bool dead = false;
     for (at.j0 = 0; at.j0 < at.keys.size; at.j0 += key_step) {
       if (sums.blocks == TOGETHER) sums.take_over(out, at.ni, w.value_ld, decay_of_taken());
       at.nj = smaller(key_step, at.keys.size - at.j0);
       const int64_t key = at.keys.first + at.j0;
-      T* const k = w.k + (keep ? at.j0 * w.head_ld : 0);
-      T* const v = w.v + (keep ? at.j0 * w.value_ld : 0);
+      const Place<T> k{w.k + (keep ? at.j0 * w.head_ld : 0), w.head_ld, false};
+      const Place<T> v{w.v + (keep ? at.j0 * w.value_ld : 0), w.value_ld, false};
       if (!keep || at.i0 == first) {
-        pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, k, w.head_ld,
+        pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, k.data, k.ld,
                   ahead_of(a.k, at.keys, at.nj, head, a.heads));
-        pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, v, w.value_ld,
+        pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, v.data, v.ld,
                   ahead_of(a.v, at.keys, at.nj, head, a.heads));
       }
-      pair_products(at, k, w.head_ld, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
+      pair_products(at, k, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
       const Added added = pack_bias(a, at, w.pairs);  // (F1), (F2)
       const auto soften_block = added == Added::nothing ? soften<T, Added::nothing>
                                 : added == Added::keys  ? soften<T, Added::keys>
                                                         : soften<T, Added::pairs>;
-      soften_block(w.s, w.pairs, at.nj, lanes, one_block, w.maximum, w.sum, w.lost, w.row);
+      soften_block(w.s, w.pairs, at.nj, lanes, w);
       if (a.seed) {
         keep_pairs(a, at, w.pairs);
         multiply_pairs(w.s, w.pairs, at.nj, lanes);
       }
-      if (one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
       const bool add = sums.blocks++ > 0;
-      product_columns<T>({w.s, QUERIES, v, w.value_ld, out.data, out.ld, int(at.ni),  // (F3)
-                          int(w.value_ld / WIDTH<T>), int(at.nj), T(1),
-                          one_block || add ? w.row : nullptr, add});
+      product_columns<T>({w.s, QUERIES, v.data, v.ld, out.data, out.ld, int(at.ni),  // (F3)
+                          int(columns_of<T>(a.value_dim)), int(at.nj), T(1),
+                          add ? w.row : nullptr, add});
     }
     if (sums.started) sums.finish(out, at.ni, w.value_ld, decay_of_taken());
-    if (!one_block) dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
-    if (!out.direct)
-      store_rows(out.data, out.ld, one_block ? nullptr : w.row, a.out, a.dtype, molecule, row, head,
-                 at.ni, a.value_dim);
-    if (dead)
-      for (int64_t i = 0; i < at.ni; ++i)
-        if (w.sum[i] == 0)
-          fill_rows(T(0), a.out, a.dtype, molecule, row + i, head, 1, a.value_dim);
+    const bool dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
+    store_rows(out.data, out.ld, w.row, a.out, a.dtype, molecule, row, head, at.ni, a.value_dim);
+    if (dead) clear_dead(a, at, w.sum);
     write_statistic(w.maximum, a.lse, molecule, row, head, at.ni);
   }
+}
+
+template <typename T>
+void run_head(const AttnParams& a, const Task& task, const Block& at, const ForwardScratch<T>& w,
+              Ahead& ahead) {
+  const int64_t first = smaller(task.first, at.queries.size);
+  const int64_t last = smaller(task.last, at.queries.size);
+  if (at.keys.size > w.keys) return run_blocks(a, at, first, last, w);
+  if (at.keys.size > 0) {
+    const int64_t tiles = tiles_of<T>(at.keys.size, at.queries.size) +
+                          tiles_of<T>(at.queries.size, a.value_dim);
+    ask_ahead(ahead, a, task, at.molecule, at.head, tiles, {{a.q, a.head_dim}},
+              {{a.k, a.head_dim}, {a.v, a.value_dim}});
+    return run_one_block(a, at, first, last, w, ahead);
+  }
+  const int64_t row = at.queries.first + first;
+  fill_rows(T(0), a.out, a.dtype, at.molecule, row, at.head, last - first, a.value_dim);
+  for (int64_t i = 0; i < last - first; ++i)
+    *address<T>(a.lse, at.molecule, row + i, at.head) = -T(__builtin_inf());
 }
 
 template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
   const ForwardScratch<T> scratch(a, arena);
-  for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule)
+  Ahead ahead;
+  for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule) {
+    const Span queries = query_span(a, molecule), keys = key_span(a, molecule);
     for (int64_t head = task.head; head < task.head_end; ++head)
-      run_head<T>(a, task, molecule, head, scratch);
+      run_head<T>(a, task, {molecule, head, queries, keys, 0, 0, 0, 0}, scratch, ahead);
+  }
+  publish_streams();
 }
 
 }  // namespace

@@ -56,7 +56,7 @@ struct KeySums {
           all += lane < end ? load(row + whole) : Vector<T>{};
         store(lanes + r * W, all);
       }
-      transpose<T>(lanes, W, turned, W);
+      transpose<T>([&](int r) { return lanes + r * W; }, turned, W);
       Vector<T> all{};
       for (int r = 0; r < W; ++r) all += load(turned + r * W);
       store(block + j, all);

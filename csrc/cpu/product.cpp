@@ -6,104 +6,134 @@ namespace attnpool {
 namespace ATTN_ISA {
 namespace {
 
-// 32 registers with AVX-512, 16 otherwise (also what 64-bit Arm can spare).
+// Rows of a tile by its vectors: as many as registers hold beside a row of b and one element of a,
+// 32 registers with AVX-512 and 16 otherwise (also what 64-bit Arm can spare).
 #if defined(__AVX512F__)
-constexpr int MAX_VECTORS = 4;
-constexpr int max_rows(int vectors) { return vectors == 4 ? 6 : 8; }
+constexpr int MAX_VECTORS = 4, MAX_ROWS[] = {16, 12, 8, 6};
 #else
-constexpr int MAX_VECTORS = 2;
-constexpr int max_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+constexpr int MAX_VECTORS = 3, MAX_ROWS[] = {12, 6, 4};
 #endif
 
-template <typename T, bool BY_ROWS, int C, int R>
-void tile(const Product<T>& x, int row, int64_t column) {
-  constexpr int W = WIDTH<T>;
+// What becomes of the sums of a tile: they are stored, or stored past the caches, or stored while
+// the largest of each column is kept, or added to what is there.
+enum class Fate { stored, streamed, topped, added };
+
+// rows: factors of the rows, or null; but the maxima of the columns where those are kept. last:
+// place of the last vector in a row.
+template <typename T, bool BY_ROWS, Fate FATE, int C, int R>
+void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+          int depth, int64_t last, T factor, T* rows) {
+  const auto place = [last](int j) { return j == C - 1 ? last : int64_t(j) * WIDTH<T>; };
   Vector<T> sum[R][C] = {};
-  const T* b = x.b + column;
-  const int64_t b_stride = x.b_stride, a_stride = x.a_stride;
-  const int depth = x.depth;
-  const T* a = BY_ROWS ? x.a + row * a_stride : x.a + row;
+#pragma GCC unroll 2
   for (int k = 0; k < depth; ++k) {
     Vector<T> right[C];
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) right[j] = load(b + j * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) right[j] = load(b + place(j));
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const Vector<T> left = splat(BY_ROWS ? a[i * a_stride + k] : a[i]);
-#pragma GCC unroll 8
+      const Vector<T> left = splat(a[BY_ROWS ? i * a_stride : i]);
+#pragma GCC unroll 4
       for (int j = 0; j < C; ++j) sum[i][j] += left * right[j];
     }
     b += b_stride;
-    if (!BY_ROWS) a += a_stride;
+    a += BY_ROWS ? 1 : a_stride;
   }
-  const int64_t c_stride = x.c_stride;  // copies: stores to c might change x for all one knows
-  T* c = x.c + row * c_stride + column;
-  const T factor = x.factor;
-  const T* const scale = x.rows_scale ? x.rows_scale + row : nullptr;
-  if (x.accumulate) {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i, c += c_stride) {
-      const T keep = scale ? scale[i] : T(1);
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) store(c + j * W, load(c + j * W) * keep + sum[i][j] * factor);
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i, c += c_stride) {
+    constexpr bool ADDED = FATE == Fate::added;
+    const T own = FATE != Fate::topped && rows ? rows[i] : T(1);
+    const T all = ADDED ? factor : own * factor;
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) {
+      sum[i][j] *= all;
+      if (ADDED) sum[i][j] += load(c + place(j)) * own;
     }
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i, c += c_stride) {
-      const T all = scale ? scale[i] * factor : factor;
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) store(c + j * W, sum[i][j] * all);
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) {
+      if (FATE == Fate::streamed) stream(c + place(j), sum[i][j]);
+      else store(c + place(j), sum[i][j]);
     }
+  }
+  if (FATE != Fate::topped) return;
+#pragma GCC unroll 4
+  for (int j = 0; j < C; ++j) {
+    Vector<T> top = load(rows + place(j));
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) top = larger_lanes(sum[i][j], top);
+    store(rows + place(j), top);
   }
 }
 
 template <typename T>
-using Tile = void (*)(const Product<T>&, int, int64_t);
+using Tile = void (*)(const T*, int64_t, const T*, int64_t, T*, int64_t, int, int64_t, T, T*);
 
-// Tiles by vectors - 1 and rows - 1; those beyond what is ever called stand in for each other.
-template <typename T, bool BY_ROWS, int C, int... R>
+// Tiles by rows - 1; those beyond what is ever called stand in for each other.
+template <typename T, bool BY_ROWS, Fate FATE, int C, int... R>
 struct Heights {
-  static constexpr Tile<T> tiles[] = {
-      tile<T, BY_ROWS, C, (R < max_rows(C) ? R + 1 : max_rows(C))>...};
+  static constexpr int MOST = MAX_ROWS[C - 1];
+  static constexpr Tile<T> tiles[] = {tile<T, BY_ROWS, FATE, C, (R < MOST ? R + 1 : MOST)>...};
 };
-template <typename T, bool BY_ROWS, int C>
-using AllHeights = Heights<T, BY_ROWS, C, 0, 1, 2, 3, 4, 5, 6, 7>;
+template <typename T, bool BY_ROWS, Fate FATE, int C>
+constexpr const Tile<T>* HEIGHTS =
+    Heights<T, BY_ROWS, FATE, C, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>::tiles;
 
-template <typename T, bool BY_ROWS>
-constexpr const Tile<T>* TILES[] = {
-    AllHeights<T, BY_ROWS, 1>::tiles, AllHeights<T, BY_ROWS, 2>::tiles,
-    AllHeights<T, BY_ROWS, (MAX_VECTORS < 3 ? 2 : 3)>::tiles,
-    AllHeights<T, BY_ROWS, MAX_VECTORS>::tiles};
-
-constexpr int tiles_of(int rows, int vectors) {
-  return max_rows(vectors) == 8 ? (rows + 7) / 8 : (rows + 5) / 6;
+template <typename T, bool BY_ROWS, Fate FATE, int C>
+void all_rows(const Product<T>& x, int64_t column) {
+  const unsigned rows = unsigned(x.rows), tiles = (rows + MAX_ROWS[C - 1] - 1) / MAX_ROWS[C - 1];
+  if (tiles == 0) return;
+  const unsigned least = rows / tiles, higher = rows - tiles * least;
+  const int64_t last = smaller((C - 1) * WIDTH<T>, x.columns - WIDTH<T> - column);
+  const T *a = x.a, *b = x.b + column;
+  T *c = x.c + column, *extra = FATE == Fate::topped ? x.maxima + column : x.rows_scale;
+  for (unsigned i = 0; i < tiles; ++i) {
+    if (x.ahead) x.ahead->some();
+    const int height = int(least + (i < higher));
+    HEIGHTS<T, BY_ROWS, FATE, C>[height - 1](a, x.a_stride, b, x.b_stride, c, x.c_stride, x.depth,
+                                             last, x.factor, extra);
+    a += BY_ROWS ? height * x.a_stride : height;
+    c += height * x.c_stride;
+    if (FATE != Fate::topped && extra) extra += height;
+  }
 }
 
-template <typename T, bool BY_ROWS>
+template <typename T, bool BY_ROWS, Fate FATE>
 void product(const Product<T>& x) {
-  int done = 0;
-  for (int left = int(blocks_of(x.vectors, MAX_VECTORS)); left > 0; --left) {
-    const int vectors = int(unsigned(x.vectors - done) / unsigned(left));
-    const int64_t column = int64_t(done) * WIDTH<T>;
-    int row = 0;
-    for (int tiles = tiles_of(x.rows, vectors); tiles > 0; --tiles) {
-      const int rows = int(unsigned(x.rows - row) / unsigned(tiles));
-      TILES<T, BY_ROWS>[vectors - 1][rows - 1](x, row, column);
-      row += rows;
+  int left = int(blocks_of(x.columns, WIDTH<T>)), blocks = int(blocks_of(left, MAX_VECTORS));
+  for (int64_t column = 0; blocks > 0; --blocks) {
+    const int vectors = int(unsigned(left) / unsigned(blocks));
+    switch (vectors) {
+      case 1: all_rows<T, BY_ROWS, FATE, 1>(x, column); break;
+      case 2: all_rows<T, BY_ROWS, FATE, 2>(x, column); break;
+      case 3: all_rows<T, BY_ROWS, FATE, 3>(x, column); break;
+      default: all_rows<T, BY_ROWS, FATE, MAX_VECTORS>(x, column);
     }
-    done += vectors;
+    column += int64_t(vectors) * WIDTH<T>;
+    left -= vectors;
   }
+}
+
+// Whether c takes whole, aligned vectors only.
+template <typename T>
+bool aligned(const Product<T>& x) {
+  const uint64_t bytes = reinterpret_cast<uint64_t>(x.c) | uint64_t(x.c_stride) * sizeof(T);
+  return bytes % VECTOR_BYTES == 0 && x.columns % WIDTH<T> == 0;
 }
 
 }  // namespace
 
 template <typename T>
 void product_rows(const Product<T>& x) {
-  product<T, true>(x);
+  if (x.accumulate) return product<T, true, Fate::added>(x);
+  if (x.maxima) return product<T, true, Fate::topped>(x);
+  if (x.stream && aligned(x)) return product<T, true, Fate::streamed>(x);
+  product<T, true, Fate::stored>(x);
 }
 template <typename T>
 void product_columns(const Product<T>& x) {
-  product<T, false>(x);
+  if (x.accumulate) return product<T, false, Fate::added>(x);
+  if (x.stream && aligned(x)) return product<T, false, Fate::streamed>(x);
+  product<T, false, Fate::stored>(x);
 }
 
 template void product_rows(const Product<float>&);

@@ -2,14 +2,20 @@
 // vectors. What differs is which way A runs in memory.
 #pragma once
 
+#include "ahead.h"
 #include "simd.h"
 
 namespace attnpool {
 namespace ATTN_ISA {
 
-// c[i][x] = factor * sum_k a(i, k) * b[k][x], for i < rows and x < vectors * WIDTH<T>.
-//   rows_scale: sums are also multiplied by rows_scale[i];
-//   accumulate: the old c[i][x] (times rows_scale[i], which then spares the sum) is added.
+// c[i][x] = factor * sum_k a(i, k) * b[k][x], for i < rows and x < columns.
+//   columns: at least a vector. Where they are no multiple of it, the last vector overlaps the one
+//     before, so that nothing beyond the rows of b and c is touched;
+//   rows_scale: sums are also multiplied by rows_scale[i] (product_columns);
+//   accumulate: the old c[i][x] (times rows_scale[i], which then spares the sum) is added;
+//   ahead: what is fetched meanwhile, or null;
+//   stream: c is written past the caches, if its layout allows (not with accumulate);
+//   maxima: where not null, maxima[x] is raised to the largest c[i][x] (not with accumulate).
 template <typename T>
 struct Product {
   const T* a;
@@ -18,10 +24,13 @@ struct Product {
   int64_t b_stride;
   T* c;
   int64_t c_stride;
-  int rows, vectors, depth;
+  int rows, columns, depth;
   T factor;
-  const T* rows_scale;
+  T* rows_scale;
   bool accumulate;
+  Ahead* ahead = nullptr;
+  bool stream = false;
+  T* maxima = nullptr;
 };
 
 template <typename T>

@@ -78,6 +78,27 @@ ATTN_INLINE void store(T* to, Vector<T> x) {
   memcpy(to, &x, sizeof(x));
 }
 
+// Stores past the caches, to an aligned place; publish_streams() shows that to other threads.
+template <typename T>
+ATTN_INLINE void stream(T* to, Vector<T> x) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(x, reinterpret_cast<Vector<T>*>(to));
+#elif defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)x);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)x);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)x);
+#else
+  store(to, x);
+#endif
+}
+ATTN_INLINE void publish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <typename T>
 ATTN_INLINE Vector<T> splat(T x) {
   return x - Vector<T>{};  // x - 0 is x for every x, unlike x + 0
@@ -86,7 +107,7 @@ ATTN_INLINE Vector<T> splat(T x) {
 // The larger lanes of a and b; b where a is NaN.
 ATTN_INLINE Vector<float> larger_lanes(Vector<float> a, Vector<float> b) {
 #if defined(__AVX512F__)
-  return (Vector<float>)_mm512_max_ps((__m512)a, (__m512)b);
+  return (Vector<float>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (Vector<float>)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -299,10 +320,10 @@ ATTN_INLINE void store_as(Half* to, Vector<float> x) {
 #endif
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c] for WIDTH x WIDTH elements. Quarters of rows
-// are gathered by the loads, so that only the steps inside 4 x 4 elements shuffle.
-template <typename T>
-ATTN_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+// to[c * to_stride + r] = row(r)[c] for WIDTH x WIDTH elements. Quarters of rows are gathered by
+// the loads, so that only the steps inside 4 x 4 elements shuffle.
+template <typename T, typename Row>
+ATTN_INLINE void transpose(Row row, T* to, int64_t to_stride) {
   constexpr int W = WIDTH<T>;
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
@@ -311,16 +332,15 @@ ATTN_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to
       Vector<T> x[4];
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        const T* row = from + r * from_stride + c;
 #if defined(__AVX512F__)
-        __m512 all = _mm512_castps128_ps512(_mm_loadu_ps(row));
-        all = _mm512_insertf32x4(all, _mm_loadu_ps(row + 4 * from_stride), 1);
-        all = _mm512_insertf32x4(all, _mm_loadu_ps(row + 8 * from_stride), 2);
-        all = _mm512_insertf32x4(all, _mm_loadu_ps(row + 12 * from_stride), 3);
+        __m512 all = _mm512_castps128_ps512(_mm_loadu_ps(row(r) + c));
+        all = _mm512_insertf32x4(all, _mm_loadu_ps(row(r + 4) + c), 1);
+        all = _mm512_insertf32x4(all, _mm_loadu_ps(row(r + 8) + c), 2);
+        all = _mm512_insertf32x4(all, _mm_loadu_ps(row(r + 12) + c), 3);
         x[r] = (Vector<T>)all;
 #else
-        const __m256 half = _mm256_castps128_ps256(_mm_loadu_ps(row));
-        x[r] = (Vector<T>)_mm256_insertf128_ps(half, _mm_loadu_ps(row + 4 * from_stride), 1);
+        const __m256 half = _mm256_castps128_ps256(_mm_loadu_ps(row(r) + c));
+        x[r] = (Vector<T>)_mm256_insertf128_ps(half, _mm_loadu_ps(row(r + 4) + c), 1);
 #endif
       }
 #if defined(__AVX512F__)
@@ -349,7 +369,7 @@ ATTN_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to
   }
 #endif
   for (int r = 0; r < W; ++r)
-    for (int c = 0; c < W; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+    for (int c = 0; c < W; ++c) to[c * to_stride + r] = row(r)[c];
 }
 
 }  // namespace ATTN_ISA

@@ -1,33 +1,14 @@
-// Long sums: where they are kept, and how their error stays that of a short one. Few keys are summed
+// Long sums: how their error stays that of a short one. Few keys are summed
 // by themselves first, then the block, then up to TOGETHER blocks; those sums are added without
 // loss. What a molecule's sums look like depends on its own size only.
 #pragma once
 
 #include "kernels.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace attnpool {
 namespace ATTN_ISA {
-
-// Where the rows of a result are summed: in the output itself if its layout allows, else in a
-// buffer that store() converts.
-template <typename T>
-struct Target {
-  T* data;
-  int64_t ld;
-  bool direct;
-
-  ATTN_INLINE T* row(int64_t i) const { return data + i * ld; }
-};
-
-template <typename T>
-Target<T> target_of(const View& x, Dtype dtype, int64_t molecule, int64_t first, int64_t head,
-                    int64_t width, T* buffer, int64_t ld) {
-  const bool same = dtype == (sizeof(T) == 8 ? Dtype::float64 : Dtype::float32);
-  if (same && x.unit == 1 && width % WIDTH<T> == 0)
-    return {address<T>(x, molecule, first, head), x.row, true};
-  return {buffer, ld, false};
-}
 
 // Row sums of a block over its keys. Each FEW of them are summed by themselves first, as 128 equal
 // terms one after the other are 20 roundings off. term(j, sums) adds those of key j.
@@ -56,13 +37,13 @@ struct LongSum {
   bool started = false;  // whether there is anything in sum
 
   // To be called before every block: whether it is added to the target, else it replaces it.
-  bool next(const Target<T>& to, int64_t rows, int64_t width) {
+  bool next(const Place<T>& to, int64_t rows, int64_t width) {
     if (blocks == TOGETHER) take_over(to, rows, width, nullptr);
     return blocks++ > 0;
   }
 
   // decay[i] is what the older sums of row i must be multiplied by first.
-  void take_over(const Target<T>& to, int64_t rows, int64_t width, const T* decay) {
+  void take_over(const Place<T>& to, int64_t rows, int64_t width, const T* decay) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t x = 0; x < width; x += WIDTH<T>) {
         Vector<T> s = load(to.row(i) + x), l{};
@@ -79,7 +60,7 @@ struct LongSum {
   }
 
   // Everything to the target.
-  void finish(const Target<T>& to, int64_t rows, int64_t width, const T* decay = nullptr) {
+  void finish(const Place<T>& to, int64_t rows, int64_t width, const T* decay = nullptr) {
     if (!started) return;
     take_over(to, rows, width, decay);
     for (int64_t i = 0; i < rows; ++i)
