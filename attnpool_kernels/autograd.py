@@ -133,7 +133,7 @@ class _DoubleBackward(torch.autograd.Function):
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _run(operator: torch._ops.OpOverload, flat: tuple) -> tuple[Tensor, ...]:
+def _run(operator: Callable[..., tuple[Tensor, ...]], flat: tuple) -> tuple[Tensor, ...]:
     """What is registered for the device, without its derivative."""
     with _below_autograd():
         return library.call(operator, flat)

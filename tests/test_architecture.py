@@ -18,7 +18,7 @@ ALLOWED = {
     "operands": set(),
     "dropout": set(),
     "ragged": {"tracing"},
-    "problem": {"operands"},
+    "problem": {"operands", "ragged", "tracing"},
     "impl": {"operands", "problem", "ragged", "tracing", "dropout"},
     "dispatch": {"impl", "problem"},
     "ops": {"impl", "operands"},

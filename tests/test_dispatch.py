@@ -15,7 +15,9 @@ from attnpool_kernels import (
     dispatch,
     explain,
     impl,
-    problem,
+)
+from attnpool_kernels import (
+    problem as problems,
 )
 from attnpool_kernels.operands import Operands
 
@@ -98,7 +100,7 @@ def both_gpu_backends(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change, expected",
+    ("change", "expected"),
     [
         ({}, "cuda"),
         ({"small_sets": False}, "triton"),
@@ -127,13 +129,13 @@ def operands(counts, rows=None, seeds=None):
 
 def test_sizes_decide_by_the_longest_set_or_by_the_mean():
     small, sets = operands([64, 3, 0])
-    assert sets.sizes.longest == 64 and problem._are_small(small)
+    assert sets.sizes.longest == 64 and problems._are_small(small)
     large, sets = operands([65, 1, 0])
-    assert problem._are_small(large)  # by the mean: nobody has asked for the sizes yet
-    assert sets.sizes.longest == 65 and not problem._are_small(large)
-    assert not problem._are_small(operands([100, 100])[0])
-    assert not problem._are_small(operands([3, 3], seeds=65)[0])
-    assert problem._are_small(operands([3, 3], seeds=64)[0])
-    assert not problem._are_small(operands([3], rows=65)[0])  # rows of no molecule count, too
+    assert problems._are_small(large)  # by the mean: nobody has asked for the sizes yet
+    assert sets.sizes.longest == 65 and not problems._are_small(large)
+    assert not problems._are_small(operands([100, 100])[0])
+    assert not problems._are_small(operands([3, 3], seeds=65)[0])
+    assert problems._are_small(operands([3, 3], seeds=64)[0])
+    assert not problems._are_small(operands([3], rows=65)[0])  # rows of no molecule count, too
     with torch._subclasses.FakeTensorMode():
-        assert not problem._are_small(operands([3, 3])[0])
+        assert not problems._are_small(operands([3, 3])[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def load_cuda() -> str:
     return ""
 
 
-def call(operator: torch._ops.OpOverload, flat: tuple) -> tuple[Tensor, ...]:
+def call(operator: Any, flat: tuple) -> tuple[Tensor, ...]:
     """Runs a registered pass on flat arguments.
 
     CUDA kernels are told the longest molecule where it is known, which saves launches for molecules
@@ -78,7 +79,7 @@ def call(operator: torch._ops.OpOverload, flat: tuple) -> tuple[Tensor, ...]:
         torch.ops.attnpool._expect(0)
 
 
-def _longest(operator: torch._ops.OpOverload, flat: tuple) -> int | None:
+def _longest(operator: Any, flat: tuple) -> int | None:
     if not flat[0].is_cuda or operator.namespace != OPERATORS:
         return None
     if torch._C._len_torch_dispatch_stack():  # a recorded graph runs with other contents

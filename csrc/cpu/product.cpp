@@ -8,7 +8,7 @@ namespace {
 
 // Rows of a tile by its vectors: as many as registers hold beside a row of b and one element of a,
 // 32 registers with AVX-512 and 16 otherwise (also what 64-bit Arm can spare).
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(ATTN_VECTOR_BYTES)
 constexpr int MAX_VECTORS = 4, MAX_ROWS[] = {16, 12, 8, 6};
 #else
 constexpr int MAX_VECTORS = 3, MAX_ROWS[] = {12, 6, 4};

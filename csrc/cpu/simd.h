@@ -20,7 +20,9 @@
 namespace attnpool {
 namespace ATTN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(ATTN_VECTOR_BYTES)  // for tests: wider than the machine's, which the compiler splits
+constexpr int VECTOR_BYTES = ATTN_VECTOR_BYTES;
+#elif defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
@@ -87,7 +89,7 @@ ATTN_INLINE void stream(T* to, Vector<T> x) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)x);
 #elif defined(__AVX2__)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)x);
-#elif defined(__x86_64__)
+#elif defined(__x86_64__) && !defined(ATTN_VECTOR_BYTES)
   _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)x);
 #else
   store(to, x);

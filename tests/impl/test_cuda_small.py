@@ -91,7 +91,7 @@ def test_a_ragged_that_knows_its_sizes_saves_launches():
     assert torch.equal(known.out, unknown.out) and torch.equal(known.lse, unknown.lse)
 
 
-@pytest.mark.parametrize("counts, longest", [((5, 33), 24), ((5, 65), 64), ((65,), 1)])
+@pytest.mark.parametrize(("counts", "longest"), [((5, 33), 24), ((5, 65), 64), ((65,), 1)])
 def test_a_set_larger_than_any_that_was_known_stops_the_device(counts, longest):
     batch = testing.Case("larger", counts, heads=2, dim=32).make(torch.float32)
     with pytest.raises(RuntimeError, match="stopped the device"):
