@@ -22,12 +22,14 @@ import triton.language as tl
 from ...operands import Cotangents, Gradients, Operands, Options, Result
 from . import launch, tile_table
 from ._backward import sum_parts
+from ._double_backward import merge_statistics
 from ._forward import attend
 from .arguments import (
     Dual,
     Factors,
     Molecule,
     Outputs,
+    Parts,
     Place,
     Rows,
     Statistics,
@@ -55,6 +57,10 @@ from .primitives import (
     store_row_values,
     store_rows,
 )
+
+# Parts whose numbers are on their way while others are added: memory answers after as long as a
+# dozen of them take.
+IN_FLIGHT = tl.constexpr(8)
 
 
 @triton.jit
@@ -175,7 +181,7 @@ def _merge_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     outs = Rows(parts.out, (H.to(tl.int64) * DV, DV, 1))
-    for at in range(0, keys, SPLIT):
+    for at in tl.range(0, keys, SPLIT, loop_unroll_factor=IN_FLIGHT):
         at_part = Place(slot_of(k_row, at, SPLIT) * n_q, o_m, m_m, head)
         b_o = load_rows(outs, at_part, WIDTH)
         if parts.lse is not None:
@@ -205,15 +211,45 @@ def load_part(x, at, heads):
     return load_row_values(Rows(x, (heads, 1)), at, 0.0)
 
 
-@triton.jit
-def merged(x, of, at_m, n_q, H, SPLIT: tl.constexpr):
-    """Sum of a row statistic over the parts of a molecule, in order."""
-    total = tl.zeros((at_m.offsets.shape[0],), x.dtype.element_ty)
-    for at in range(0, of.keys, SPLIT):
-        row = slot_of(of.k_row, at, SPLIT) * n_q
-        at_part = Place(row, at_m.offsets, at_m.mask, at_m.head)
-        total += load_part(x, at_part, H.to(tl.int64))
-    return total
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _merge_rows_kernel(
+    k_ptr,
+    parts,
+    whole,
+    B: tl.int64,
+    H: tl.int32,
+    n_q: tl.int64,
+    n_k: tl.int64,
+    BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Row statistics of molecules of several parts from those of the parts, in order; they go to
+    the slot of a molecule's first part."""
+    heads = H.to(tl.int64)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    slot = (tl.program_id(0) // H).to(tl.int64) * 2 + 1
+    _, k_row, _, keys = part_in_slot(slot, k_ptr, B, n_k, SPLIT)
+    if keys == 0:
+        return
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = o_m < n_q.to(tl.int32)
+    total = tl.zeros((BLOCK_M,), parts.total.dtype.element_ty)
+    b_delta, b_t, b_y = total, total, total
+    for at in tl.range(0, keys, SPLIT, loop_unroll_factor=IN_FLIGHT):
+        at_part = Place(slot_of(k_row, at, SPLIT) * n_q, o_m, m_m, head)
+        part, delta = load_part(parts.total, at_part, heads), load_part(parts.delta, at_part, heads)
+        if parts.t is None:
+            total += part
+            b_delta += delta
+        else:
+            t, y = load_part(parts.t, at_part, heads), load_part(parts.y, at_part, heads)
+            total, b_delta, b_t, b_y = merge_statistics(total, b_delta, b_t, b_y, part, delta, t, y)
+    at_first = Place(slot * n_q, o_m, m_m, head)
+    store_row_values(whole.total, at_first, H, total)
+    store_row_values(whole.delta, at_first, H, b_delta)
+    if parts.t is not None:
+        store_row_values(whole.t, at_first, H, b_t)
+        store_row_values(whole.y, at_first, H, b_y)
 
 
 @triton.jit
@@ -310,12 +346,13 @@ def _backward_kernel(
             b_delta += tl.sum(p * dp, 1)
         if STATISTICS:
             at_slot = Place(at * n_q, o_m, m_m, head)
-            store_row_values(parts.total, at_slot, H, total)
-            store_row_values(parts.delta, at_slot, H, b_delta)
+            store_row_values(parts.rows.total, at_slot, H, total)
+            store_row_values(parts.rows.delta, at_slot, H, b_delta)
         else:
             if keys > SPLIT:
-                total = merged(parts.total, of, at_m, n_q, H, SPLIT)
-                b_delta = merged(parts.delta, of, at_m, n_q, H, SPLIT)
+                at_whole = Place(slot_of(k_row, 0, SPLIT) * n_q, o_m, m_m, head)
+                total = load_part(parts.whole.total, at_whole, H.to(tl.int64))
+                b_delta = load_part(parts.whole.delta, at_whole, H.to(tl.int64))
             b_dlse = tl.zeros((BLOCK_M,), ACC)
             if dy.dlse is not None:
                 b_dlse = load_row_values(of_molecule(dy.dlse, molecule), at_m, 0.0)
@@ -367,6 +404,11 @@ def scratch(like: torch.Tensor, x: Operands) -> torch.Tensor:
     return torch.empty(shape, dtype=launch.accumulation(like.dtype), device=like.device)
 
 
+def statistics(names: tuple[str, ...], like: torch.Tensor, x: Operands) -> Statistics:
+    """These row statistics of every slot."""
+    return Statistics(**(dict(delta=None) | {name: scratch(like, x) for name in names}))
+
+
 def arguments(x: Operands, options: Options) -> dict:
     """Those of every pass, and the keys of a part."""
     return launch.arguments(x, options) | dict(SPLIT=tile_table.SPLIT)
@@ -383,6 +425,20 @@ def merge(common: dict, tile: dict, y: Result, parts: Outputs) -> None:
         **{name: common[name] for name in names},
         BLOCK_M=tile["BLOCK_M"],
         num_warps=tile["num_warps"],
+        enable_fp_fusion=True,
+    )
+
+
+def merge_rows(common: dict, tile: dict, parts: Parts) -> None:
+    """parts.whole from parts.rows."""
+    grid = (parts.rows.total.shape[0] // 2 * common["H"],)
+    _merge_rows_kernel[grid](
+        k_ptr=common["x"].k_ptr,
+        parts=parts.rows,
+        whole=parts.whole,
+        **{name: common[name] for name in ("B", "H", "n_q", "n_k", "SPLIT")},
+        BLOCK_M=tile["BLOCK_M"],
+        num_warps=1,
         enable_fp_fusion=True,
     )
 
@@ -414,7 +470,7 @@ def backward(
     heads, tile = x.q.shape[1], launch.chosen("few_seeds_backward", x)
     chunk, programs = launch.chunks(few_tiles(x), heads)
     dq = launch.new_query_gradient(x, programs)
-    parts = Statistics(delta=scratch(y.lse, x), total=scratch(y.lse, x))
+    parts = Parts(None, *(statistics(("delta", "total"), y.lse, x) for _ in range(2)))
     common = arguments(x, options) | dict(
         y=launch.carry(Result, None, launch.result(y).lse),
         dy=launch.cotangents(dy, x.shared),
@@ -424,8 +480,9 @@ def backward(
     )
     with launch.on_device(x.q):
         if x.k.shape[0] > tile_table.SPLIT:
-            grid = (len(parts.total) * heads,)
+            grid = (len(parts.rows.total) * heads,)
             _backward_kernel[grid](**common, STATISTICS=True, **tile)
+            merge_rows(common, tile, parts)
         _backward_kernel[(programs * heads,)](**common, STATISTICS=False, **tile)
         dq = sum_parts(dq, x.q)
     return Gradients(dq, dk, dv, dbias, dkey_bias)

@@ -2,7 +2,7 @@
 
 Each part walks its keys twice: for the statistics Σ P, δ, t and y of its rows, then for gk, gv,
 gbias, gkey_bias and its shares of gq and gdout. The statistics of molecules of several parts come
-from a launch before, and are merged in order by every part.
+from two launches before, which find those of the parts and merge them in order.
 """
 
 import triton
@@ -17,10 +17,12 @@ from ._few_seeds import (
     few_tiles,
     load_part,
     merge,
+    merge_rows,
     part_in_slot,
     part_of,
     scratch,
     slot_of,
+    statistics,
 )
 from .arguments import (
     Dual,
@@ -29,7 +31,6 @@ from .arguments import (
     Outputs,
     Parts,
     Place,
-    Statistics,
     Tile,
     Width,
     Widths,
@@ -131,19 +132,13 @@ def _double_backward_kernel(
             store_row_values(parts.rows.t, at_slot, H, b_t)
             store_row_values(parts.rows.y, at_slot, H, b_y)
         else:
-            heads = H.to(tl.int64)
-            for part in range(0, tl.where(keys > SPLIT, keys, 0), SPLIT):
-                at_slot = Place(slot_of(k_row, part, SPLIT) * n_q, o_m, m_m, head)
-                total, b_delta, b_t, b_y = merge_statistics(
-                    total,
-                    b_delta,
-                    b_t,
-                    b_y,
-                    load_part(parts.rows.total, at_slot, heads),
-                    load_part(parts.rows.delta, at_slot, heads),
-                    load_part(parts.rows.t, at_slot, heads),
-                    load_part(parts.rows.y, at_slot, heads),
-                )
+            if keys > SPLIT:
+                heads = H.to(tl.int64)
+                at_whole = Place(slot_of(k_row, 0, SPLIT) * n_q, o_m, m_m, head)
+                total = load_part(parts.whole.total, at_whole, heads)
+                b_delta = load_part(parts.whole.delta, at_whole, heads)
+                b_t = load_part(parts.whole.t, at_whole, heads)
+                b_y = load_part(parts.whole.y, at_whole, heads)
             # the rounding of lse is a factor of P: divide by the row sum that P really has
             b_norm = 1.0 / tl.where(total > 0, total, 1.0)
             b_y *= b_norm
@@ -213,7 +208,7 @@ def double_backward(
     wanted = launch.if_given(x.bias, gbias), launch.if_given(x.key_bias, gkey_bias)
     gdout, gdlse = launch.new(dy.dout), launch.new(y.lse)
     names = ("delta", "total", "t", "y")
-    parts = Parts(scratch(gdout, x), Statistics(**{name: scratch(y.lse, x) for name in names}))
+    parts = Parts(scratch(gdout, x), *(statistics(names, y.lse, x) for _ in range(2)))
     heads, tile = x.q.shape[1], launch.chosen("few_seeds_double_backward", x)
     chunk, programs = launch.chunks(few_tiles(x), heads)
     gq = launch.new_query_gradient(x, programs)
@@ -231,6 +226,7 @@ def double_backward(
         if several:
             grid = (len(parts.rows.total) * heads,)
             _double_backward_kernel[grid](**given, STATISTICS=True, **tile)
+            merge_rows(common, tile, parts)
         _double_backward_kernel[(programs * heads,)](**given, STATISTICS=False, **tile)
         if several:
             merge(common, tile, launch.carry(Result, gdout, None), Outputs(parts.gdout, None))

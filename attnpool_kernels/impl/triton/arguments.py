@@ -56,10 +56,11 @@ class Outputs(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What is found about the parts of a molecule's keys, before it is merged."""
+    """What is found about the parts of a molecule's keys, before and after it is merged."""
 
     gdout: Any
     rows: Statistics
+    whole: Statistics
 
 
 class Place(NamedTuple):
