@@ -51,6 +51,7 @@ DTYPES = {
 }
 WARPGROUPS = ("wgmma", "tcgen05.mma")
 SPILLS = 256  # bytes a thread that a tile of sm_90 may spill: chosen by counted instructions
+THOROUGH = (80, 90)  # where calls with options are compiled in every dtype and schedule
 NONE, ALL, NO_KEY_BIAS = "none", "all", "all but key_bias"  # options of a variant
 WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
 
@@ -220,7 +221,8 @@ def as_device(capability: tuple[int, int], row: str, **changes: Any) -> Iterator
 
 def launches(variant: Variant) -> list[Launch]:
     """The kernels of a pass, for so few rows that there is no other schedule, and where one tile
-    serves all molecules also for so many that a program finds its tile by a search."""
+    serves all molecules also for so many that a program finds its tile by a search; with options
+    the latter on two architectures only."""
     name, place = variant.pass_name, (variant.capability, variant.row, variant.width)
     if name in tile_table.FEW_PASSES:
         return launches_of(variant, tile_table.SPLIT + 16)
@@ -229,7 +231,10 @@ def launches(variant: Variant) -> list[Launch]:
     if name in tile_table.MEDIUM_PASSES:
         return launches_of(variant, tile_table.MEDIUM + 15)
     found = launches_of(variant, 16)
-    if variant.options != NONE or tile_table.tile(f"{name}_long", *place, False) is None:
+    thorough = variant.sm in THOROUGH
+    if variant.options == NONE:
+        thorough = tile_table.tile(f"{name}_long", *place, False) is None
+    if thorough:
         found += launches_of(variant, tile_table.LONG + 16)
     return found
 
@@ -348,7 +353,10 @@ def variants() -> Iterator[Variant]:
 
     Tiles of medium and long sets serve calls without options only; few seeds are compiled with all
     of them, and without where they have other tiles then.
-    Without a key bias, options have variants of their own where they have other tiles.
+    Without a key bias, options have variants of their own where they have other tiles. float16 and
+    TF32 with options stand for themselves on two architectures; elsewhere bfloat16 and float32, of
+    the same kernels and tiles but for a type of products, stand for them: the table is to take an
+    hour.
     """
     widths = (32, 64, 128, 16, 256)
     everywhere = [(row, w, sm) for w, row, sm in itertools.product(widths, DTYPES, NVIDIA)]
@@ -364,6 +372,8 @@ def variants() -> Iterator[Variant]:
     ):
         for row, width, sm in where:
             if row == "fp64" and backend.version() < backend._FLOAT64:
+                continue
+            if options == ALL and row in ("fp16", "tf32") and sm not in THOROUGH:
                 continue
             for name in passes:
                 found = [Variant(sm, row, width, name, options)]
