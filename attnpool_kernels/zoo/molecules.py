@@ -49,6 +49,11 @@ class Molecules:
     coefficients: [N], share of each atom in the orbital of the target (OE62).
 
     Raises ValueError for shapes that disagree and for boundaries that do not cover the atoms.
+
+    Examples:
+        >>> water = Molecules(torch.tensor([8, 1, 1]), torch.randn(3, 3), torch.tensor([0, 3]))
+        >>> len(water), water.batch.tolist()
+        (1, [0, 0, 0])
     """
 
     z: Tensor
