@@ -1,9 +1,10 @@
 """Every Python block of the README and of the pages runs, those of a page one after the other.
 
-A comment ``<!-- needs: package -->`` in front of a block, and ``<!-- not run: why -->``, say where it
-cannot run; what needs a package that is absent ends the page there.
+Comments in front of a block, ``<!-- needs: package -->`` and ``<!-- not run: why -->``, say where
+it cannot run; a package that is absent ends the page there.
 """
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -64,3 +65,18 @@ def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     there = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
     assert listed == there
+
+
+def test_the_equations_are_those_of_the_source():
+    source = (ROOT / "attnpool_kernels" / "autograd.py").read_text()
+    found = [
+        {n: " ".join(x.split()) for n, x in re.findall(pattern, text, re.M)}
+        for text, pattern in (
+            (ast.get_docstring(ast.parse(source)), EQUATION + r"(?=\s+\([FBD]\d+\)|\n|$)"),
+            ((ROOT / "docs" / "equations.md").read_text(), "^" + EQUATION + "$"),
+        )
+    ]
+    assert len(found[0]) == 3 + 8 + 13 and found[0] == found[1]
+
+
+EQUATION = r"\(([FBD]\d+)\) +(\S.*?)"
