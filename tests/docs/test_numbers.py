@@ -1,5 +1,6 @@
 """Numbers that the README and the benchmark page quote are those of the committed results."""
 
+import csv
 import re
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,9 @@ from benchmarks.reporting import tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-README, BENCHMARKS = (ROOT / name for name in ("README.md", "docs/benchmarks.md"))
+README, BENCHMARKS, MODELS = (
+    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/models.md")
+)
 PASSES = {
     "forward": "forward",
     "+ backward": "backward",
@@ -194,3 +197,23 @@ def test_drop_ins():
         key = "dropins", workload, what
         quoted = re.search(sentence, text.replace("MultiheadAttention", "attention"))[1]
         assert same(quoted, time(*key, "theirs") / time(*key, "attnpool")), (workload, what)
+
+
+def test_errors_on_qm7b():
+    lines = (RESULTS / "qm7b.csv").read_text().splitlines()
+    found = list(csv.DictReader(x for x in lines if not x.startswith("#")))
+    targets = list(dict.fromkeys(r["target"] for r in found))
+    names = {"ABP": "abp", "sum of atom vectors": "sum"}
+    backbone = ""
+    for name, *cells in table(MODELS, "| pooling | HOMO"):
+        column = "test_mae"
+        head, _, last = name.replace("*", "").rpartition(", ")
+        backbone = head.split()[0].lower() or backbone if head else backbone
+        if name.startswith("constant"):
+            column, chosen = "constant_mae", found
+        else:
+            pooling = names.get(last, last.removesuffix(" (SchNet's own)"))
+            chosen = [r for r in found if (r["backbone"], r["pooling"]) == (backbone, pooling)]
+        for cell, target in zip(cells, targets, strict=True):
+            values = [float(r[column]) for r in chosen if r["target"] == target]
+            assert same(cell.strip("*"), sum(values) / len(values)), (name, target)
