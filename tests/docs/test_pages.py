@@ -5,12 +5,16 @@ it cannot run; a package that is absent ends the page there.
 """
 
 import ast
+import contextlib
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):  # before torch_geometric, see conftest.py
+    import metatrain.pet  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
