@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measuring import sheet
-from benchmarks.reporting import tables
+from benchmarks.reporting import goals, tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -217,3 +217,94 @@ def test_errors_on_qm7b():
         for cell, target in zip(cells, targets, strict=True):
             values = [float(r[column]) for r in chosen if r["target"] == target]
             assert same(cell.strip("*"), sum(values) / len(values)), (name, target)
+
+
+def test_the_performance_goals():
+    """Means over all batches, and the goals that were not reached, as the report judges them."""
+    text = section("Batches of molecules") + section("Not reached")
+    judged = {name: measured for name, _, measured, _ in goals.judge(rows("molecules"))}
+
+    def measured(start):
+        (found,) = (x for name, x in judged.items() if name.startswith(start))
+        return [float(x) for x in re.findall(r"[\d.]+", found)]
+
+    every = "21 batches of molecules: "
+    exact = [
+        *measured(f"forward, {every}geometric"),
+        *measured(f"forward + backward, {every}geometric"),
+        measured(f"forward + backward, {every}each")[0],
+        *measured("second derivative over"),
+        *measured("forward over the library's rates at 15"),
+        *measured("forward over the library's rates at 55"),
+    ]
+    quoted = re.search(
+        r"geometric mean .*? is ([\d.]+)× forward and ([\d.]+)× .*? the least ([\d.]+)×; the second"
+        r" derivative ([\d.]+)×, least ([\d.]+)×.* takes ([\d.]+)× at 15 atoms \(worst ([\d.]+)×\)"
+        r" and ([\d.]+)× at 55 atoms \(worst ([\d.]+)×\)",
+        text,
+    ).groups()
+    assert all(map(same, quoted, exact)), (quoted, exact)
+    flash = re.search(r"\(([\d.]+)–([\d.]+)× and ([\d.]+)–([\d.]+)×\)", text).groups()
+    exact = [
+        measured(f"{what}, n = {n}: over torch's flash")[0]
+        for n, passes in (
+            (512, ("forward", "forward + backward")),
+            (2048, ("forward + backward", "forward")),
+        )
+        for what in passes
+    ]
+    assert all(map(same, flash, exact)), (flash, exact)
+
+
+def test_where_we_lose():
+    quoted = re.search(
+        r"one seed, ([\d.]+)× forward and ([\d.]+)×", section("Not reached")
+    ).groups()
+    asked = (ROOT / "docs" / "faq.md").read_text()
+    for number, what in zip(quoted, ("forward", "backward")):
+        assert same(number, gain("seeds", "n=20000 8x32 float32 S=1 separate", what))
+        assert f"{number}×" in asked
+
+
+def test_forces_and_compiled_training():
+    text = section("A training step")
+    test = "CH3CH2OH GFN2-xTB SchNet 64x3 ABP 64/4/4 test after 1500 steps", "force step"
+    own, reference = (time("forces", *test, x) for x in ("abp", "abp_reference"))
+    quoted = re.search(r"takes ([\d.]+) ms, through `reference` ([\d.]+) ms \(([\d.]+)×\)", text)
+    assert all(map(same, quoted.groups(), (own, reference, reference / own)))
+    check = next(r.check for r in group("forces", *test) if r.contender == "abp")
+    exact = [float(x) for x in re.findall(r"\d+\.\d+", check)]
+    errors = r"is ([\d.]+) eV/Å .*? gives ([\d.]+), and ([\d.]+) eV where .*? gives ([\d.]+)\."
+    assert all(map(same, re.search(errors, text).groups(), exact)), exact
+
+    quoted = re.search(r"ABP ([\d.]+)×, .*? model ([\d.]+)× the", section("Compiled training"))
+    for number, case in zip(quoted.groups(), ("SchNet", "neighbourhoods")):
+        (workload,) = {r.workload for r in rows("compiled") if r.workload.startswith(case)}
+        key = "compiled", workload, "force training"
+        assert same(number, time(*key, "eager") / time(*key, "compiled"))
+
+
+def test_pet():
+    text = section("Neighbour sets and PET")
+    ranges = re.search(r"forces ([\d.]+)–([\d.]+)× .* dynamics ([\d.]+)–([\d.]+)×", text).groups()
+    single = re.search(r"malloc ([\d.]+)×, where PET .*? padding, ([\d.]+)× and ([\d.]+)×", text)
+    gains = {
+        (name, workload, what): time(name, workload, what, "pet")
+        / time(name, workload, what, "pet_attnpool")
+        for name in ("pet", "pet-keeping-malloc")
+        for workload in {r.workload for r in rows(name)}
+        for what in ("training step", "md step")
+    }
+    salt, water = "salt216", ("pet", "water1029", "training step")
+    exact = gains[water], gains["pet", salt, "training step"], gains["pet", salt, "md step"]
+    assert all(map(same, single.groups(), exact)), exact
+    for (low, high), what in ((ranges[:2], "training step"), (ranges[2:], "md step")):
+        usual = [
+            x for key, x in gains.items() if key[2] == what and key[1] != salt and key != water
+        ]
+        assert same(low, min(usual)) and same(high, max(usual)), (what, min(usual), max(usual))
+
+
+def test_a_wrong_digit_is_noticed():
+    assert same("0.52", 0.5247) and not same("0.53", 0.5247)
+    assert same("4.1", 4.062) and not same("4.0", 4.062)
