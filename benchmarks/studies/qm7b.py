@@ -316,7 +316,8 @@ def draw(folder: Path) -> Path:
                 axis.set_ylabel(f"validation MAE, {mine[0]['unit']}")
             axis.set_title(f"{backbone}: {target}", fontsize=9)
             axis.set_xlabel("epoch")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            if axis.get_yscale() == "log":  # it has a curve
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
     handles = {label: line for axis in axes.flat for line, label in _labelled(axis)}
