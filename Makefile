@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 KEEP    := "torch==$$($(BIN)/python -c 'from importlib.metadata import version as v; print(v("torch"))')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help bench report train zoo test test-fast test-portable test-gpu bench-gpu lint format aot triton-matrix wheel clean
+.PHONY: help docs bench report train zoo test test-fast test-portable test-gpu bench-gpu lint format aot triton-matrix wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -56,6 +56,10 @@ $(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo Makefile
 
 $(VENV)/.lint: $(VENV)/.package
 	$(INSTALL) $(KEEP) "attnpool-kernels[lint]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(INSTALL) $(KEEP) "attnpool-kernels[docs]"
 	@touch $@
 
 ## make bench      the scaling benchmark on this machine: table, CSV and figure under benchmarks/out
@@ -101,6 +105,12 @@ bench-gpu: $(VENV)/.package
 ## make lint       ruff and mypy
 lint: $(VENV)/.lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+## make docs       the site in build/site, from docs/ and the docstrings; a warning is an error, and
+##                 nothing is loaded from a network
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
+	@echo "open build/site/index.html"
 
 ## make aot        compiles every entry of the Triton tile table for every architecture, as far as
 ##                 build/ lacks it, and sums it up; JOBS=8 at a time, an hour on two cores

@@ -12,7 +12,7 @@ from .problem import Problem
 from .ragged import Ragged
 from .weights import attention_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendError",

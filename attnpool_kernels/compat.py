@@ -63,6 +63,11 @@ def flash_attn_varlen_func(
 
     Raises NotImplementedError for a feature that is not implemented, else as ``set_attention``.
     Source of the conventions: Dao-AILab/flash-attention 2.8, flash_attn_interface.py.
+
+    Examples:
+        >>> x, edges = torch.randn(8, 2, 16), torch.tensor([0, 5, 8], dtype=torch.int32)
+        >>> flash_attn_varlen_func(x, x, x, edges, edges, 5, 5).shape
+        torch.Size([8, 2, 16])
     """
     _refuse(causal, window_size, softcap, alibi_slopes, block_table)
     _check_boundaries("cu_seqlens_q", cu_seqlens_q, q)

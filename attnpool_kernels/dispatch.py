@@ -18,11 +18,26 @@ from .problem import Problem
 
 
 class BackendError(RuntimeError):
-    """The named backend cannot serve this call, or no backend can. Lists every reason."""
+    """The named backend cannot serve this call, or no backend can. Lists every reason.
+
+    Examples:
+        >>> from attnpool_kernels import Ragged, set_attention
+        >>> x = torch.randn(4, 1, 8)
+        >>> try:
+        ...     set_attention(x, x, x, Ragged.from_counts([4]), backend="flash_attn")
+        ... except BackendError as error:
+        ...     print(str(error)[:27])
+        backend 'flash_attn' cannot
+    """
 
 
 def backends() -> tuple[str, ...]:
-    """The names of all backends, in the order of the automatic choice."""
+    """The names of all backends, in the order of the automatic choice.
+
+    Examples:
+        >>> backends()[:3]
+        ('cpu', 'triton', 'cuda')
+    """
     return impl.PRIORITY
 
 

@@ -89,15 +89,12 @@ def set_attention(
             CPU or on the device of q; or a ``Ragged``.
         k_ptr: the same for k and v; None: the keys are the atoms of the queries.
         bias: [P, H], or [P, 1] for all heads, added to the logits, dtype of q or float32;
-            P = Σ_b n_q·n_k, by molecule, then query, then key (``Ragged.pairs``). -inf forbids a
-            pair.
+            P = Σ_b n_q·n_k, by molecule, then query, then key (``Ragged.pairs``). -inf forbids.
         key_bias: [N_k, H], or [N_k] or [N_k, 1] for all heads, added to the logits of a key with
-            every query of its molecule, dtype of q or float32. -inf forbids a key. Takes no memory
-            per pair.
+            every query of its molecule, dtype of q or float32. No memory per pair. -inf forbids.
         scale: factor of q·k, default D**-0.5.
-        dropout: probability in [0, 1) of dropping an attention weight. The mask is a function of
-            a seed from torch's generator and of (molecule, head, query, key): the same on all
-            backends. Not switched off in evaluation: pass 0.
+        dropout: probability in [0, 1) of dropping a weight, on in evaluation too. The mask follows
+            from torch's generator and (molecule, head, query, key): the same on all backends.
         backend: a name from ``backends()``, used or refused; None chooses, see ``explain``.
         return_lse: also return log Σ_j exp of the logits.
 
@@ -121,6 +118,11 @@ def set_attention(
     Under autocast, float32 and half inputs are cast to the autocast dtype, as in torch's attention.
     Source of the algorithm: Milakov & Gimelshein 2018 (online softmax), Rabe & Staats 2021 and Dao
     et al. 2022 (attention in linear memory); equations and second derivative in ``autograd``.
+
+    Examples:
+        >>> x = torch.randn(8, 2, 4)
+        >>> set_attention(x, x, x, Ragged.from_counts([5, 3])).shape
+        torch.Size([8, 2, 4])
     """
     given = Given(q, k, v, ptr, k_ptr, bias, key_bias, scale, dropout, backend, return_lse)
     return _attend("q", given)
@@ -193,6 +195,11 @@ def seed_pool(
         gradient of the seeds is summed over molecules in a fixed order.
 
     Source: Lee et al. 2019 (Set Transformer, pooling by multi-head attention); Buterez et al. 2023.
+
+    Examples:
+        >>> seeds, x = torch.randn(3, 2, 4), torch.randn(8, 2, 4)
+        >>> seed_pool(seeds, x, x, Ragged.from_counts([5, 3])).shape
+        torch.Size([2, 3, 2, 4])
     """
     given = Given(seeds, k, v, ptr, None, bias, key_bias, scale, dropout, backend, return_lse)
     return _attend("seeds", given)
@@ -218,6 +225,11 @@ def explain(
     Takes the arguments of ``set_attention``, or with ``shared=True`` those of ``seed_pool``, checks
     them in the same way and computes nothing. Or takes one ``Problem``: the facts of a call, also
     for a machine that is not at hand.
+
+    Examples:
+        >>> explain(Problem("cuda", torch.bfloat16, 32, 32))  # doctest: +ELLIPSIS
+        torch.bfloat16 on cuda, head_dim=32, value_dim=32
+        cpu ...
     """
     if isinstance(q, Problem):
         print(dispatch.table(q))

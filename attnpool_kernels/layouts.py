@@ -26,6 +26,11 @@ def pack(x: Tensor, sets: Ragged | Tensor, rows: int | None = None) -> Tensor:
 
     Raises TypeError, ValueError: a mask that is no mask, sets that do not fit x, or (on the CPU)
     another number of rows than they have.
+
+    Examples:
+        >>> padded = torch.tensor([[1, 2, 0], [3, 0, 0]])
+        >>> pack(padded, padded > 0).tolist()
+        [1, 2, 3]
     """
     _check_rows("x", x, "[B, S, ...]", 2)
     if isinstance(sets, Ragged):
@@ -54,6 +59,10 @@ def unpack(x: Tensor, sets: Ragged, longest: int | None = None, value: float = 0
         value: of the padding.
 
     Raises ValueError: a set on the CPU that is longer than ``longest``, or boundaries beyond x.
+
+    Examples:
+        >>> unpack(torch.tensor([1, 2, 3]), Ragged.from_counts([2, 1]), value=-1).tolist()
+        [[1, 2], [3, -1]]
     """
     _check_sets(sets, None)
     _check_rows("x", x, "[N, ...]", 1)
@@ -85,6 +94,13 @@ def with_centres(
 
     Row ``sets.ptr[i]`` is that of atom i. ``sets`` is ``Ragged.from_csr(row_ptr, centre=True)``.
     Raises TypeError, ValueError: rows that do not fit each other or the pointer, by name.
+
+    Examples:
+        >>> rows, sets = with_centres(
+        ...     torch.tensor([10, 20]), torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3])
+        ... )
+        >>> rows.tolist(), sets.ptr.tolist()
+        ([10, 1, 2, 20, 3], [0, 3, 5])
     """
     for name, x in (("centres", centres), ("neighbours", neighbours)):
         _check_rows(name, x, "[A, ...]" if name == "centres" else "[E, ...]", 1)
@@ -139,6 +155,12 @@ def padded_attention(
         scale, dropout, backend: as in ``set_attention``.
 
     Raises as ``set_attention``; ValueError where the shapes do not fit.
+
+    Examples:
+        >>> x = torch.randn(2, 4, 5, 8)  # [B, H, S, D]
+        >>> out = padded_attention(x, x, x, torch.tensor([5, 3]))
+        >>> out.shape, bool((out[1, :, 3:] == 0).all())
+        (torch.Size([2, 4, 5, 8]), True)
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_rows(name, x, "[B, H, S, D]", 4)

@@ -18,6 +18,10 @@ class Problem:
     """The facts of one call that decide which backends can serve it.
 
     It can be asked about on any machine: ``explain(Problem("cuda", torch.bfloat16, 32, 32))``.
+
+    Examples:
+        >>> Problem("cuda", torch.float16, head_dim=64, value_dim=64, seeds=4).seeds
+        4
     """
 
     device: str  # "cpu", "cuda", ...

@@ -25,6 +25,12 @@ def check(ptr: Tensor | Ragged, rows: int, name: str = "ptr") -> None:
     Needs 0 = ptr[0] <= ptr[1] <= ... <= ptr[-1] <= rows and raises ValueError naming the first
     element that breaks it. Reads the contents, so it synchronises for a CUDA tensor and raises
     RuntimeError while a CUDA graph is captured. Operators call it for CPU boundaries only.
+
+    Examples:
+        >>> check(torch.tensor([0, 5, 8]), rows=8)
+        >>> check(torch.tensor([0, 5, 3]), rows=8)
+        Traceback (most recent call last):
+        ValueError: ptr must not decrease, got ptr[1] = 5 and ptr[2] = 3
     """
     if isinstance(ptr, Ragged):
         ptr = ptr.ptr
@@ -138,6 +144,15 @@ class Ragged:
 
     last: ptr[-1] once the contents have been checked, else None. kept: what has been read from the
     contents; whoever reads there compares ``ptr._version``, which a change in place raises.
+
+    Examples:
+        >>> atoms = Ragged.from_counts([5, 0, 3])
+        >>> atoms.ptr.tolist(), len(atoms), atoms.last
+        ([0, 5, 5, 8], 3, 8)
+        >>> Ragged.from_batch(torch.tensor([0, 0, 2])).counts().tolist()
+        [2, 0, 1]
+        >>> Ragged.from_counts([2, 3]).pairs().tolist()
+        [0, 4, 13]
     """
 
     __slots__ = ("kept", "last", "ptr")

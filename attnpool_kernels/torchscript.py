@@ -32,6 +32,11 @@ def set_attention(
 
     Arguments, shapes and result as there; ptr and k_ptr are tensors [B + 1]. What does not fit
     is named by a RuntimeError of the operator, or a torch.jit.Error.
+
+    Examples:
+        >>> x, ptr = torch.randn(8, 2, 4), torch.tensor([0, 5, 8])
+        >>> set_attention(x, x, x, ptr).shape
+        torch.Size([8, 2, 4])
     """
     edges = ptr.to(q.device).contiguous()
     keys = edges if k_ptr is None else k_ptr.to(edges).contiguous()
@@ -48,7 +53,13 @@ def seed_pool(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """``attnpool_kernels.seed_pool`` for TorchScript: [B, S, H, D_v]."""
+    """``attnpool_kernels.seed_pool`` for TorchScript: [B, S, H, D_v].
+
+    Examples:
+        >>> x, ptr = torch.randn(8, 2, 4), torch.tensor([0, 5, 8])
+        >>> seed_pool(torch.randn(3, 2, 4), x, x, ptr).shape
+        torch.Size([2, 3, 2, 4])
+    """
     edges = ptr.to(k.device).contiguous()
     return attend(seeds, k, v, None, edges, bias, key_bias, scale, dropout)
 

@@ -52,6 +52,12 @@ def attention_weights(
     memory for the result and one molecule's pairs; for pictures and tables, not for layers.
 
     Raises: as ``set_attention``, and TypeError, ValueError: lse, top, by name.
+
+    Examples:
+        >>> x = torch.randn(8, 2, 4)
+        >>> weights, keys = attention_weights(x, x, Ragged.from_counts([5, 3]), top=2)
+        >>> weights.shape, bool((keys[5:] >= 5).all())  # keys of the row's own molecule
+        (torch.Size([8, 2, 2]), True)
     """
     shared = ptr is None
     if shared and k_ptr is None:

@@ -1,7 +1,7 @@
 """SchNetPack's potential with attention-based pooling in the place of ``Atomwise``.
 
 Run: python examples/schnetpack_forces.py
-Needs schnetpack 2, see "Models" in the README. The data are random positions with the forces of a
+Needs schnetpack 2, see docs/models.md. The data are random positions with the forces of a
 harmonic attraction to the molecule's centre.
 """
 

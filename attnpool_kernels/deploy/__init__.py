@@ -36,6 +36,10 @@ def libraries() -> list[Path]:
     """The compiled libraries that a program has to load, in this order.
 
     Raises FileNotFoundError where they are not built.
+
+    Examples:
+        >>> [path.name for path in libraries()][:1]
+        ['_C_cpu.abi3.so']
     """
     found = sorted(FOLDER.parent.glob("_C_cpu*.so"))
     if not found:
@@ -48,7 +52,12 @@ def libraries() -> list[Path]:
 
 
 def cmake_prefix_path() -> str:
-    """What ``find_package(Torch)`` and ``find_package(attnpool_kernels)`` need."""
+    """What ``find_package(Torch)`` and ``find_package(attnpool_kernels)`` need.
+
+    Examples:
+        >>> cmake_prefix_path().endswith("deploy")
+        True
+    """
     return f"{torch.utils.cmake_prefix_path};{FOLDER}"
 
 
@@ -58,6 +67,9 @@ def build_autograd(target: str | os.PathLike[str]) -> Path:
     It takes about a minute and works with that version of torch only. The compiler is $CXX or g++.
 
     Raises FileNotFoundError: no compiler. subprocess.CalledProcessError: it failed.
+
+    Examples:
+        >>> build_autograd("attention.so")  # doctest: +SKIP
     """
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None:

@@ -42,6 +42,16 @@ class CompiledGradients:
 
     Raises ValueError: inputs that cannot be recorded; sizes, when called, that the graph does not
     serve. RuntimeError: the model has other parameters. NotImplementedError: a parameter's hook.
+
+    Examples:
+        >>> def loss(model, x, y):
+        ...     return (model(x) - y).square().mean()
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(5, 3), torch.randn(5, 2)
+        >>> step = CompiledGradients(loss, model, x, y, compiler=lambda graph: graph)
+        >>> value = step(x, y)
+        >>> torch.allclose(value, loss(model, x, y)), model.weight.grad.shape
+        (True, torch.Size([2, 3]))
     """
 
     def __init__(

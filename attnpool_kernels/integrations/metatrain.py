@@ -77,6 +77,9 @@ def use_attnpool(model: Any) -> Any:
         ImportError: metatrain is missing, or has no such PET.
         TypeError: model is not a ``metatrain.pet.PET``.
         NotImplementedError: its parts are not those of metatrain 2026.4.1, or the numbers differ.
+
+    Examples:
+        >>> model = use_attnpool(PET(hypers, dataset_info))  # doctest: +SKIP
     """
     packed, own = _classes()
     _check_model(model)
@@ -97,6 +100,9 @@ def use_own_attention(model: Any) -> Any:
     """Takes ``use_attnpool`` back: PET's own attention on its grid. Returns the same object.
 
     Raises TypeError, ImportError as ``use_attnpool`` does.
+
+    Examples:
+        >>> model = use_own_attention(model)  # doctest: +SKIP
     """
     packed, own = _classes()
     _check_model(model)

@@ -45,6 +45,11 @@ class AttentionPooling(SetTransformer):
 
     Defaults are the architecture of the original. A molecule without atoms gives what its seeds
     give without any attention.
+
+    Examples:
+        >>> pool = AttentionPooling(8, hidden=16, heads=4, seeds=2)
+        >>> pool(torch.randn(8, 8), Ragged.from_counts([5, 3])).shape
+        torch.Size([2, 8])
     """
 
     def __init__(

@@ -44,6 +44,11 @@ class SetAttention(torch.nn.Module):
 
     Raises: TypeError, ValueError: a width, number or option that cannot be, by name.
     Source: Vaswani et al. 2017; Lee et al. 2019 (Set Transformer).
+
+    Examples:
+        >>> layer = SetAttention(16, heads=4)
+        >>> layer(torch.randn(8, 16), Ragged.from_counts([5, 3])).shape
+        torch.Size([8, 16])
     """
 
     def __init__(

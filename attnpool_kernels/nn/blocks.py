@@ -85,6 +85,12 @@ class MAB(torch.nn.Module):
         dropout: on the attention weights, in training.
         init: "linear" or "xavier", see ``SetAttention``.
         backend: None or the name of a backend.
+
+    Examples:
+        >>> x, y = torch.randn(4, 16), torch.randn(8, 16)
+        >>> block = MAB(16, heads=4)
+        >>> block(x, torch.tensor([0, 2, 4]), y, torch.tensor([0, 5, 8])).shape
+        torch.Size([4, 16])
     """
 
     def __init__(
@@ -162,7 +168,12 @@ class MAB(torch.nn.Module):
 
 
 class SAB(torch.nn.Module):
-    """Set attention block, MAB(x, x). ``in_dim``: width of x, default ``dim``; options of MAB."""
+    """Set attention block, MAB(x, x). ``in_dim``: width of x, default ``dim``; options of MAB.
+
+    Examples:
+        >>> SAB(16, heads=4, in_dim=8)(torch.randn(8, 8), torch.tensor([0, 5, 8])).shape
+        torch.Size([8, 16])
+    """
 
     def __init__(self, dim: int, heads: int = 1, *, in_dim: int | None = None, **options) -> None:
         super().__init__()
@@ -191,6 +202,10 @@ class ISAB(torch.nn.Module):
     """Set attention through m learned points, MAB(x, MAB(I, x)): cost m·n instead of n².
 
     Args: ``points`` m; ``in_dim``: width of x, default ``dim``; options of MAB.
+
+    Examples:
+        >>> ISAB(16, points=2, heads=4)(torch.randn(8, 16), torch.tensor([0, 5, 8])).shape
+        torch.Size([8, 16])
     """
 
     def __init__(
@@ -225,6 +240,10 @@ class PMA(torch.nn.Module):
 
     Args: ``in_dim``: width of x, default ``dim``; ``pre_linear``: relu(x W + b) before the
     attention; options of MAB.
+
+    Examples:
+        >>> PMA(16, seeds=3, heads=4)(torch.randn(8, 16), torch.tensor([0, 5, 8])).shape
+        torch.Size([2, 3, 16])
     """
 
     def __init__(
@@ -299,6 +318,11 @@ class SetTransformer(torch.nn.Module):
         reduce: of the seeds: "mean" [B, C_out], "concat" [B, S·C_out], "none" [B, S, C_out].
         options: of ``MAB``, and ``pre_linear`` of ``PMA``; ``ORIGINAL`` (the defaults), ``PAPER``
             or ``PYG`` hold all of them.
+
+    Examples:
+        >>> model = SetTransformer(16, 16, 1, heads=4, seeds=2, reduce="mean", **PYG)
+        >>> model(torch.randn(8, 16), torch.tensor([0, 5, 8])).shape
+        torch.Size([2, 1])
     """
 
     def __init__(

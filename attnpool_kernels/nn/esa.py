@@ -50,6 +50,12 @@ def edge_sets(edge_index: Tensor, ptr: Tensor | Ragged, of: str = "edges") -> tu
 
     Raises TypeError, ValueError: shapes, an edge between two graphs or atoms of none; rows of edges
     that are not sorted by graph.
+
+    Examples:
+        >>> index = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])  # the path 0 - 1 - 2
+        >>> sets, bias = edge_sets(index, torch.tensor([0, 3]))
+        >>> sets.ptr.tolist(), bias.shape
+        ([0, 4], torch.Size([16, 1]))
     """
     one_of("of", of, SETS)
     ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
@@ -98,6 +104,12 @@ class EdgeSetEncoder(torch.nn.Module):
     r"""x + [M S]*(x): the layers of ``EdgeSetAttention`` before P, for another pooling behind them.
 
     Args: dim: D; layers: any "M" and "S"; the options of a layer are those of ``EdgeSetAttention``.
+
+    Examples:
+        >>> index = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+        >>> encoder = EdgeSetEncoder(16, layers="MS", heads=4)
+        >>> encoder(torch.randn(4, 16), *edge_sets(index, torch.tensor([0, 3]))).shape
+        torch.Size([4, 16])
     """
 
     def __init__(self, dim: int, *, layers: str = "MSMSM", **options) -> None:
@@ -143,6 +155,12 @@ class EdgeSetAttention(torch.nn.Module):
         mlp_hidden: width inside; None: D. mlp_layers: default 2.
         dropout: on the attention weights, in training.
         backend: None or the name of a backend, see ``explain``.
+
+    Examples:
+        >>> index = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+        >>> model = EdgeSetAttention(16, layers="MSP", heads=4, seeds=2)
+        >>> model(torch.randn(4, 16), *edge_sets(index, torch.tensor([0, 3]))).shape
+        torch.Size([1, 1])
     """
 
     def __init__(

@@ -42,6 +42,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Args: as ``torch.nn.MultiheadAttention``. backend: None or a name, see ``explain``; an
     attribute, None at first.
+
+    Examples:
+        >>> old = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+        >>> new, x = MultiheadAttention.from_torch(old), torch.randn(8, 16)
+        >>> new(x, x, x, need_weights=False, ptr=torch.tensor([0, 5, 8]))[0].shape
+        torch.Size([8, 16])
     """
 
     backend = cast("str | None", None)  # TorchScript would have to read an annotation

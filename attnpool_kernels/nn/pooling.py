@@ -101,14 +101,24 @@ class Pooling(torch.nn.Module):
 
 
 class SumPooling(Pooling):
-    """Σ_i x_i."""
+    """Σ_i x_i.
+
+    Examples:
+        >>> SumPooling()(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([0, 2, 3])).tolist()
+        [[3.0], [5.0]]
+    """
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         return segment_sum(x, ragged, batch)
 
 
 class MeanPooling(Pooling):
-    """Σ_i x_i / n."""
+    """Σ_i x_i / n.
+
+    Examples:
+        >>> MeanPooling()(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([0, 2, 3])).tolist()
+        [[1.5], [5.0]]
+    """
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         sums = _sums(x, ragged, batch)[:-1]  # may leave the range of a half type, the mean does not
@@ -117,14 +127,24 @@ class MeanPooling(Pooling):
 
 
 class MaxPooling(Pooling):
-    """max_i x_i, channel by channel; the gradient goes to the first of equal elements."""
+    """max_i x_i, channel by channel; the gradient goes to the first of equal elements.
+
+    Examples:
+        >>> MaxPooling()(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([0, 2, 3])).tolist()
+        [[2.0], [5.0]]
+    """
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         return segment_max(x, ragged, batch)
 
 
 class SoftmaxPooling(Pooling):
-    """Σ_i x_i softmax_i(x), channel by channel (Buterez et al. 2023, OE62 baselines)."""
+    """Σ_i x_i softmax_i(x), channel by channel (Buterez et al. 2023, OE62 baselines).
+
+    Examples:
+        >>> SoftmaxPooling()(torch.tensor([[2.0], [2.0], [5.0]]), torch.tensor([0, 2, 3])).tolist()
+        [[2.0], [5.0]]
+    """
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         return segment_sum(x * segment_softmax(x, ragged, batch), ragged, batch)
@@ -138,6 +158,11 @@ class AttentionalPooling(Pooling):
         out_features: width of transform(x) = x W + b; None: x itself.
         hidden: width of the gate's hidden layer; None: gate(x) = x w + b.
         activation: of the gate's hidden layer.
+
+    Examples:
+        >>> pool = AttentionalPooling(8, 4, hidden=16)
+        >>> pool(torch.randn(8, 8), Ragged.from_counts([5, 3])).shape
+        torch.Size([2, 4])
     """
 
     def __init__(
@@ -163,7 +188,12 @@ class AttentionalPooling(Pooling):
 
 
 class Perceptron(torch.nn.Sequential):
-    """Linear layers of the given widths with an activation between them."""
+    """Linear layers of the given widths with an activation between them.
+
+    Examples:
+        >>> Perceptron((8, 16, 1), "silu")(torch.randn(5, 8)).shape
+        torch.Size([5, 1])
+    """
 
     def __init__(self, widths: Sequence[int], activation: str) -> None:
         if len(widths_of("widths", widths)) < 2:
@@ -193,6 +223,11 @@ class WeightedAverage(Pooling):
         hidden: widths of the hidden layers; the original has 64, 32, 16 for C = 128.
         mean, std: of the target over the training set, in its units.
         activation: of both networks.
+
+    Examples:
+        >>> y, a = WeightedAverage(8).with_weights(torch.randn(8, 8), torch.tensor([0, 5, 8]))
+        >>> y.shape, torch.allclose(a[:5].sum(), torch.tensor(1.0))
+        (torch.Size([2, 1]), True)
     """
 
     def __init__(
@@ -234,7 +269,13 @@ class WeightedAverage(Pooling):
 
 
 class OrbitalWeightedAverage(WeightedAverage):
-    """WA whose weights are trained towards orbital coefficients (OWA)."""
+    """WA whose weights are trained towards orbital coefficients (OWA).
+
+    Examples:
+        >>> pool, x, ptr = OrbitalWeightedAverage(8), torch.randn(8, 8), torch.tensor([0, 5, 8])
+        >>> pool.loss(x, ptr, torch.zeros(2, 1), torch.full((8,), 0.25)).shape
+        torch.Size([])
+    """
 
     def loss(
         self,
@@ -267,6 +308,11 @@ class SeedPooling(torch.nn.Module):
     Args: ``channels`` C; ``out_features``: width of a seed's result, default C (with
     residual="input" the seeds have that width); ``reduce``: "mean" [B, out_features] or "concat"
     [B, seeds·out_features]; options of ``PMA`` and ``MAB``.
+
+    Examples:
+        >>> pool = SeedPooling(8, 16, seeds=3, heads=4, reduce="concat")
+        >>> pool(torch.randn(8, 8), torch.tensor([0, 5, 8])).shape
+        torch.Size([2, 48])
     """
 
     def __init__(

@@ -14,7 +14,12 @@ from .pooling import MeanPooling, Pooling
 
 
 class VarPooling(Pooling):
-    """Σ_i (x_i - x̄)² / n, channel by channel: the variance over a molecule; 0 without atoms."""
+    """Σ_i (x_i - x̄)² / n, channel by channel: the variance over a molecule; 0 without atoms.
+
+    Examples:
+        >>> VarPooling()(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 2, 3])).tolist()
+        [[1.0], [0.0]]
+    """
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         return _variance(x, ragged, batch).to(x.dtype)
@@ -24,6 +29,10 @@ class StdPooling(Pooling):
     """The square root of ``VarPooling``; 0 with derivative 0 where the variance is at most eps.
 
     eps: default 1e-5, with which the numbers are those of torch_geometric's ``StdAggregation``.
+
+    Examples:
+        >>> StdPooling()(torch.tensor([[1.0], [5.0], [5.0]]), torch.tensor([0, 2, 3])).tolist()
+        [[2.0], [0.0]]
     """
 
     def __init__(self, eps: float = 1e-5) -> None:
@@ -62,6 +71,10 @@ class Set2Set(torch.nn.Module):
     ``torch.backends.cudnn.flags(enabled=False)``.
 
     Args: channels: C, width of the rows; the result has 2C. steps: T. layers: of the LSTM.
+
+    Examples:
+        >>> Set2Set(8, steps=3)(torch.randn(8, 8), torch.tensor([0, 5, 8])).shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, channels: int, steps: int, *, layers: int = 1) -> None:
@@ -96,6 +109,11 @@ class Multi(torch.nn.Module):
     Args:
         pools: modules ``pool(x, ptr) → [B, C_i]``.
         mode: "concat" [B, Σ C_i], or "sum" or "mean" of results of one width.
+
+    Examples:
+        >>> pool = Multi([MeanPooling(), VarPooling()])
+        >>> pool(torch.randn(8, 4), torch.tensor([0, 5, 8])).shape
+        torch.Size([2, 8])
     """
 
     def __init__(self, pools: Iterable[torch.nn.Module], mode: str = "concat") -> None:
@@ -126,6 +144,11 @@ class BatchPooling(torch.nn.Module):
 
     ``chemprop.models.MPNN(message_passing, BatchPooling(pool), predictor)``: H are the rows [N, C],
     batch [N] the sorted molecule of each. ``hparams`` is what chemprop stores of an aggregation.
+
+    Examples:
+        >>> agg = BatchPooling(MeanPooling())
+        >>> agg(torch.randn(3, 4), torch.tensor([0, 0, 1])).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, pool: torch.nn.Module) -> None:

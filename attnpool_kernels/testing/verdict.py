@@ -107,7 +107,11 @@ def check_backend(
     device: str = "cpu",
     cases: Iterable[Case] = CASES,
 ) -> None:
-    """Judges a backend by name on all cases and both index types, through the public functions."""
+    """Judges a backend by name on all cases and both index types, through the public functions.
+
+    Examples:
+        >>> check_backend("reference", cases=[CASES[0]])
+    """
     for case in cases:
         judge(case, dtype, lambda batch: run_public(batch, name), device)
     judge(
@@ -121,6 +125,11 @@ def check_kernels(
     device: str = "cpu",
     cases: Iterable[Case] = CASES,
 ) -> None:
-    """Judges the three passes of a kernel backend on all cases."""
+    """Judges the three passes of a kernel backend on all cases.
+
+    Examples:
+        >>> from attnpool_kernels import impl
+        >>> check_kernels(impl.load("cpu"), cases=[CASES[0]])
+    """
     for case in cases:
         judge(case, dtype, lambda batch: run_kernels(batch, kernels), device)

@@ -435,6 +435,11 @@ def backbone(name: str, **options) -> Backbone:
 
     Raises ValueError: an unknown name or option, a value that cannot be, by name. ImportError: the
     library is not installed.
+
+    Examples:
+        >>> sizes = dict(hidden_channels=8, num_filters=8, num_interactions=1, num_gaussians=4)
+        >>> backbone("schnet", **sizes).channels
+        8
     """
     if name not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}")

@@ -56,6 +56,15 @@ class PooledCalculator(Calculator):
     Raises ValueError: a target that is not one energy in eV; for an ``Atoms`` object that is
     periodic, empty or has another element. PropertyNotImplementedError: any other property.
     TypeError: an option that is none, such as charge.
+
+    Examples:
+        >>> from ase.build import molecule
+        >>> from attnpool_kernels.zoo.backbones import backbone
+        >>> sizes = dict(hidden_channels=8, num_filters=8, num_interactions=1, num_gaussians=4)
+        >>> water = molecule("H2O")
+        >>> water.calc = PooledCalculator(PooledModel(backbone("schnet", **sizes), "sum"))
+        >>> water.get_forces().shape
+        (3, 3)
     """
 
     implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012, as in ASE

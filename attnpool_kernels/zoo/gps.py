@@ -31,6 +31,11 @@ class GPSConv(torch_geometric.nn.GPSConv):
 
     Raises ValueError: ``add_bias_kv`` or ``add_zero_attn`` in ``attn_kwargs``, which no fused
     attention has. Source: Rampášek et al. 2022.
+
+    Examples:
+        >>> layer = GPSConv(8, conv=None, heads=4)
+        >>> layer(torch.randn(5, 8), None, torch.tensor([0, 0, 1, 1, 1])).shape
+        torch.Size([5, 8])
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

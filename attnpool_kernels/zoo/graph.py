@@ -37,6 +37,11 @@ def edges(pos: Tensor, ptr: Tensor | Ragged, cutoff: float) -> Tensor:
     as wide as the cutoff, and it grows with the number of edges. Synchronises on a CUDA device.
 
     Raises ValueError: pos not [N, 3], boundaries that do not fit, cutoff not positive.
+
+    Examples:
+        >>> pos = torch.tensor([[0.0, 0, 0], [1, 0, 0], [9, 0, 0]])
+        >>> edges(pos, torch.tensor([0, 3]), cutoff=2.0).tolist()
+        [[1, 0], [0, 1]]
     """
     if pos.dim() != 2 or pos.shape[1] != 3:
         raise ValueError(f"pos must have shape [N, 3], got {tuple(pos.shape)}")

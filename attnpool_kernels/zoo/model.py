@@ -66,6 +66,11 @@ def pooling(name: str, channels: int, **options) -> torch.nn.Module:
     """A pooling by its name in ``POOLINGS``, for rows of width ``channels``.
 
     Raises ValueError: an unknown name or option, a value that cannot be, by name.
+
+    Examples:
+        >>> pool = pooling("abp", 8, hidden=16, heads=4, seeds=2)
+        >>> pool(torch.randn(3, 8), torch.tensor([0, 3])).shape
+        torch.Size([1, 8])
     """
     if name not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {name!r}")
@@ -101,6 +106,14 @@ class PooledModel(torch.nn.Module):
         mean, std: as for ``set_statistics``; the mean of an extensive model is that of an atom.
 
     Raises ValueError: an unknown name or option, by name.
+
+    Examples:
+        >>> from attnpool_kernels.zoo.backbones import backbone
+        >>> sizes = dict(hidden_channels=8, num_filters=8, num_interactions=1, num_gaussians=4)
+        >>> model = PooledModel(backbone("schnet", **sizes), "sum")
+        >>> water = Molecules(torch.tensor([8, 1, 1]), torch.randn(3, 3), torch.tensor([0, 3]))
+        >>> model(water).shape
+        torch.Size([1, 1])
     """
 
     mean: Tensor  # [T]; of an extensive model: per atom

@@ -49,6 +49,11 @@ class Molecules:
     coefficients: [N], share of each atom in the orbital of the target (OE62).
 
     Raises ValueError for shapes that disagree and for boundaries that do not cover the atoms.
+
+    Examples:
+        >>> water = Molecules(torch.tensor([8, 1, 1]), torch.randn(3, 3), torch.tensor([0, 3]))
+        >>> len(water), water.batch.tolist()
+        (1, [0, 0, 0])
     """
 
     z: Tensor
@@ -203,7 +208,15 @@ class Split:
 
 @dataclasses.dataclass
 class MoleculeSet:
-    """A data set in memory: molecules with targets, and its published splits by seed."""
+    """A data set in memory: molecules with targets, and its published splits by seed.
+
+    Examples:
+        >>> z, pos, y = torch.tensor([1, 1]), torch.zeros(2, 3), torch.tensor([[1.0], [3.0]])
+        >>> two = Molecules(z, pos, torch.tensor([0, 1, 2]), y)
+        >>> split = Split(torch.tensor([0]), torch.tensor([1]), torch.tensor([1]))
+        >>> MoleculeSet("two", two, (Target("energy", "eV"),), {7: split}).statistics("energy")
+        (1.0, 0.0)
+    """
 
     name: str
     molecules: Molecules

@@ -32,7 +32,16 @@ EMPTY = ("attention", "zero")
 
 
 class RaggedAggregation(Aggregation):
-    """An aggregation of rows that lie group after group: ``pooled(x [N, C], Ragged)``."""
+    """An aggregation of rows that lie group after group: ``pooled(x [N, C], Ragged)``.
+
+    Examples:
+        >>> from attnpool_kernels.nn import SumPooling
+        >>> class Total(RaggedAggregation):
+        ...     def pooled(self, x, ragged):
+        ...         return SumPooling()(x, ragged)
+        >>> Total()(torch.ones(3, 2), torch.tensor([1, 0, 1])).tolist()
+        [[1.0, 1.0], [2.0, 2.0]]
+    """
 
     def forward(
         self,
@@ -78,6 +87,11 @@ class SetTransformerAggregation(RaggedAggregation):
         empty: result of a group without elements: "attention", what the layers make of an
             attention that is 0 (as torch_geometric on torch ≥ 2.5), or "zero", 0.
         backend: None or the name of a backend, see ``attnpool_kernels.explain``.
+
+    Examples:
+        >>> aggr = SetTransformerAggregation(8, num_seed_points=2, heads=4)
+        >>> aggr(torch.randn(5, 8), torch.tensor([0, 0, 1, 1, 1])).shape
+        torch.Size([2, 16])
     """
 
     def __init__(
@@ -152,6 +166,11 @@ class GraphMultisetTransformer(RaggedAggregation):
 
     What is said of ``SetTransformerAggregation`` holds here. Args: channels: C; k; the others as
     there. Source: Baek, Kang & Hwang 2021.
+
+    Examples:
+        >>> aggr = GraphMultisetTransformer(8, k=2, heads=4)
+        >>> aggr(torch.randn(5, 8), torch.tensor([0, 0, 1, 1, 1])).shape
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -201,6 +220,11 @@ class Set2Set(RaggedAggregation, torch_geometric.nn.aggr.Set2Set):
     """torch_geometric's Set2Set with the same weights and numbers, on the rows as they are.
 
     In addition it takes ``ptr`` alone and an unsorted ``index``. See ``nn.Set2Set``.
+
+    Examples:
+        >>> aggr = Set2Set(8, processing_steps=3)
+        >>> aggr(torch.randn(5, 8), torch.tensor([0, 0, 1, 1, 1])).shape
+        torch.Size([2, 16])
     """
 
     def pooled(self, x: Tensor, ragged: Ragged) -> Tensor:
@@ -210,13 +234,25 @@ class Set2Set(RaggedAggregation, torch_geometric.nn.aggr.Set2Set):
 
 
 class RaggedSetTransformerAggregation(SetTransformerAggregation):
-    """The same under a name that torch_geometric's resolver can tell from its own."""
+    """The same under a name that torch_geometric's resolver can tell from its own.
+
+    Examples:
+        >>> resolver = torch_geometric.nn.resolver.aggregation_resolver
+        >>> type(resolver("ragged_set_transformer", 8)).__name__
+        'RaggedSetTransformerAggregation'
+    """
 
 
 class PoolingAggregation(RaggedAggregation):
     """Any pooling ``pool(x [N, C], Ragged) → [B, C_out]`` as an aggregation of torch_geometric.
 
     ``head``: applied to the pooled rows.
+
+    Examples:
+        >>> from attnpool_kernels.nn import SumPooling
+        >>> aggr = PoolingAggregation(SumPooling(), torch.nn.Linear(8, 1))
+        >>> aggr(torch.randn(5, 8), torch.tensor([0, 0, 1, 1, 1])).shape
+        torch.Size([2, 1])
     """
 
     def __init__(self, pool: torch.nn.Module, head: torch.nn.Module | None = None) -> None:
@@ -244,7 +280,13 @@ class PoolingAggregation(RaggedAggregation):
 
 
 class AttentionPoolingAggregation(PoolingAggregation):
-    """``nn.AttentionPooling`` as an aggregation; its arguments."""
+    """``nn.AttentionPooling`` as an aggregation; its arguments.
+
+    Examples:
+        >>> aggr = AttentionPoolingAggregation(8, 16, heads=4, seeds=2)
+        >>> aggr(torch.randn(5, 8), ptr=torch.tensor([0, 2, 5])).shape
+        torch.Size([2, 8])
+    """
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(AttentionPooling(*arguments, **options))
@@ -256,6 +298,11 @@ def register(replace: bool = False) -> None:
     Done at import. With ``replace`` torch_geometric's own name too, ``SetTransformerAggregation``
     or "set_transformer", means the class of this module from then on, in the whole process: for
     programs that choose an aggregation in a configuration file.
+
+    Examples:
+        >>> register()
+        >>> torch_geometric.nn.aggr.AttentionPoolingAggregation is AttentionPoolingAggregation
+        True
     """
     names = [RaggedSetTransformerAggregation, AttentionPoolingAggregation]
     for found in names + [SetTransformerAggregation] * replace:
@@ -326,6 +373,12 @@ class MoleculeGraph(torch.nn.Module):
 
     Unlike the default there is no limit on the neighbours, so the result does not depend on the
     order of the atoms; and it needs no compiled extension. cutoff: in the unit of the positions.
+
+    Examples:
+        >>> pos = torch.tensor([[0.0, 0, 0], [1, 0, 0], [9, 0, 0]])
+        >>> index, length = MoleculeGraph(cutoff=2.0)(pos, torch.zeros(3, dtype=torch.int64))
+        >>> index.tolist(), length.tolist()
+        ([[1, 0], [0, 1]], [1.0, 1.0])
     """
 
     def __init__(self, cutoff: float = 10.0) -> None:
@@ -350,6 +403,12 @@ def pooled_schnet(
     C, C/2, C/2, 1 with shifted softplus, xavier weights, biases 0.01.
 
     Raises ValueError for a model with dipole, atomref, mean or std, which act on atom outputs.
+
+    Examples:
+        >>> schnet = torch_geometric.nn.SchNet(8, 8, 1, 4, interaction_graph=MoleculeGraph(5.0))
+        >>> model = pooled_schnet(schnet, AttentionPooling(8, 16, heads=4, seeds=2))
+        >>> model(torch.tensor([8, 1, 1]), torch.randn(3, 3), torch.tensor([0, 0, 0])).shape
+        torch.Size([1, 1])
     """
     for name in ("dipole", "atomref", "mean", "std"):
         if getattr(model, name) not in (None, False):

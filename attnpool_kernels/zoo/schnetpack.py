@@ -26,6 +26,13 @@ class PooledAtomwise(torch.nn.Module):
     [B], whose length is the number of molecules; without it the last index is read on the host.
     A width of 1 is squeezed from the result, as ``Atomwise`` does. Twice differentiable, so
     SchNetPack's ``Forces`` train through it.
+
+    Examples:
+        >>> from attnpool_kernels.nn import SumPooling
+        >>> output = PooledAtomwise(SumPooling(), torch.nn.Linear(8, 1))
+        >>> rows = {"scalar_representation": torch.randn(3, 8), "_idx_m": torch.tensor([0, 0, 1])}
+        >>> output(rows)["y"].shape
+        torch.Size([2])
     """
 
     def __init__(

@@ -7,19 +7,21 @@ from pathlib import Path
 from ..measuring.sheet import BenchmarkError, Row
 from . import tables
 
-# One colour and marker a contender in every figure; ours are dark and thick.
+# One colour and marker a contender in every figure. The colours of the usual contenders are those
+# of Okabe and Ito, which colour-blind eyes tell apart; markers and dashes tell them apart in grey.
 STYLE = {
     "attnpool:cpu": ("#111111", "o"), "attnpool:cuda": ("#111111", "o"),
     "attnpool:triton": ("#6a3d9a", "o"), "attnpool:sdpa": ("#8c8c8c", "s"),
     "attnpool:reference": ("#bcbcbc", "D"), "attnpool:varlen": ("#1b9e77", "P"),
     "attnpool:flash_attn": ("#66a61e", "P"), "attnpool:xformers": ("#a6761d", "P"),
-    "attnpool:flex": ("#7570b3", "P"), "naive": ("#d62728", "v"),
-    "memory_efficient": ("#ff9f1c", "^"), "flash": ("#1f77b4", "s"),
-    "efficient": ("#17a2b8", "s"), "per_molecule": ("#2ca02c", "<"),
-    "nested": ("#e377c2", ">"), "einsum": ("#8c564b", "x"), "module": ("#111111", "o"),
+    "attnpool:flex": ("#7570b3", "P"), "naive": ("#d55e00", "v"),
+    "memory_efficient": ("#e69f00", "^"), "flash": ("#0072b2", "s"),
+    "efficient": ("#56b4e9", "s"), "per_molecule": ("#009e73", "<"),
+    "nested": ("#cc79a7", ">"), "einsum": ("#8c564b", "x"), "module": ("#111111", "o"),
     "module_pyg": ("#6a3d9a", "o"),
-    "module_naive": ("#d62728", "v"), "module_mha": ("#1f77b4", "s"), "pyg": ("#ff9f1c", "^"),
+    "module_naive": ("#d55e00", "v"), "module_mha": ("#0072b2", "s"), "pyg": ("#e69f00", "^"),
 }  # fmt: skip
+DASHES = {"v": (0, (6, 2)), "^": (0, (6, 2, 1, 2)), "s": (0, (2, 1.5))}  # by marker; else solid
 LABELS = {
     "naive": "naive, padded",
     "memory_efficient": "chunked (Rabe & Staats)",
@@ -86,12 +88,15 @@ def _look(name: str, rows: list[Row]) -> dict:
     colour, marker = STYLE.get(name, ("#444444", "*"))
     ours = any(row.ours for row in rows)
     label = LABELS.get(name, name.replace("attnpool:", "attnpool, "))
+    # Ours are thick and lie below, so that a line that runs along them is seen.
     return {
         "color": colour,
         "marker": marker,
-        "markersize": 5 if ours else 4,
-        "linewidth": 2.6 if ours else 1.4,
-        "zorder": 5 if ours else 3,
+        "markersize": 6 if ours else 4.5,
+        "markerfacecolor": colour if ours else "white",
+        "linewidth": 3.0 if ours else 1.4,
+        "linestyle": "-" if ours else DASHES.get(marker, "-"),
+        "zorder": 3 if ours else 5,
         "label": label,
     }
 
@@ -129,6 +134,7 @@ def _scaling(rows: list[Row], title: str, family: str):
     for column, what in enumerate(passes):
         time_axis, memory_axis = axes[0][column], axes[1][column]
         own = [r for r in rows if r.what == what]
+        ends: list[tuple[object, str]] = []
         for (name,), group in tables.grouped(own, "contender").items():
             good = sorted((r for r in group if r.timed), key=lambda r: r.x)
             if not good:
@@ -142,11 +148,15 @@ def _scaling(rows: list[Row], title: str, family: str):
             known = [r for r in good if r.peak_bytes is not None and r.peak_bytes > FLOOR]
             remembered |= bool(known)
             memory_axis.plot([r.x for r in known], [r.peak_bytes / 1e6 for r in known], **look)
-            _end(time_axis, memory_axis, group, good[-1], look["color"])
+            if (end := _end(group)) is not None:
+                ends.append((line, end))
         last = max(r.x for r in own if r.timed)
         bound = [r for r in own if r.limit_ms and r.x <= last]
         _draw_limit(time_axis, {r.x: r.limit_ms for r in bound}, bound, handles)
         time_axis.set_title(PASS[what])
+        if ends:  # in a free corner: words at the ends of lines cover each other
+            lines, words = zip(*ends)
+            time_axis.legend(lines, words, loc="best", fontsize=7, frameon=False, handlelength=3)
         for axis in (time_axis, memory_axis):
             axis.set_xscale("log", base=2)
             axis.grid(True, which="major", color="#e4e4e4", linewidth=0.7)
@@ -193,14 +203,11 @@ def _draw_limit(axis, limit: dict, rows: list[Row], handles: dict[str, object]) 
     handles.setdefault(label, line)
 
 
-def _end(time_axis, memory_axis, group: list[Row], last: Row, colour: str) -> None:
-    """A word where a contender's line ends because it ran out of memory or time."""
+def _end(group: list[Row]) -> str | None:
+    """Why a contender's line ends, where it ran out of memory or time."""
     words = {"oom": "out of memory", "timeout": "too slow"}
-    look = {"color": colour, "fontsize": 7, "xytext": (4, 4), "textcoords": "offset points"}
-    for row in [r for r in group if r.status in words][:1]:
-        if row.status == "oom" and last.peak_bytes:
-            memory_axis.annotate(words[row.status], (last.x, last.peak_bytes / 1e6), **look)
-        time_axis.annotate(words[row.status], (last.x, last.p50_ms), **look)
+    found = next((r for r in group if r.status in words), None)
+    return None if found is None else f"{words[found.status]} at {found.x:,g} atoms"
 
 
 def _pooling(rows: list[Row], title: str):

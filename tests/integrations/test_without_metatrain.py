@@ -44,4 +44,5 @@ def test_the_versions_tried_are_those_installed_and_documented():
     wanted = f"metatrain=={integration.TRIED}"
     assert f'"{wanted}"' in (root / "pyproject.toml").read_text()
     assert wanted in (root / "examples" / "pet_metatrain.py").read_text()
-    assert f"metatrain {integration.TRIED}" in (root / "README.md").read_text()
+    page = root / "docs" / "tutorials" / "neighbours.md"
+    assert f"PET of metatrain {integration.TRIED}" in page.read_text()

@@ -86,6 +86,11 @@ def load(
 
     Raises ValueError: unknown name or option, empty or damaged file, wrong digest, wrong number
     of targets, values that are not finite. FileNotFoundError: which file, and where to get it.
+
+    Examples:
+        >>> load("qm7b", "no such folder")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        FileNotFoundError: ...
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
