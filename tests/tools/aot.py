@@ -323,8 +323,7 @@ def findings(variant: Variant, launch: Launch, compiled, record: Record) -> list
         "shared memory over the limit": record.shared > SHARED_LIMIT[variant.sm] * 1024,
         "registers of a block": not amd and record.registers * warps * 32 > 65536,
         "no tensor core instruction": dots and (half or amd) and record.unit == "fma",
-        "not mma.sync, which CI can execute": record.unit in ("wgmma", "tcgen05.mma")
-        and not hopper,
+        "not mma.sync, which CI can execute": record.unit in WARPGROUPS and not hopper,
         "no tf32 instruction": wanted is not None and wanted not in text,
         "tf32 in another precision": wanted is None and ".tf32" in text,
         "float atomics": re.search(atomics, text) is not None,
