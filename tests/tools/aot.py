@@ -51,7 +51,7 @@ DTYPES = {
 }
 WARPGROUPS = ("wgmma", "tcgen05.mma")
 SPILLS = 256  # bytes a thread that a tile may spill: fewer instructions count for more
-THOROUGH = (80, 90)  # where calls with options are compiled in every dtype and schedule
+THOROUGH = (80, 90)  # where calls with options are compiled in every dtype, width and schedule
 NONE, ALL, NO_KEY_BIAS = "none", "all", "all but key_bias"  # options of a variant
 WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
 
@@ -302,6 +302,15 @@ def resources(compiled) -> Record:
     return Record(registers, stack + local, max(shared, compiled.metadata.shared), unit)
 
 
+def limits_of(variant: Variant) -> Iterator[int]:
+    """KiB of shared memory of a block on the architectures that a variant stands for."""
+    yield SHARED_LIMIT[variant.sm]
+    if variant.options != NONE and variant.sm == THOROUGH[0]:
+        for sm in NVIDIA:
+            if replace(variant, sm=sm).tile == variant.tile:
+                yield SHARED_LIMIT[sm]
+
+
 def findings(variant: Variant, launch: Launch, compiled, record: Record) -> list[str]:
     """What the gate does not let pass."""
     warps = launch.options["num_warps"]
@@ -319,7 +328,7 @@ def findings(variant: Variant, launch: Launch, compiled, record: Record) -> list
     atomics = r"atomic_(add|fadd|pk_add)_(f|bf)" if amd else r"\b(atom|red)\.[^;]*\.b?f(16|32|64)"
     tests = {
         f"{record.stack} bytes of spills": record.stack > SPILLS,
-        "shared memory over the limit": record.shared > SHARED_LIMIT[variant.sm] * 1024,
+        "shared memory over the limit": record.shared > 1024 * min(limits_of(variant)),
         "registers of a block": not amd and record.registers * warps * 32 > 65536,
         "no tensor core instruction": dots and (half or amd) and record.unit == "fma",
         "not mma.sync, which CI can execute": record.unit in WARPGROUPS and not hopper,
@@ -351,10 +360,9 @@ def variants() -> Iterator[Variant]:
 
     Tiles of medium and long sets serve calls without options only; few seeds are compiled with all
     of them, and without where they have other tiles then.
-    Without a key bias, options have variants of their own where they have other tiles. float16 and
-    TF32 with options stand for themselves on two architectures; elsewhere bfloat16 and float32, of
-    the same kernels and tiles but for a type of products, stand for them: the table is to take an
-    hour.
+    Without a key bias, options have variants of their own where they have other tiles. With options
+    everything is compiled on two architectures, and on the others bfloat16 and float32 of width 64:
+    the table is to take an hour. What their tiles share is compared with the limits of all.
     """
     widths = (32, 64, 128, 16, 256)
     everywhere = [(row, w, sm) for w, row, sm in itertools.product(widths, DTYPES, NVIDIA)]
@@ -371,7 +379,8 @@ def variants() -> Iterator[Variant]:
         for row, width, sm in where:
             if row == "fp64" and backend.version() < backend._FLOAT64:
                 continue
-            if options == ALL and row in ("fp16", "tf32") and sm not in THOROUGH:
+            typical = width == 64 and row in ("bf16", "fp32")
+            if options == ALL and sm not in THOROUGH and not typical:
                 continue
             for name in passes:
                 found = [Variant(sm, row, width, name, options)]
