@@ -51,7 +51,7 @@ DTYPES = {
 }
 WARPGROUPS = ("wgmma", "tcgen05.mma")
 SPILLS = 256  # bytes a thread that a tile may spill: fewer instructions count for more
-THOROUGH = (80, 90)  # where calls with options are compiled in every dtype, width and schedule
+THOROUGH = 90  # where calls with options are compiled in every dtype, width and schedule
 NONE, ALL, NO_KEY_BIAS = "none", "all", "all but key_bias"  # options of a variant
 WIDE = r"ld\.global\S*\.v[24]\.b(32|64)|cp\.async"
 
@@ -222,7 +222,7 @@ def as_device(capability: tuple[int, int], row: str, **changes: Any) -> Iterator
 def launches(variant: Variant) -> list[Launch]:
     """The kernels of a pass, for so few rows that there is no other schedule, and where one tile
     serves all molecules also for so many that a program finds its tile by a search; with options
-    the latter on two architectures only."""
+    the latter on one architecture only."""
     name, place = variant.pass_name, (variant.capability, variant.row, variant.width)
     if name in tile_table.FEW_PASSES:
         return launches_of(variant, tile_table.SPLIT + 16)
@@ -231,7 +231,7 @@ def launches(variant: Variant) -> list[Launch]:
     if name in tile_table.MEDIUM_PASSES:
         return launches_of(variant, tile_table.MEDIUM + 15)
     found = launches_of(variant, 16)
-    thorough = variant.sm in THOROUGH
+    thorough = variant.sm == THOROUGH
     if variant.options == NONE:
         thorough = tile_table.tile(f"{name}_long", *place, False) is None
     if thorough:
@@ -305,7 +305,7 @@ def resources(compiled) -> Record:
 def limits_of(variant: Variant) -> Iterator[int]:
     """KiB of shared memory of a block on the architectures that a variant stands for."""
     yield SHARED_LIMIT[variant.sm]
-    if variant.options != NONE and variant.sm == THOROUGH[0]:
+    if variant.options != NONE and variant.sm == THOROUGH:
         for sm in NVIDIA:
             if replace(variant, sm=sm).tile == variant.tile:
                 yield SHARED_LIMIT[sm]
@@ -361,7 +361,7 @@ def variants() -> Iterator[Variant]:
     Tiles of medium and long sets serve calls without options only; few seeds are compiled with all
     of them, and without where they have other tiles then.
     Without a key bias, options have variants of their own where they have other tiles. With options
-    everything is compiled on two architectures, and on the others bfloat16 and float32 of width 64:
+    everything is compiled on one architecture, and on the others bfloat16 and float32 of width 64:
     the table is to take an hour. What their tiles share is compared with the limits of all.
     """
     widths = (32, 64, 128, 16, 256)
@@ -380,7 +380,7 @@ def variants() -> Iterator[Variant]:
             if row == "fp64" and backend.version() < backend._FLOAT64:
                 continue
             typical = width == 64 and row in ("bf16", "fp32")
-            if options == ALL and sm not in THOROUGH and not typical:
+            if options == ALL and sm != THOROUGH and not typical:
                 continue
             for name in passes:
                 found = [Variant(sm, row, width, name, options)]
