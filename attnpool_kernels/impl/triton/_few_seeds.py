@@ -59,8 +59,9 @@ from .primitives import (
 )
 
 # Parts whose numbers are on their way while others are added: memory answers after as long as a
-# dozen of them take.
+# dozen of them take. Rows of values wait in registers, this many bytes for each seed.
 IN_FLIGHT = tl.constexpr(8)
+WAITING = 2048
 
 
 @triton.jit
@@ -165,6 +166,7 @@ def _merge_kernel(
     BDV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """Merges the parts of a molecule in order: outputs weighted by exp(lse), or plain sums."""
     WIDTH: tl.constexpr = Width(DV, BDV)
@@ -181,7 +183,7 @@ def _merge_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     outs = Rows(parts.out, (H.to(tl.int64) * DV, DV, 1))
-    for at in tl.range(0, keys, SPLIT, loop_unroll_factor=IN_FLIGHT):
+    for at in tl.range(0, keys, SPLIT, loop_unroll_factor=TOGETHER):
         at_part = Place(slot_of(k_row, at, SPLIT) * n_q, o_m, m_m, head)
         b_o = load_rows(outs, at_part, WIDTH)
         if parts.lse is not None:
@@ -418,13 +420,15 @@ def merge(common: dict, tile: dict, y: Result, parts: Outputs) -> None:
     """y of molecules of several parts from those of the parts; lse may be None in both."""
     grid = (parts.out.shape[0] // 2 * common["H"],)
     names = ("B", "H", "n_q", "n_k", "DV", "BDV", "SPLIT")
+    waiting = WAITING // (common["BDV"] * parts.out.element_size())
     _merge_kernel[grid](
         k_ptr=common["x"].k_ptr,
         y=y,
         parts=parts,
         **{name: common[name] for name in names},
         BLOCK_M=tile["BLOCK_M"],
-        num_warps=tile["num_warps"],
+        TOGETHER=max(1, min(waiting, IN_FLIGHT.value)),
+        num_warps=4,
         enable_fp_fusion=True,
     )
 
