@@ -6,6 +6,7 @@ What cannot be ends in one line on stderr. The exit code is 2 for an option, 143
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import signal
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROGRAM = "python -m attnpool_kernels.zoo"
-CONFIGS = Path(__file__).parent / "configs"
 HELP = {
     "fit": "train a model",
     "test": "errors of a trained model",
@@ -28,42 +28,28 @@ HELP = {
 }
 
 
-def config_names() -> dict[str, Path]:
-    """The packaged configurations by name."""
-    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
-
-
-def listing() -> str:
-    """The packaged configurations, each with the comment in its first line."""
-    known = config_names()
-    width = max(len(name) for name in known)
-    lines = [
-        f"  {name:{width}}  {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
-        for name, path in known.items()
-    ]
-    return "\n".join(["configurations (fit --config NAME):", *lines])
-
-
-def config_file(name: str) -> str:
-    """A file, or the packaged configuration of that name; OptionError with the known names."""
+def config(name: str) -> str:
+    """A file, or the text of the packaged configuration of that name; OptionError."""
     if Path(name).is_file():
         return name
-    known = config_names()
-    if name not in known:
-        from .trainer import OptionError
+    from . import grid
+    from .trainer import OptionError
 
-        raise OptionError(f"config must be a file or one of {', '.join(known)}, got {name!r}")
-    return str(known[name])
+    if name in grid.OLD or name in grid.names():
+        return grid.text(name)
+    near = difflib.get_close_matches(name, [*grid.names(), *grid.OLD], n=3)
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise OptionError(f"config must be a file or a name that `configs` lists, got {name!r}{hint}")
 
 
-def with_config_files(argv: Sequence[str]) -> list[str]:
-    """The arguments with the names of packaged configurations replaced by their files."""
+def with_configs(argv: Sequence[str]) -> list[str]:
+    """The arguments with the names of packaged configurations replaced by their texts."""
     found = list(argv)
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
-            found[i + 1] = config_file(argv[i + 1])
+            found[i + 1] = config(argv[i + 1])
         elif argument.startswith("--config="):
-            found[i] = "--config=" + config_file(argument.removeprefix("--config="))
+            found[i] = "--config=" + config(argument.removeprefix("--config="))
     return found
 
 
@@ -71,7 +57,7 @@ def parsers() -> dict[str, ArgumentParser]:
     """The command line, by "", and those of its commands, from signatures and docstrings."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    from . import run
+    from . import grid, run
     from .data import MoleculeData
     from .task import PoolingTask
 
@@ -116,12 +102,17 @@ def parsers() -> dict[str, ArgumentParser]:
     parser = ArgumentParser(
         prog=PROGRAM,
         description="Trains, tests and applies models of molecules with any pooling.",
-        epilog=listing(),
+        epilog=grid.overview(),
         formatter_class=Help,
         exit_on_error=False,
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
-    configs = ArgumentParser(exit_on_error=False)
+    configs = command(
+        "configs", "[NAME|WORD ...]", "The packaged configurations: all, one, or those that match."
+    )
+    configs.add_argument(
+        "words", nargs="*", type=str, help="a name, to print it; or parts of names, * and ? too"
+    )
     made = {"fit": fit, "test": test, "predict": predict, "configs": configs}
     for name, made_command in made.items():
         commands.add_subcommand(name, made_command, help=HELP[name])
@@ -147,10 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv == ["configs"]:
-            print(listing())
+        if argv[:1] == ["configs"] and not any(x.startswith("-") for x in argv):
+            from . import grid
+
+            print(grid.listing(argv[1:]))  # at once: nothing heavy has been imported
             return 0
-        argv = with_config_files(argv)
+        argv = with_configs(argv)
         quiet()
         return _run(argv)
     except (ValueError, OSError, ImportError) as error:  # what our own checks raise
@@ -165,7 +158,7 @@ def _run(argv: list[str]) -> int:
     from lightning.pytorch import seed_everything
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from . import run
+    from . import grid, run
     from .trainer import of_options
 
     made = parsers()
@@ -178,7 +171,7 @@ def _run(argv: list[str]) -> int:
         given = vars(made[command].instantiate(options))
     try:
         if command == "configs":
-            print(listing())
+            print(grid.listing(options.words))
         elif command == "predict":
             run.predict(**options.as_dict())
         elif command == "test":

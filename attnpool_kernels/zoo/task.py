@@ -125,6 +125,8 @@ class PoolingTask(LightningModule):
         force_weight: of the loss of the forces.
         coefficient_factor: of the loss of the target beside that of the orbital coefficients.
         backend: None or the name of a backend for the attention, see ``explain``.
+        atom_layers: widths of a perceptron between backbone and pooling; None: none.
+        head_layers: hidden widths of the head; None: half of its input, twice.
     """
 
     def __init__(
@@ -145,6 +147,8 @@ class PoolingTask(LightningModule):
         force_weight: float = 0.99,
         coefficient_factor: float = 0.1,
         backend: str | None = None,
+        atom_layers: Sequence[int] | None = None,
+        head_layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if loss not in LOSSES:
@@ -182,6 +186,8 @@ class PoolingTask(LightningModule):
                 "pooling_options": pooling_options,
                 "head": head,
                 "targets": len(targets),
+                "atom_layers": atom_layers,
+                "head_layers": head_layers,
             }
         )
         for name in ("mean", "std", "atomref"):
