@@ -1,7 +1,8 @@
 """``python -m attnpool_kernels.zoo fit | test | predict | configs``: see ``--help``.
 
-What cannot be ends in one line on stderr. The exit code is 2 for an option, 143 after SIGTERM, and
-1 for a file that cannot be read or written, a checkpoint that does not fit, a training that fails.
+What cannot be ends in one line on stderr. The exit code is 2 for an option, 143 after SIGTERM, 130
+after Ctrl-C, and 1 for a file that cannot be read or written, a checkpoint that does not fit, a
+training that fails.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PROGRAM = "python -m attnpool_kernels.zoo"
 HELP = {
     "fit": "train a model",
     "test": "errors of a trained model",
-    "predict": "table for an .xyz or SDF file",
+    "predict": "a table for a file of molecules, of any size",
     "configs": "list the packaged configurations",
 }
 
@@ -146,10 +147,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = with_configs(argv)
         quiet()
         return _run(argv)
-    except (ValueError, OSError, ImportError) as error:  # what our own checks raise
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
         if os.environ.get("ATTNPOOL_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if not isinstance(error, ValueError | OSError | ImportError):  # none of our own checks
+            text = f"{type(error).__name__}: {text} (ATTNPOOL_TRACEBACK=1 shows where)"
+        print(f"error: {text}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
 

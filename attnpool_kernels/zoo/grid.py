@@ -220,7 +220,11 @@ def _pooling(row: Row, backbone: str, pooling: str) -> dict[str, Any]:
             return {"pooling": pooling}
         # Predictions of atoms are pooled, not vectors.
         return {"pooling": pooling, "head": "atom", "head_layers": halves}
-    made = {"hidden": 1024, "heads": 16, "encoder_blocks": 3 if pooling == "abp3" else 2}
+    made: dict[str, Any] = {
+        "hidden": 1024,
+        "heads": 16,
+        "encoder_blocks": 3 if pooling == "abp3" else 2,
+    }
     if backbone.startswith("dimenet"):
         made |= {"seeds": 1, "activation": "silu"}
     else:

@@ -135,7 +135,7 @@ class PooledModel(torch.nn.Module):
             )
         self.backbone = backbone
         self.acts_on = head
-        self._config = {
+        self._config: dict[str, Any] = {
             "backbone": backbone.name,
             "backbone_options": _plain_values(backbone.options),
             "pooling": pooling if isinstance(pooling, str) else None,
@@ -358,8 +358,8 @@ class PooledModel(torch.nn.Module):
 
         Raises ValueError: an unknown or a missing key, name or option, by name.
         """
-        known = ("backbone", "backbone_options", "pooling", "pooling_options", "head", "targets")
-        known += ("atom_layers", "head_layers")
+        known = ["backbone", "backbone_options", "pooling", "pooling_options", "head", "targets"]
+        known += ["atom_layers", "head_layers"]
         for key in config:
             if key not in known:
                 raise ValueError(f"keys of a config are {', '.join(known)}, got {key!r}")

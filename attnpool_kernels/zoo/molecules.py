@@ -182,13 +182,16 @@ def charge_and_spin(atoms: ase.Atoms) -> str:
 
 def warn_of_charges(stated: Mapping[int, str], count: int, where: str = "", stacklevel: int = 2):
     """One warning for all of the molecules of ``stated``, by their numbers; none for none."""
-    if not stated:
-        return
-    number, text = next(iter(stated.items()))
-    warnings.warn(
-        f"{where}{len(stated)} of {count} molecules state a charge or a spin (molecule {number}: "
-        f"{text}), which is not used: the models know elements and positions only",
-        stacklevel=stacklevel,
+    if stated:
+        first = next(iter(stated.items()))
+        warnings.warn(charges_text(first, len(stated), count, where), stacklevel=stacklevel)
+
+
+def charges_text(first: tuple[int, str], stated: int, count: int, where: str = "") -> str:
+    """What is said of ``stated`` of ``count`` molecules, of which the first is that one."""
+    return (
+        f"{where}{stated} of {count} molecules state a charge or a spin (molecule {first[0]}: "
+        f"{first[1]}), which is not used: the models know elements and positions only"
     )
 
 

@@ -14,8 +14,8 @@ from .schedules import changed, epochs_done
 from .task import PoolingTask
 
 # Options that make the model and its data: a training resumes with the same ones only.
-MODEL = ("backbone", "backbone_options", "pooling", "pooling_options", "head", "targets", "forces")
-MODEL += ("atom_layers", "head_layers")
+MODEL = ["backbone", "backbone_options", "pooling", "pooling_options", "head", "targets", "forces"]
+MODEL += ["atom_layers", "head_layers"]
 DATA = ("dataset", "options", "split", "limit")
 # Options that make its loss: the best model and early stopping compare losses before and after.
 LOSS = ("loss", "energy_weight", "force_weight", "coefficient_factor")

@@ -22,7 +22,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 
 import numpy as np
-from tqdm import tqdm
+
+from ..progress import of_bytes
 
 BLOCK = 1 << 20
 
@@ -218,10 +219,10 @@ def _copied(url: str, path: Path) -> tuple[int, int | None]:
     with urllib.request.urlopen(url) as response, open(path, "wb") as file:
         length = response.headers.get("Content-Length")
         total = None if length is None else int(length)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {url}") as bar:
+        with of_bytes(total, f"fetching {url}") as came:
             while block := response.read(BLOCK):
                 file.write(block)
-                bar.update(len(block))
+                came(len(block))
         return file.tell(), total
 
 
