@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -27,6 +28,62 @@ HELP = {
     "predict": "a table for a file of molecules, of any size",
     "configs": "list the packaged configurations",
 }
+
+
+EXAMPLES = {
+    "fit": "fit --config qm7b_small_abp --data.path qm7b.npz --output runs/small",
+    "test": "test --ckpt_path runs/small",
+    "predict": "predict molecules.xyz runs/small --output table.csv",
+    "configs": "configs qm9 abp",
+}
+MORE = f"""  {PROGRAM} configs qm9_schnet_abp > mine.yaml
+  torchrun --nproc_per_node 4 -m attnpool_kernels.zoo predict molecules.xyz RUN --output table.csv
+
+COMMAND --help lists the options of a command; ATTNPOOL_TRACEBACK=1 shows where an error is from."""
+PREDICT = """What a model predicts for a file of molecules of any size: memory does not grow.
+
+A command that was interrupted goes on where it was. Under torchrun the processes share the work."""
+# How the types of Python are called in --help; what may be left out says so by having no default.
+TYPES = {
+    r"type: Optional\[dict\[str, Any\]\]": "mapping",
+    r"type: (?:Optional\[)?Sequence\[(\w+)\]\]?": r"list of \1",
+    r"type: (?:Optional\[)?Literal\[(.*?)\]\]?": r"one of \1",
+    r"type: bool( \| null)?": "true or false",
+    r" \| null": "",
+    r"type: ": "",
+    r", default: (null|\(\))": "",
+}
+
+
+def plain_types(text: str) -> str:
+    """A help text in which types are in words."""
+    for pattern, words in TYPES.items():
+        text = re.sub(pattern, words, text)
+    return text
+
+
+def plain_error(text: str) -> str:
+    """An error in one line; those of wrong types as those of our own checks."""
+    text = " ".join(text.split())
+    for pattern in (
+        r'Parser key "(?P<name>[^"]+)": Does not validate .*?Subtypes: \[(?P<kinds>.*?)\] Errors:'
+        r".* Given value: (?P<value>.*)",
+        r'Parser key "(?P<name>[^"]+)": Expected a (?P<kinds>.*?)\. Got value: (?P<value>.*)',
+    ):
+        if found := re.fullmatch(pattern, text):
+            kinds = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", found["kinds"])
+            kinds = kinds.replace("NoneType", "null").replace("collections.abc.", "")
+            kinds = re.sub(r"dict\[.*?\]|\bdict\b", "a mapping", kinds)
+            kinds = re.sub(r"\bSequence\b(?:\[(\w+)\])?", r"a list of \1", kinds)
+            kinds = kinds.replace("a list of ,", "a list,").removesuffix(" of ")
+            return f"{found['name']} must be {' or '.join(kinds.split(', '))}, got {found['value']}"
+    return text
+
+
+def titled(parser: ArgumentParser, *titles: str) -> None:
+    """Names the last groups of options: the summaries of classes and functions are no titles."""
+    for group, title in zip(parser._action_groups[-len(titles) :], titles):
+        group.title = title
 
 
 def config(name: str) -> str:
@@ -58,18 +115,24 @@ def parsers() -> dict[str, ArgumentParser]:
     """The command line, by "", and those of its commands, from signatures and docstrings."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    from . import grid, run
+    from . import run
     from .data import MoleculeData
     from .task import PoolingTask
 
     class Help(DefaultHelpFormatter):
         def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return text  # the list of configurations has lines of its own
+            return text  # examples have lines of their own
+
+        def _expand_help(self, action: Any) -> str:
+            return plain_types(super()._expand_help(action))
 
     def command(name: str, arguments: str, description: str) -> ArgumentParser:
-        usage = f"{PROGRAM} {name} {arguments}"
         return ArgumentParser(
-            usage=usage, description=description, formatter_class=Help, exit_on_error=False
+            usage=f"{PROGRAM} {name} {arguments}",
+            description=description,
+            epilog=f"example:\n  {PROGRAM} {EXAMPLES[name]}",
+            formatter_class=Help,
+            exit_on_error=False,
         )
 
     fit = command(
@@ -86,6 +149,7 @@ def parsers() -> dict[str, ArgumentParser]:
     fit.add_class_arguments(MoleculeData, "data", skip={"dataset"})
     fit.add_argument("--data.dataset", type=str, required=True, help="name of the data set")
     fit.add_class_arguments(run.TrainerOptions, "trainer")
+    titled(fit, "the run", "the model and its loss", "the data", "the training")
     fit.link_arguments("task.targets", "data.targets")
     fit.link_arguments("seed", "data.seed")
 
@@ -94,16 +158,16 @@ def parsers() -> dict[str, ArgumentParser]:
     )
     test.add_function_arguments(run.evaluate, skip={"trainer"})
     test.add_class_arguments(run.TrainerOptions, "trainer", skip=run.FIT_ONLY)
+    titled(test, "the test", "where it runs")
 
-    predict = command(
-        "predict", "MOLECULES RUN|FILE [options]", "Table of what a model predicts for a file."
-    )
+    predict = command("predict", "MOLECULES RUN|FILE [options]", PREDICT)
     predict.add_function_arguments(run.predict, as_positional=True)
+    titled(predict, "the table")
 
     parser = ArgumentParser(
         prog=PROGRAM,
         description="Trains, tests and applies models of molecules with any pooling.",
-        epilog=grid.overview(),
+        epilog="\n".join(["examples:", *(f"  {PROGRAM} {x}" for x in EXAMPLES.values()), MORE]),
         formatter_class=Help,
         exit_on_error=False,
     )
@@ -153,9 +217,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ATTNPOOL_TRACEBACK"):
             raise
-        text = " ".join(str(error).split())
+        text = plain_error(str(error))
         if not isinstance(error, ValueError | OSError | ImportError):  # none of our own checks
-            text = f"{type(error).__name__}: {text} (ATTNPOOL_TRACEBACK=1 shows where)"
+            first = (str(error).strip() or "no reason given").splitlines()[0]
+            text = f"{type(error).__name__}: {first} (ATTNPOOL_TRACEBACK=1 shows where)"
         print(f"error: {text}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
@@ -176,6 +241,7 @@ def _run(argv: list[str]) -> int:
         if command == "fit":
             seed_everything(options.seed, workers=True)  # before the weights are made
         given = vars(made[command].instantiate(options))
+    quiet()  # SchNetPack, where it has been imported, has set the loggers anew
     try:
         if command == "configs":
             print(grid.listing(options.words))

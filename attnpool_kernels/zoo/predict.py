@@ -39,6 +39,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises ValueError for files that are damaged or of another program.
     """
     file = checkpoint_file(path)
+    if not zipfile.is_zipfile(file):  # torch would advise to load it as a pickle, which runs code
+        raise ValueError(f"{file} is damaged or no checkpoint: it is not a zip archive")
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:

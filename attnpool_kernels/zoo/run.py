@@ -236,6 +236,7 @@ def evaluate(
     task = load_task(file)
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}")
+    check_output(output)
     described = dict(task.trained_on)
     if path is not None:
         described["path"] = path
@@ -294,8 +295,7 @@ def predict(
     kind = FORMATS.get(Path(output or "stdout.csv").suffix.lower())
     if kind is None:
         raise OptionError(f"output must end with one of {', '.join(FORMATS)}, got {output}")
-    if output and not Path(output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"output must be in a folder that exists, got {output}")
+    check_output(output)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
@@ -313,6 +313,14 @@ def predict(
             print(f"{checkpoint}, {count} molecules", file=sys.stderr)
             if output is not None:
                 print(f"written to {output}", file=sys.stderr)
+
+
+def check_output(output: str | None) -> None:
+    """Before anything is computed: ValueError, FileNotFoundError for what cannot be written."""
+    if output and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output must be in a folder that exists, got {output}")
+    if output and Path(output).is_dir():
+        raise ValueError(f"output must be a file, got the folder {output}")
 
 
 def check_device(device: str) -> None:

@@ -108,10 +108,12 @@ class PoolingTask(LightningModule):
     with those that it was written with, see ``schedules.carry_over``.
 
     Args:
-        backbone: name of the network that makes the atom vectors.
-        backbone_options: its options.
-        pooling: name of the pooling.
-        pooling_options: its options.
+        backbone: network that makes the atom vectors: schnet, schnetpack_schnet, dimenet,
+            dimenet++, painn or esa.
+        backbone_options: its options, as {name: value}.
+        pooling: sum, mean, max, softmax, attentional, weighted, orbital_weighted, seed, abp or
+            set_transformer.
+        pooling_options: its options, as {name: value}.
         head: "molecule": what is pooled are atom vectors; "atom": atom predictions.
         targets: names of the targets, those of the data.
         lr: learning rate of Adam.

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -74,6 +75,7 @@ class TrainerOptions:
         check(further, given | further)
         if (given["devices"], given["num_nodes"]) == (1, 1):
             given |= started_processes()
+        check_processes(given["devices"])
         fixed = {
             "use_distributed_sampler": False,  # MoleculeData deals the molecules out
             "enable_model_summary": False,
@@ -145,6 +147,16 @@ def started_processes() -> dict[str, int]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or world == 1:
         return {}
     return {"devices": local, "num_nodes": world // local}
+
+
+def check_processes(devices: int | str) -> None:
+    """OptionError for far more processes than a CPU has cores: Lightning would start them all."""
+    most = max(8, os.cpu_count() or 1)
+    started = "LOCAL_WORLD_SIZE" in os.environ
+    if started or torch.accelerator.is_available():
+        return
+    if str(devices).isdecimal() and int(devices) > most:
+        raise OptionError(f"devices must be at most {most} on this machine, got {devices}")
 
 
 class Remaining:

@@ -257,6 +257,8 @@ def _copy(source: IO[bytes], path: Path) -> None:
 
 def arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Named arrays of an .npz file; ValueError for a damaged file or a missing field."""
+    if not zipfile.is_zipfile(path):  # NumPy would advise to load it as a pickle, which runs code
+        raise ValueError(f"{path} cannot be read as .npz: it is not an .npz archive")
     try:
         with np.load(path, allow_pickle=False) as stored:
             if not isinstance(stored, np.lib.npyio.NpzFile):
