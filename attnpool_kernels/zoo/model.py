@@ -29,6 +29,7 @@ from ..nn.pooling import (
 from ..ragged import Ragged
 from .backbones import Backbone, backbone
 from .molecules import Molecules
+from .periodic import Cells
 
 HEADS = ("molecule", "atom")
 
@@ -301,7 +302,10 @@ class PooledModel(torch.nn.Module):
         return factor * error.square().mean() + mse_loss(weights, molecules.coefficients)
 
     def _rows(self, molecules: Molecules) -> tuple[Tensor, Ragged]:
-        return self.backbone.located(molecules.z, molecules.pos, molecules.ragged)
+        given = (molecules.z, molecules.pos, molecules.ragged)
+        if molecules.cell is None or molecules.pbc is None:
+            return self.backbone.located(*given)
+        return self.backbone.located(*given, Cells(molecules.cell, molecules.pbc))
 
     def _scaled(self, molecules: Molecules, y: Tensor) -> Tensor:
         each = self.atomref[molecules.z]

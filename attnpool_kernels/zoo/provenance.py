@@ -81,7 +81,12 @@ def data_digest(data: MoleculeData) -> str:
     total = hashlib.sha256()
     held = data.ready
     parts: list[Tensor | None] = [held.z, held.pos, held.ptr, held.y, held.forces]
-    parts += [held.coefficients, *(data.parts[name] for name in sorted(data.parts))]
+    parts += [
+        held.coefficients,
+        held.cell,
+        held.pbc,
+        *(data.parts[name] for name in sorted(data.parts)),
+    ]
     for tensor in parts:
         total.update(b"-" if tensor is None else tensor.contiguous().numpy().data)
     return total.hexdigest()
