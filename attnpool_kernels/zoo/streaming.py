@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import progress
-from .datasets.files import digest
+from .datasets.files import digest, replacing
 from .molecule_files import MoleculeFile
 from .molecules import charge_and_spin, charges_text
 from .predict import check_elements, predicted
@@ -44,9 +44,9 @@ class Stream:
     size: int
     batch_size: int
 
-    def count(self, parts: int) -> int:
+    def count(self, molecules: int) -> int:
         """Parts of so many molecules."""
-        return -(-parts // self.size)
+        return -(-molecules // self.size)
 
     def predicted(
         self, task: PoolingTask, mine: Callable[[int], bool], took: Callable[[int, Any], None]
@@ -109,7 +109,8 @@ class Parts:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        stated.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        with replacing(stated) as temporary:
+            temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 def to_file(

@@ -13,7 +13,8 @@
 #SBATCH --requeue
 set -euo pipefail
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not by "head -n 1", which ends scontrol by a signal, and the script with it.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 processes=${SLURM_GPUS_ON_NODE:-${SLURM_CPUS_PER_TASK:-1}}
 
 # Of a job that was requeued: the run goes on, if it had come to a checkpoint.

@@ -18,22 +18,22 @@ except ImportError as error:
     raise SystemExit(f"this example needs ray: pip install ray ({error})") from None
 
 
-def torchrun(nodes: int, processes: int, address: str, command: list[str]) -> list[str]:
-    """The command line that is the same on every node."""
+def torchrun(node: int, nodes: int, processes: int, head: tuple[str, int]) -> list[str]:
+    """The beginning of the command line on a node; head: address and port of the first."""
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes", str(nodes), "--nproc_per_node", str(processes)),
-        *("--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id", "zoo"),
-        *("-m", "attnpool_kernels.zoo", *command),
+        *("--nnodes", str(nodes), "--nproc_per_node", str(processes), "--node_rank", str(node)),
+        *("--master_addr", head[0], "--master_port", str(head[1])),
+        *("-m", "attnpool_kernels.zoo"),
     ]
 
 
 @ray.remote
-def address() -> str:
-    """Name and a free port of the node where this runs."""
+def address() -> tuple[str, int]:
+    """Address and a free port of the node where this runs."""
     with socket.socket() as free:
         free.bind(("", 0))
-        return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        return ray.util.get_node_ip_address(), free.getsockname()[1]
 
 
 @ray.remote
@@ -61,8 +61,13 @@ def main() -> int:
         return {**resources, "scheduling_strategy": place}
 
     head = ray.get(address.options(**on(0)).remote())
-    command = torchrun(given.nodes, given.processes, head, given.command)
-    return max(ray.get([run.options(**on(i)).remote(command) for i in range(given.nodes)]))
+    codes = [
+        run.options(**on(i)).remote(
+            [*torchrun(i, given.nodes, given.processes, head), *given.command]
+        )
+        for i in range(given.nodes)
+    ]
+    return max(ray.get(codes))
 
 
 if __name__ == "__main__":

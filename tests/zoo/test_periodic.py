@@ -25,6 +25,7 @@ BACKBONES = {
     "painn": {"n_atom_basis": 16, "n_interactions": 2, "n_rbf": 8, "cutoff": 4.0},
     "dimenet++": {"hidden_channels": 16, "num_blocks": 1, "out_emb_channels": 16, "latent": 16}
     | {"cutoff": 3.5},
+    "dimenet": {"hidden_channels": 16, "num_blocks": 1, "latent": 16, "cutoff": 3.5},
 }
 ABP = {**tiny.ABP, "activation": "silu"}
 
