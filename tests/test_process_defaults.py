@@ -416,7 +416,7 @@ def checkpoints(tmp_path, dtype):
     ase = pytest.importorskip("ase")
     import ase.io  # noqa: F811
 
-    from attnpool_kernels.zoo import predict
+    from attnpool_kernels.zoo import molecule_files, predict
     from attnpool_kernels.zoo.calculator import PooledCalculator
     from attnpool_kernels.zoo.task import PoolingTask
 
@@ -436,7 +436,7 @@ def checkpoints(tmp_path, dtype):
 
     def run():
         loaded = predict.load_task(tmp_path / "m.ckpt")
-        frames = predict.read_molecules(tmp_path / "m.xyz")
+        frames = molecule_files.read_molecules(tmp_path / "m.xyz")
         predict.check_elements(frames, loaded.elements)
         values = predict.predicted(loaded, frames, batch_size=1)
         frames[0].calc = PooledCalculator(tmp_path / "m.ckpt")

@@ -1,69 +1,113 @@
 """``python -m attnpool_kernels.zoo fit | test | predict | configs``: see ``--help``.
 
-What cannot be ends in one line on stderr. The exit code is 2 for an option, 143 after SIGTERM, and
-1 for a file that cannot be read or written, a checkpoint that does not fit, a training that fails.
+What cannot be ends in one line on stderr. The exit code is 2 for an option, 143 after SIGTERM, 130
+after Ctrl-C, and 1 for a file that cannot be read or written, a checkpoint that does not fit, a
+training that fails.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 PROGRAM = "python -m attnpool_kernels.zoo"
-CONFIGS = Path(__file__).parent / "configs"
 HELP = {
     "fit": "train a model",
     "test": "errors of a trained model",
-    "predict": "table for an .xyz or SDF file",
+    "predict": "a table for a file of molecules, of any size",
     "configs": "list the packaged configurations",
 }
 
 
-def config_names() -> dict[str, Path]:
-    """The packaged configurations by name."""
-    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+EXAMPLES = {
+    "fit": "fit --config qm7b_small_abp --data.path qm7b.npz --output runs/small",
+    "test": "test --ckpt_path runs/small",
+    "predict": "predict molecules.xyz runs/small --output table.csv",
+    "configs": "configs qm9 abp",
+}
+MORE = f"""  {PROGRAM} configs qm9_schnet_abp > mine.yaml
+  torchrun --nproc_per_node 4 -m attnpool_kernels.zoo predict molecules.xyz RUN --output table.csv
+
+COMMAND --help lists the options of a command; ATTNPOOL_TRACEBACK=1 shows where an error is from."""
+PREDICT = """What a model predicts for a file of molecules of any size: memory does not grow.
+
+A command that was interrupted goes on where it was. Under torchrun the processes share the work."""
+# How the types of Python are called in --help; what may be left out says so by having no default.
+TYPES = {
+    r"type: Optional\[dict\[str, Any\]\]": "mapping",
+    r"type: (?:Optional\[)?Sequence\[(\w+)\]\]?": r"list of \1",
+    r"type: (?:Optional\[)?Literal\[(.*?)\]\]?": r"one of \1",
+    r"type: bool( \| null)?": "true or false",
+    r" \| null": "",
+    r"type: ": "",
+    r", default: (null|\(\))": "",
+}
 
 
-def listing() -> str:
-    """The packaged configurations, each with the comment in its first line."""
-    known = config_names()
-    width = max(len(name) for name in known)
-    lines = [
-        f"  {name:{width}}  {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
-        for name, path in known.items()
-    ]
-    return "\n".join(["configurations (fit --config NAME):", *lines])
+def plain_types(text: str) -> str:
+    """A help text in which types are in words."""
+    for pattern, words in TYPES.items():
+        text = re.sub(pattern, words, text)
+    return text
 
 
-def config_file(name: str) -> str:
-    """A file, or the packaged configuration of that name; OptionError with the known names."""
+def plain_error(text: str) -> str:
+    """An error in one line; those of wrong types as those of our own checks."""
+    text = " ".join(text.split())
+    for pattern in (
+        r'Parser key "(?P<name>[^"]+)": Does not validate .*?Subtypes: \[(?P<kinds>.*?)\] Errors:'
+        r".* Given value: (?P<value>.*)",
+        r'Parser key "(?P<name>[^"]+)": Expected a (?P<kinds>.*?)\. Got value: (?P<value>.*)',
+    ):
+        if found := re.fullmatch(pattern, text):
+            kinds = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", found["kinds"])
+            kinds = kinds.replace("NoneType", "null").replace("collections.abc.", "")
+            kinds = re.sub(r"dict\[.*?\]|\bdict\b", "a mapping", kinds)
+            kinds = re.sub(r"\bSequence\b(?:\[(\w+)\])?", r"a list of \1", kinds)
+            kinds = kinds.replace("a list of ,", "a list,").removesuffix(" of ")
+            return f"{found['name']} must be {' or '.join(kinds.split(', '))}, got {found['value']}"
+    return text
+
+
+def titled(parser: ArgumentParser, *titles: str) -> None:
+    """Names the last groups of options: the summaries of classes and functions are no titles."""
+    for group, title in zip(parser._action_groups[-len(titles) :], titles):
+        group.title = title
+
+
+def config(name: str) -> str:
+    """A file, or the text of the packaged configuration of that name; OptionError."""
     if Path(name).is_file():
         return name
-    known = config_names()
-    if name not in known:
-        from .trainer import OptionError
+    from . import grid
+    from .trainer import OptionError
 
-        raise OptionError(f"config must be a file or one of {', '.join(known)}, got {name!r}")
-    return str(known[name])
+    if name in grid.OLD or name in grid.names():
+        return grid.text(name)
+    near = difflib.get_close_matches(name, [*grid.names(), *grid.OLD], n=3)
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise OptionError(f"config must be a file or a name that `configs` lists, got {name!r}{hint}")
 
 
-def with_config_files(argv: Sequence[str]) -> list[str]:
-    """The arguments with the names of packaged configurations replaced by their files."""
+def with_configs(argv: Sequence[str]) -> list[str]:
+    """The arguments with the names of packaged configurations replaced by their texts."""
     found = list(argv)
     for i, argument in enumerate(argv):
         if argument == "--config" and i + 1 < len(argv):
-            found[i + 1] = config_file(argv[i + 1])
+            found[i + 1] = config(argv[i + 1])
         elif argument.startswith("--config="):
-            found[i] = "--config=" + config_file(argument.removeprefix("--config="))
+            found[i] = "--config=" + config(argument.removeprefix("--config="))
     return found
 
 
@@ -77,12 +121,18 @@ def parsers() -> dict[str, ArgumentParser]:
 
     class Help(DefaultHelpFormatter):
         def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return text  # the list of configurations has lines of its own
+            return text  # examples have lines of their own
+
+        def _expand_help(self, action: Any) -> str:
+            return plain_types(super()._expand_help(action))
 
     def command(name: str, arguments: str, description: str) -> ArgumentParser:
-        usage = f"{PROGRAM} {name} {arguments}"
         return ArgumentParser(
-            usage=usage, description=description, formatter_class=Help, exit_on_error=False
+            usage=f"{PROGRAM} {name} {arguments}",
+            description=description,
+            epilog=f"example:\n  {PROGRAM} {EXAMPLES[name]}",
+            formatter_class=Help,
+            exit_on_error=False,
         )
 
     fit = command(
@@ -99,6 +149,7 @@ def parsers() -> dict[str, ArgumentParser]:
     fit.add_class_arguments(MoleculeData, "data", skip={"dataset"})
     fit.add_argument("--data.dataset", type=str, required=True, help="name of the data set")
     fit.add_class_arguments(run.TrainerOptions, "trainer")
+    titled(fit, "the run", "the model and its loss", "the data", "the training")
     fit.link_arguments("task.targets", "data.targets")
     fit.link_arguments("seed", "data.seed")
 
@@ -107,21 +158,26 @@ def parsers() -> dict[str, ArgumentParser]:
     )
     test.add_function_arguments(run.evaluate, skip={"trainer"})
     test.add_class_arguments(run.TrainerOptions, "trainer", skip=run.FIT_ONLY)
+    titled(test, "the test", "where it runs")
 
-    predict = command(
-        "predict", "MOLECULES RUN|FILE [options]", "Table of what a model predicts for a file."
-    )
+    predict = command("predict", "MOLECULES RUN|FILE [options]", PREDICT)
     predict.add_function_arguments(run.predict, as_positional=True)
+    titled(predict, "the table")
 
     parser = ArgumentParser(
         prog=PROGRAM,
         description="Trains, tests and applies models of molecules with any pooling.",
-        epilog=listing(),
+        epilog="\n".join(["examples:", *(f"  {PROGRAM} {x}" for x in EXAMPLES.values()), MORE]),
         formatter_class=Help,
         exit_on_error=False,
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
-    configs = ArgumentParser(exit_on_error=False)
+    configs = command(
+        "configs", "[NAME|WORD ...]", "The packaged configurations: all, one, or those that match."
+    )
+    configs.add_argument(
+        "words", nargs="*", type=str, help="a name, to print it; or parts of names, * and ? too"
+    )
     made = {"fit": fit, "test": test, "predict": predict, "configs": configs}
     for name, made_command in made.items():
         commands.add_subcommand(name, made_command, help=HELP[name])
@@ -147,16 +203,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv == ["configs"]:
-            print(listing())
+        if argv[:1] == ["configs"] and not any(x.startswith("-") for x in argv):
+            from . import grid
+
+            print(grid.listing(argv[1:]))  # at once: nothing heavy has been imported
             return 0
-        argv = with_config_files(argv)
+        argv = with_configs(argv)
         quiet()
         return _run(argv)
-    except (ValueError, OSError, ImportError) as error:  # what our own checks raise
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
         if os.environ.get("ATTNPOOL_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = plain_error(str(error))
+        if not isinstance(error, ValueError | OSError | ImportError):  # none of our own checks
+            first = (str(error).strip() or "no reason given").splitlines()[0]
+            text = f"{type(error).__name__}: {first} (ATTNPOOL_TRACEBACK=1 shows where)"
+        print(f"error: {text}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
 
@@ -165,7 +230,7 @@ def _run(argv: list[str]) -> int:
     from lightning.pytorch import seed_everything
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from . import run
+    from . import grid, run
     from .trainer import of_options
 
     made = parsers()
@@ -176,9 +241,10 @@ def _run(argv: list[str]) -> int:
         if command == "fit":
             seed_everything(options.seed, workers=True)  # before the weights are made
         given = vars(made[command].instantiate(options))
+    quiet()  # SchNetPack, where it has been imported, has set the loggers anew
     try:
         if command == "configs":
-            print(listing())
+            print(grid.listing(options.words))
         elif command == "predict":
             run.predict(**options.as_dict())
         elif command == "test":

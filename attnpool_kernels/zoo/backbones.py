@@ -20,6 +20,7 @@ from . import libraries
 from .basis import GaussianRBF, GaussianSmearing, SphericalBasis
 from .defaults import made_plainly
 from .graph import checked_cutoff, edges, lengths, triplets
+from .periodic import Cells, edges_in_cells, vectors_in_cells
 
 
 class Backbone(torch.nn.Module):
@@ -40,27 +41,36 @@ class Backbone(torch.nn.Module):
         self.cutoff = checked_cutoff(cutoff)
         self.options: dict[str, Any] = {}
 
-    def forward(self, z: Tensor, pos: Tensor, ragged: Ragged) -> Tensor:
+    def forward(self, z: Tensor, pos: Tensor, ragged: Ragged, cells: Cells | None = None) -> Tensor:
         """[N, channels] in the dtype of the weights.
 
-        z: [N] int64 atomic numbers. pos: [N, 3] in Å; differences are taken in its dtype.
+        z: [N] int64 atomic numbers. pos: [N, 3] in Å; differences are taken in its dtype. cells: of
+        structures that repeat, whose neighbours may be images.
 
         Raises ValueError on the CPU, where reading costs nothing: an element that the embedding
         does not know, a position that is not finite, two atoms in the same place.
         """
-        return self.atoms(z, *self.graph(z, pos, ragged))
+        return self.atoms(z, *self.graph(z, pos, ragged, cells))
 
-    def located(self, z: Tensor, pos: Tensor, ragged: Ragged) -> tuple[Tensor, Ragged]:
+    def located(
+        self, z: Tensor, pos: Tensor, ragged: Ragged, cells: Cells | None = None
+    ) -> tuple[Tensor, Ragged]:
         """The rows that are pooled, and their boundaries."""
-        return self(z, pos, ragged), ragged
+        return self(z, pos, ragged, cells), ragged
 
-    def graph(self, z: Tensor, pos: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
+    def graph(
+        self, z: Tensor, pos: Tensor, ragged: Ragged, cells: Cells | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The edges [2, E] (source, target), sorted by target, and pos[source] - pos[target]."""
         readable = pos.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable:
             self._check(z, pos)
-        index = edges(pos, ragged, self.cutoff)
-        vectors = pos[index[0]] - pos[index[1]]
+        if cells is None:
+            index = edges(pos, ragged, self.cutoff)
+            vectors = pos[index[0]] - pos[index[1]]
+        else:
+            index, shift = edges_in_cells(pos, ragged, self.cutoff, cells)
+            vectors = vectors_in_cells(pos, ragged, index, shift, cells)
         if readable and bool((vectors == 0).all(1).any()):
             i = int((vectors == 0).all(1).nonzero()[0])
             raise ValueError(
@@ -200,7 +210,7 @@ class DimeNetPlusPlus(Backbone):
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         source, target = index
         distance = lengths(vectors)
-        *_, idx_kj, idx_ji = triplets(index, z.shape[0])
+        *_, idx_kj, idx_ji = triplets(index, z.shape[0], vectors)
         rbf = self.rbf(distance)
         sbf = self.sbf(
             distance / self.cutoff, self._cosine(vectors[idx_kj], vectors[idx_ji]), idx_kj
@@ -383,14 +393,18 @@ class EdgeSets(Backbone):
         )
         self.encoder = EdgeSetEncoder(width, layers=layers, heads=heads, norm=norm, mlp=mlp)
 
-    def located(self, z: Tensor, pos: Tensor, ragged: Ragged) -> tuple[Tensor, Ragged]:
+    def located(
+        self, z: Tensor, pos: Tensor, ragged: Ragged, cells: Cells | None = None
+    ) -> tuple[Tensor, Ragged]:
+        if cells is not None:  # a pair of edges must be told from one with an image
+            raise NotImplementedError("backbone 'esa' has no periodic structures")
         index, vectors = self.graph(z, pos, ragged)
         sets, bias = edge_sets(index, ragged)
         return self.encoder(self._edges(z, index, vectors), sets, bias), sets
 
-    def forward(self, z: Tensor, pos: Tensor, ragged: Ragged) -> Tensor:
+    def forward(self, z: Tensor, pos: Tensor, ragged: Ragged, cells: Cells | None = None) -> Tensor:
         """[E, channels], sorted by the edges' second atom."""
-        return self.located(z, pos, ragged)[0]
+        return self.located(z, pos, ragged, cells)[0]
 
     def _edges(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         x = self.embedding(z)

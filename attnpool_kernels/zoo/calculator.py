@@ -24,9 +24,11 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.data import chemical_symbols
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from .model import PooledModel
 from .molecules import Molecules, charge_and_spin
+from .periodic import energy_forces_stress
 
 
 class PooledCalculator(Calculator):
@@ -40,11 +42,14 @@ class PooledCalculator(Calculator):
         dtype: of the weights, float32 or float64; default: as they are. Distances are computed in
             float64, and mean and std of the target applied in it, whatever the dtype: a total
             energy has more digits than a float32 holds.
+        periodic: whether to take structures that repeat, of which there is a stress, too. The
+            models of the zoo are trained on molecules: it is for models of one's own.
         elements: atomic numbers that are allowed; default: those that a checkpoint was trained on,
             those that the backbone can embed otherwise.
         options: of ``ase.calculators.calculator.Calculator``: label, directory, atoms.
 
-    Properties: "energy", "free_energy" (the same number) and "forces", -∂E/∂r. There are no
+    Properties: "energy", "free_energy" (the same number), "forces", -∂E/∂r, and with ``periodic``
+    "stress", ∂E/∂ε / V in eV/Å³ and Voigt's order, for relaxations of cells and NPT. There are no
     energies of atoms: attention pools vectors, not energies. Results are those of the last
     molecule that was calculated, and nothing is left of the one before, even if that fails. After
     a change of ``model`` call ``reset()``.
@@ -77,9 +82,13 @@ class PooledCalculator(Calculator):
         dtype: torch.dtype | None = None,
         *,
         elements: Sequence[int] | None = None,
+        periodic: bool = False,
         **options,
     ) -> None:
         super().__init__(**options)
+        self.periodic = periodic
+        if periodic:
+            self.implemented_properties = [*self.implemented_properties, "stress"]
         self._told: set[str] = set()
         if isinstance(model, str | Path):
             model, elements = _loaded(model, elements)
@@ -133,7 +142,12 @@ class PooledCalculator(Calculator):
         self.results = {}
         super().calculate(atoms, properties, system_changes)
         molecules = self._checked(of)
-        if "forces" in properties:
+        if "stress" in properties:
+            found = energy_forces_stress(self.model, molecules, create_graph=False)
+            energy, forces, stress = (x.double().cpu() for x in found)
+            voigt = full_3x3_to_voigt_6_stress(stress[0].numpy())
+            kept = kept | {"forces": forces.numpy(), "stress": voigt}
+        elif "forces" in properties:
             energy, forces = self.model.energy_and_forces(molecules, create_graph=False)
             kept = kept | {"forces": forces.double().cpu().numpy()}
         else:
@@ -153,7 +167,7 @@ class PooledCalculator(Calculator):
     def _checked(self, atoms: Atoms) -> Molecules:
         if not len(atoms):
             raise ValueError("atoms must have at least one atom, got none")
-        if atoms.pbc.any():
+        if atoms.pbc.any() and not self.periodic:
             raise ValueError(
                 f"atoms must not be periodic, got pbc={atoms.pbc.tolist()}: the models know "
                 "molecules only; for a molecule in a box set atoms.pbc = False"
@@ -172,7 +186,9 @@ class PooledCalculator(Calculator):
                 "know elements and positions only",
                 stacklevel=3,
             )
-        return Molecules.from_ase([atoms], warn=False).to(self.model.std.device)
+        return Molecules.from_ase([atoms], warn=False, periodic=self.periodic).to(
+            self.model.std.device
+        )
 
 
 def _symbols(numbers) -> str:

@@ -151,6 +151,8 @@ class MoleculeData(LightningDataModule):
             y,
             None if given.forces is None else given.forces.float(),
             None if given.coefficients is None else given.coefficients.float(),
+            None if given.cell is None else given.cell.double(),
+            given.pbc,
         )
 
     def _load(self, download: bool = False) -> MoleculeSet:

@@ -93,12 +93,16 @@ def _adjacent(pos: Tensor, batch: Tensor, cutoff: float) -> tuple[Tensor, Tensor
     return order[place], target
 
 
-def triplets(index: Tensor, num_atoms: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def triplets(
+    index: Tensor, num_atoms: int, vectors: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All paths k → j → i of two edges with k ≠ i, as DimeNet needs them.
 
     Args:
         index: [2, E] edges (source, target), sorted by target: what ``edges`` returns.
         num_atoms: N.
+        vectors: [E, 3] of the edges in a periodic structure, where an image of i is another atom;
+            of an edge and its reverse they must be the same but for the sign.
 
     Returns:
         idx_i, idx_j, idx_k [T]: the atoms; idx_kj, idx_ji [T]: the edges k → j and j → i. Sorted by
@@ -114,6 +118,10 @@ def triplets(index: Tensor, num_atoms: int) -> tuple[Tensor, Tensor, Tensor, Ten
     idx_kj, idx_ji = _ranges(first[source, None], degree[source, None])
     idx_i, idx_j, idx_k = target[idx_ji], source[idx_ji], source[idx_kj]
     path = idx_i != idx_k
+    if vectors is not None:
+        (same,) = (~path).nonzero(as_tuple=True)
+        around = vectors.detach()[idx_kj[same]] + vectors.detach()[idx_ji[same]]
+        path[same] = around.any(1)
     return idx_i[path], idx_j[path], idx_k[path], idx_kj[path], idx_ji[path]
 
 

@@ -1,4 +1,4 @@
-"""PyG and SchNetPack, imported where they are needed, with an error that says how to get them."""
+"""PyG, SchNetPack and vesin, imported where they are needed; errors say how to get them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def schnetpack(module: str | None = None) -> ModuleType:
     finally:
         if missing:
             del loader.T_co  # type: ignore[attr-defined]
+
+
+def vesin() -> ModuleType:
+    """vesin, which finds neighbours in periodic cells; ImportError."""
+    return _library("vesin", "vesin", "pip install vesin")
 
 
 def _library(module: str, package: str, install: str) -> ModuleType:

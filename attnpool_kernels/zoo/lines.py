@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 
-def lines(path: Path) -> Iterator[str]:
+def lines(path: Path, watch: Callable[[IO[bytes]], None] | None = None) -> Iterator[str]:
     r"""The lines of a file, each with "\n" at its end; compressed files by their names (.gz, ...).
 
     Numbers and elements are ASCII, so bytes that are not UTF-8 are those of a title or a comment
     in an older encoding: they become U+FFFD and the rest of the line is kept. Only "\n", "\r\n"
     and "\r" end a line; ``str.splitlines`` knows others, which occur inside of titles.
+
+    watch: called with the open file, whose ``tell()`` says how far it has been read.
     """
     from ase.io.formats import open_with_compression
 
@@ -20,4 +23,6 @@ def lines(path: Path) -> Iterator[str]:
         open_with_compression(str(path), "rb") as file,
         io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace") as text,
     ):
+        if watch is not None:
+            watch(file)
         yield from text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ..nn.abp import AttentionPooling
+from ..nn.arguments import widths_of
 from ..nn.attention import one_of, positive
 from ..nn.blocks import PYG, SetTransformer
 from ..nn.pooling import (
@@ -28,6 +29,7 @@ from ..nn.pooling import (
 from ..ragged import Ragged
 from .backbones import Backbone, backbone
 from .molecules import Molecules
+from .periodic import Cells
 
 HEADS = ("molecule", "atom")
 
@@ -103,6 +105,10 @@ class PooledModel(torch.nn.Module):
         targets: T.
         pooling_options: of the named pooling.
         head: what the head acts on, the pooled row or every atom's row.
+        atom_layers: widths of a perceptron with shifted softplus between the backbone and the
+            pooling, the last one that of the rows which are pooled; None: none. For head="molecule"
+            without a pooling that has networks of its own.
+        head_layers: hidden widths of the head; None: C/2, C/2.
         mean, std: as for ``set_statistics``; the mean of an extensive model is that of an atom.
 
     Raises ValueError: an unknown name or option, by name.
@@ -128,6 +134,8 @@ class PooledModel(torch.nn.Module):
         targets: int = 1,
         pooling_options: Mapping[str, Any] | None = None,
         head: str = "molecule",
+        atom_layers: Sequence[int] | None = None,
+        head_layers: Sequence[int] | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
     ) -> None:
@@ -141,7 +149,7 @@ class PooledModel(torch.nn.Module):
             )
         self.backbone = backbone
         self.acts_on = head
-        self._config = {
+        self._config: dict[str, Any] = {
             "backbone": backbone.name,
             "backbone_options": _plain_values(backbone.options),
             "pooling": pooling if isinstance(pooling, str) else None,
@@ -149,11 +157,24 @@ class PooledModel(torch.nn.Module):
             "head": head,
             "targets": targets,
         }
-        width = backbone.channels if head == "molecule" else targets
+        inner = backbone.channels
+        self.before: Perceptron | None = None
+        for name, layers in (("atom_layers", atom_layers), ("head_layers", head_layers)):
+            if layers is None:
+                continue
+            if pooling in _PREDICTING or (name == "atom_layers" and head == "atom"):
+                raise ValueError(f"{name} must be None with pooling {pooling!r} and head {head!r}")
+            # Named where given only: a checkpoint from before there were these has no such key.
+            self._config[name] = list(widths_of(name, layers))
+            if name == "atom_layers" and not layers:
+                raise ValueError("atom_layers must have at least one width, got none")
+        if atom_layers is not None:
+            self.before = Perceptron((inner, *atom_layers), "shifted_softplus")
+            inner = atom_layers[-1]
+        width = inner if head == "molecule" else targets
         self.pooling = self._pooling(pooling, width, dict(pooling_options or {}))
         self.head: torch.nn.Module | None = None
         if not isinstance(self.pooling, WeightedAverage):
-            inner = backbone.channels
             pooled = _width(self.pooling, width)
             if head == "molecule":
                 inner = pooled
@@ -162,7 +183,7 @@ class PooledModel(torch.nn.Module):
                     f"pooling must give rows of width targets = {targets} with head='atom', "
                     f"got {pooled}"
                 )
-            self.head = buterez_head(inner, targets)
+            self.head = buterez_head(inner, targets, head_layers)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("mean", torch.zeros(targets, dtype=dtype))
         self.register_buffer("std", torch.ones(targets, dtype=dtype))
@@ -261,6 +282,8 @@ class PooledModel(torch.nn.Module):
         return self._scaled(Molecules(z, pos, ragged.ptr), y)
 
     def _pooled(self, x: Tensor, rows: Ragged) -> Tensor:
+        if self.before is not None:
+            x = self.before(x)
         if self.head is None:
             return self.pooling(x, rows)
         if self.acts_on == "molecule":
@@ -292,7 +315,10 @@ class PooledModel(torch.nn.Module):
         return factor * error.square().mean() + mse_loss(weights, molecules.coefficients)
 
     def _rows(self, molecules: Molecules) -> tuple[Tensor, Ragged]:
-        return self.backbone.located(molecules.z, molecules.pos, molecules.ragged)
+        given = (molecules.z, molecules.pos, molecules.ragged)
+        if molecules.cell is None or molecules.pbc is None:
+            return self.backbone.located(*given)
+        return self.backbone.located(*given, Cells(molecules.cell, molecules.pbc))
 
     def _scaled(self, molecules: Molecules, y: Tensor) -> Tensor:
         each = self.atomref[molecules.z]
@@ -344,11 +370,13 @@ class PooledModel(torch.nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PooledModel:
         """From {"backbone", "pooling"} and, if not the defaults, {"backbone_options",
-        "pooling_options", "head", "targets"}; names as in ``BACKBONES`` and ``POOLINGS``.
+        "pooling_options", "head", "targets", "atom_layers", "head_layers"}; names as in
+        ``BACKBONES`` and ``POOLINGS``.
 
         Raises ValueError: an unknown or a missing key, name or option, by name.
         """
-        known = ("backbone", "backbone_options", "pooling", "pooling_options", "head", "targets")
+        known = ["backbone", "backbone_options", "pooling", "pooling_options", "head", "targets"]
+        known += ["atom_layers", "head_layers"]
         for key in config:
             if key not in known:
                 raise ValueError(f"keys of a config are {', '.join(known)}, got {key!r}")
@@ -362,6 +390,8 @@ class PooledModel(torch.nn.Module):
             pooling_options=config.get("pooling_options"),
             head=config.get("head", "molecule"),
             targets=config.get("targets", 1),
+            atom_layers=config.get("atom_layers"),
+            head_layers=config.get("head_layers"),
         )
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -385,10 +415,14 @@ def build(config: Mapping[str, Any]) -> PooledModel:
     return PooledModel.from_config(config)
 
 
-def buterez_head(width: int, targets: int) -> Perceptron:
-    """Linear layers C, C/2, C/2, T with shifted softplus, xavier weights and biases 0.01."""
+def buterez_head(width: int, targets: int, hidden: Sequence[int] | None = None) -> Perceptron:
+    """Linear layers C, *hidden, T with shifted softplus, xavier weights and biases 0.01.
+
+    hidden: default C/2, C/2.
+    """
     half = max(1, width // 2)
-    head = Perceptron((width, half, half, targets), "shifted_softplus")
+    inner = (half, half) if hidden is None else widths_of("head_layers", hidden)
+    head = Perceptron((width, *inner, targets), "shifted_softplus")
     for parameter in head.parameters():
         if parameter.dim() == 2:
             torch.nn.init.xavier_uniform_(parameter)

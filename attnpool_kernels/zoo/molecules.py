@@ -46,7 +46,8 @@ class Molecules:
 
     z: [N] int64 atomic numbers. pos: [N, 3] in Å. ptr: [B + 1] int64, molecule i owns the atoms
     ptr[i]:ptr[i+1]. y: [B, T]. forces: [N, 3], -∂E/∂pos in the unit of the energy per Å.
-    coefficients: [N], share of each atom in the orbital of the target (OE62).
+    coefficients: [N], share of each atom in the orbital of the target (OE62). cell: [B, 3, 3] in Å,
+    a vector a row, of structures that repeat along those where pbc [B, 3] is True; both or none.
 
     Raises ValueError for shapes that disagree and for boundaries that do not cover the atoms.
 
@@ -62,10 +63,16 @@ class Molecules:
     y: Tensor | None = None
     forces: Tensor | None = None
     coefficients: Tensor | None = None
+    cell: Tensor | None = None
+    pbc: Tensor | None = None
 
     def __post_init__(self) -> None:
         atoms, count = self.z.shape[0], self.ptr.shape[0] - 1
-        wanted = {"z": (atoms,), "pos": (atoms, 3), "forces": (atoms, 3), "coefficients": (atoms,)}
+        wanted: dict[str, tuple[int, ...]] = {"z": (atoms,), "pos": (atoms, 3)}
+        wanted |= {"forces": (atoms, 3), "coefficients": (atoms,)}
+        wanted |= {"cell": (count, 3, 3), "pbc": (count, 3)}
+        if (self.cell is None) != (self.pbc is None):
+            raise ValueError("cell and pbc must both be given or neither")
         for name, shape in wanted.items():
             given = getattr(self, name)
             if given is not None and given.shape != shape:
@@ -106,6 +113,8 @@ class Molecules:
             of(self.y, index),
             of(self.forces, atoms),
             of(self.coefficients, atoms),
+            of(self.cell, index),
+            of(self.pbc, index),
         )
 
     def to(
@@ -121,17 +130,24 @@ class Molecules:
         return Molecules(**values)
 
     @classmethod
-    def from_ase(cls, atoms: Iterable[ase.Atoms], warn: bool = True) -> Molecules:
+    def from_ase(
+        cls, atoms: Iterable[ase.Atoms], warn: bool = True, periodic: bool = False
+    ) -> Molecules:
         """From ``ase.Atoms``, without targets; positions of ASE are in Å.
 
-        Raises ValueError for periodic structures. Warns once of those that state a charge or a
-        spin (see ``charge_and_spin``), which no model here knows of, unless ``warn`` is False.
+        periodic: keep the cells of periodic structures, for which molecular models are not made.
+
+        Raises ValueError for periodic structures unless ``periodic``, and for cells without a
+        volume. Warns once of those that state a charge or a spin (see ``charge_and_spin``), which
+        no model here knows of, unless ``warn`` is False.
         """
         import numpy as np
 
         atoms = list(atoms)
         for i, one in enumerate(atoms):
-            if one.pbc.any():
+            if periodic and one.pbc.any() and not abs(one.cell.complete().volume) > 1e-6:
+                raise ValueError(f"cell must have a volume, that of structure {i} has none")
+            if one.pbc.any() and not periodic:
                 raise ValueError(
                     f"atoms must not be periodic, molecule {i} has pbc={one.pbc.tolist()}; for a "
                     "molecule in a box set atoms.pbc = False"
@@ -142,10 +158,17 @@ class Molecules:
         counts = torch.tensor([len(a) for a in atoms], dtype=torch.int64, device="cpu")
         z = np.concatenate([a.numbers for a in atoms] or [np.empty(0, int)])
         pos = np.concatenate([a.positions for a in atoms] or [np.empty((0, 3))])
+        cell = pbc = None
+        if any(a.pbc.any() for a in atoms):
+            # Vectors along which nothing repeats may be absent; any others are as good.
+            cell = torch.from_numpy(np.stack([a.cell.complete().array for a in atoms]))
+            pbc = torch.from_numpy(np.stack([a.pbc for a in atoms]))
         return cls(
             torch.from_numpy(z.astype("int64")),
             torch.from_numpy(pos.astype("float64")),
             torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            cell=cell,
+            pbc=pbc,
         )
 
 
@@ -187,13 +210,16 @@ def charge_and_spin(atoms: ase.Atoms) -> str:
 
 def warn_of_charges(stated: Mapping[int, str], count: int, where: str = "", stacklevel: int = 2):
     """One warning for all of the molecules of ``stated``, by their numbers; none for none."""
-    if not stated:
-        return
-    number, text = next(iter(stated.items()))
-    warnings.warn(
-        f"{where}{len(stated)} of {count} molecules state a charge or a spin (molecule {number}: "
-        f"{text}), which is not used: the models know elements and positions only",
-        stacklevel=stacklevel,
+    if stated:
+        first = next(iter(stated.items()))
+        warnings.warn(charges_text(first, len(stated), count, where), stacklevel=stacklevel)
+
+
+def charges_text(first: tuple[int, str], stated: int, count: int, where: str = "") -> str:
+    """What is said of ``stated`` of ``count`` molecules, of which the first is that one."""
+    return (
+        f"{where}{stated} of {count} molecules state a charge or a spin (molecule {first[0]}: "
+        f"{first[1]}), which is not used: the models know elements and positions only"
     )
 
 

@@ -14,7 +14,8 @@ from .schedules import changed, epochs_done
 from .task import PoolingTask
 
 # Options that make the model and its data: a training resumes with the same ones only.
-MODEL = ("backbone", "backbone_options", "pooling", "pooling_options", "head", "targets", "forces")
+MODEL = ["backbone", "backbone_options", "pooling", "pooling_options", "head", "targets", "forces"]
+MODEL += ["atom_layers", "head_layers"]
 DATA = ("dataset", "options", "split", "limit")
 # Options that make its loss: the best model and early stopping compare losses before and after.
 LOSS = ("loss", "energy_weight", "force_weight", "coefficient_factor")
@@ -26,7 +27,7 @@ def check_resumable(
     """ValueError with what differs where a checkpoint is of another model, loss or other data."""
     there, here = dict(found["hyper_parameters"]), dict(task.hparams)
     described = data.description
-    pairs = [(name, there.get(name), here[name]) for name in MODEL]
+    pairs = [(name, there.get(name), here.get(name)) for name in MODEL]
     pairs += [(name, found["zoo"]["data"].get(name), described[name]) for name in DATA]
     for kind, compared in (
         ("of another model", pairs),

@@ -1,12 +1,16 @@
 """The commands of ``python -m attnpool_kernels.zoo``: fit, test, predict.
 
 The folder of a run holds ``config.yaml``, ``best.ckpt`` (by the validation loss), ``last.ckpt``,
-``logs/version_N`` (metrics.csv and TensorBoard) and, once tested, ``test.csv``.
+``logs/version_N`` (metrics.csv and TensorBoard), ``versions.json`` (of each start: packages, commit
+and a digest of the data) and, once tested, ``test.csv``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,28 +24,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .data import MoleculeData
 from .datasets.files import replacing
-from .predict import (
-    BEST,
-    aligned,
-    as_csv,
-    check_elements,
-    checkpoint_file,
-    load_task,
-    predicted,
-    read_checkpoint,
-    read_molecules,
-    table,
-)
+from .predict import BEST, checkpoint_file, load_task, read_checkpoint
+from .provenance import provenance
+from .ranks import ranks
 from .resume import Resume, check_resumable, finished
+from .streaming import Stream, to_file, to_stdout
+from .tables import FORMATS, aligned, as_csv
 from .task import PoolingTask
 from .trainer import OptionError, TrainerOptions, check_validates, of_options
 
-LAST = "last.ckpt"
+LAST, VERSIONS = "last.ckpt", "versions.json"
 FIT_ONLY = {"max_epochs", "max_time", "accumulate_grad_batches", "gradient_clip_val"}
 
 
 class RunFolder(Callback):
-    """Writes the configuration once model and data are known to be in order."""
+    """Writes configuration and versions once model and data are known to be in order."""
 
     def __init__(self, folder: Path, config: str) -> None:
         self.folder, self.config = folder, config
@@ -52,6 +49,13 @@ class RunFolder(Callback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write(self.folder / "config.yaml", self.config)
+        stated = self.folder / VERSIONS
+        starts = []
+        if stated.is_file():  # a run that resumes may do so with other versions
+            with contextlib.suppress(ValueError):
+                starts = json.loads(stated.read_text(encoding="utf-8"))
+        starts.append(provenance(trainer.datamodule))  # type: ignore[attr-defined]
+        write(stated, json.dumps(starts, indent=1) + "\n")
 
 
 def write(path: Path, text: str) -> None:
@@ -232,6 +236,7 @@ def evaluate(
     task = load_task(file)
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}")
+    check_output(output)
     described = dict(task.trained_on)
     if path is not None:
         described["path"] = path
@@ -268,30 +273,54 @@ def predict(
     output: str | None = None,
     batch_size: int = 128,
     device: str = "cpu",
+    part_size: int = 1024,
 ) -> None:
-    """Writes a CSV table: a row per molecule, a column per target.
+    """Writes a table: a row per molecule, in the order of the file, a column per target.
+
+    Memory does not grow with the file. Under torchrun the processes share the molecules out. What
+    has been computed is kept in OUTPUT.parts until the table is whole, and the same command goes on
+    from there after an interruption.
 
     Args:
         file: molecules as .xyz, extended xyz (several frames), SDF, or what else ASE reads.
         ckpt_path: folder of a run, for its best checkpoint, or a checkpoint.
-        output: CSV file; default: print the table.
+        output: table, .csv, .extxyz (.xyz) or .parquet by its name; default: print it as CSV.
         batch_size: molecules at a time.
-        device: "cpu", "cuda", ...
+        device: "cpu", "cuda", ...; "cuda" under torchrun: a device for each process.
+        part_size: molecules that are computed and kept together.
     """
-    if batch_size < 1:
-        raise OptionError(f"batch_size must be at least 1, got {batch_size}")
+    for name, value in (("batch_size", batch_size), ("part_size", part_size)):
+        if value < 1:
+            raise OptionError(f"{name} must be at least 1, got {value}")
+    kind = FORMATS.get(Path(output or "stdout.csv").suffix.lower())
+    if kind is None:
+        raise OptionError(f"output must end with one of {', '.join(FORMATS)}, got {output}")
+    check_output(output)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
     checkpoint = checkpoint_file(ckpt_path)
     task = load_task(checkpoint).to(device)
-    frames = read_molecules(file)
-    check_elements(frames, task.elements)
-    text = as_csv(table(task, frames, predicted(task, frames, batch_size)))
-    print(f"{checkpoint}, {len(frames)} molecules", file=sys.stderr)
-    if output is None:
-        print(text, end="")
-    else:
-        write(Path(output), text)
-        print(f"written to {output}", file=sys.stderr)
+    stream = Stream(Path(file), part_size, batch_size)
+    with ranks() as own:
+        if output is None:
+            if own.world > 1:
+                raise OptionError(f"output must be given with {own.world} processes")
+            count = to_stdout(task, stream)
+        else:
+            count = to_file(task, checkpoint, stream, kind(task), Path(output), own)
+        if own.first:
+            print(f"{checkpoint}, {count} molecules", file=sys.stderr)
+            if output is not None:
+                print(f"written to {output}", file=sys.stderr)
+
+
+def check_output(output: str | None) -> None:
+    """Before anything is computed: ValueError, FileNotFoundError for what cannot be written."""
+    if output and not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"output must be in a folder that exists, got {output}")
+    if output and Path(output).is_dir():
+        raise ValueError(f"output must be a file, got the folder {output}")
 
 
 def check_device(device: str) -> None:

@@ -108,10 +108,12 @@ class PoolingTask(LightningModule):
     with those that it was written with, see ``schedules.carry_over``.
 
     Args:
-        backbone: name of the network that makes the atom vectors.
-        backbone_options: its options.
-        pooling: name of the pooling.
-        pooling_options: its options.
+        backbone: network that makes the atom vectors: schnet, schnetpack_schnet, dimenet,
+            dimenet++, painn or esa.
+        backbone_options: its options, as {name: value}.
+        pooling: sum, mean, max, softmax, attentional, weighted, orbital_weighted, seed, abp or
+            set_transformer.
+        pooling_options: its options, as {name: value}.
         head: "molecule": what is pooled are atom vectors; "atom": atom predictions.
         targets: names of the targets, those of the data.
         lr: learning rate of Adam.
@@ -125,6 +127,8 @@ class PoolingTask(LightningModule):
         force_weight: of the loss of the forces.
         coefficient_factor: of the loss of the target beside that of the orbital coefficients.
         backend: None or the name of a backend for the attention, see ``explain``.
+        atom_layers: widths of a perceptron between backbone and pooling; None: none.
+        head_layers: hidden widths of the head; None: half of its input, twice.
     """
 
     def __init__(
@@ -145,6 +149,8 @@ class PoolingTask(LightningModule):
         force_weight: float = 0.99,
         coefficient_factor: float = 0.1,
         backend: str | None = None,
+        atom_layers: Sequence[int] | None = None,
+        head_layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if loss not in LOSSES:
@@ -182,6 +188,8 @@ class PoolingTask(LightningModule):
                 "pooling_options": pooling_options,
                 "head": head,
                 "targets": len(targets),
+                "atom_layers": atom_layers,
+                "head_layers": head_layers,
             }
         )
         for name in ("mean", "std", "atomref"):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import inspect
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
@@ -38,10 +42,10 @@ class TrainerOptions:
 
     Args:
         accelerator: "auto", "cpu", "gpu", ...
-        devices: processes, each with a device of its own; "auto": all that there are. Under
-            torchrun: its number of processes. They share the batches of data.batch_size.
+        devices: processes, each with a device of its own; "auto": all that there are. They share
+            the batches of data.batch_size. Under torchrun the default is its processes.
         strategy: "auto", "ddp", "ddp_find_unused_parameters_true", ...
-        num_nodes: machines.
+        num_nodes: machines; under torchrun the default is its number of machines.
         max_epochs: -1: until early stopping.
         max_time: as DD:HH:MM:SS.
         accumulate_grad_batches: batches of a step of the optimizer.
@@ -67,8 +71,11 @@ class TrainerOptions:
         further = given.pop("options") or {}
         bar = given.pop("progress")
         bar = sys.stdout.isatty() if bar is None else bar
-        callbacks = [*options.pop("callbacks", []), TQDMProgressBar() if bar else Lines()]
+        callbacks = [*options.pop("callbacks", []), Bars() if bar else Lines()]
         check(further, given | further)
+        if (given["devices"], given["num_nodes"]) == (1, 1):
+            given |= started_processes()
+        check_processes(given["devices"])
         fixed = {
             "use_distributed_sampler": False,  # MoleculeData deals the molecules out
             "enable_model_summary": False,
@@ -134,11 +141,75 @@ def check_validates(trainer: Trainer) -> None:
         )
 
 
+def started_processes() -> dict[str, int]:
+    """Devices and machines that torchrun has started processes for, if it has."""
+    world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if "TORCHELASTIC_RUN_ID" not in os.environ or world == 1:
+        return {}
+    return {"devices": local, "num_nodes": world // local}
+
+
+def check_processes(devices: int | str) -> None:
+    """OptionError for far more processes than a CPU has cores: Lightning would start them all."""
+    most = max(8, os.cpu_count() or 1)
+    started = "LOCAL_WORLD_SIZE" in os.environ
+    if started or torch.accelerator.is_available():
+        return
+    if str(devices).isdecimal() and int(devices) > most:
+        raise OptionError(f"devices must be at most {most} on this machine, got {devices}")
+
+
+class Remaining:
+    """The time that is left to max_epochs, by the epochs of this start."""
+
+    def __init__(self) -> None:
+        self.began: tuple[float, int] | None = None
+
+    def start(self, trainer: Trainer) -> None:
+        self.began = time.monotonic(), trainer.current_epoch
+
+    def text(self, trainer: Trainer, done: int) -> str:
+        """As H:MM:SS after ``done`` epochs in all, or "" where the end is not known."""
+        if self.began is None or (trainer.max_epochs or -1) < 0:
+            return ""
+        began, first = self.began
+        if done <= first:
+            return ""
+        each = (time.monotonic() - began) / (done - first)
+        left = each * (trainer.max_epochs - done)
+        return str(datetime.timedelta(seconds=round(left)))
+
+
+class Bars(RichProgressBar):
+    """Lightning's bar of an epoch, with the time that is left to max_epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remaining = Remaining()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.remaining.start(trainer)
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        found = super().get_metrics(trainer, pl_module)
+        found.pop("v_num", None)
+        left = self.remaining.text(trainer, trainer.current_epoch)
+        return {**found, "to max_epochs": left} if left else found
+
+
 class Lines(Callback):
     """A line per epoch, where a progress bar would fill a file."""
+
+    def __init__(self) -> None:
+        self.remaining = Remaining()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.remaining.start(trainer)
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         found = {k: f"{float(v):.5g}" for k, v in sorted(trainer.callback_metrics.items())}
         text = "  ".join(f"{name} {value}" for name, value in found.items())
-        print(f"epoch {trainer.current_epoch}  {text}", flush=True)
+        left = self.remaining.text(trainer, trainer.current_epoch + 1)
+        print(f"epoch {trainer.current_epoch}  {text}{left and f'  left {left}'}", flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
@@ -28,32 +30,30 @@ _STATED = {
 
 
 def read(lines: Iterable[str]) -> list[ase.Atoms]:
-    """All frames of an xyz file.
+    """All frames of an xyz file, see ``frames`` and ``parsed``."""
+    return [parsed(number, *found) for number, found in enumerate(frames(lines))]
 
-    Blank lines before, between and after the frames are passed over; ASE would end there. ASE
-    reads the frames themselves: comments of key=value pairs and ``Properties`` keep their meaning.
 
-    Raises ValueError that names the line: a frame must be a number of atoms, a comment, and as
-    many lines of an element and three coordinates (or what ``Properties`` says). A comment that
-    states another unit of length than Å, which ASE passes over, is refused.
+def parsed(number: int, start: int, frame: list[str]) -> ase.Atoms:
+    """Molecule ``number`` of a file from the lines of its frame, of which the first is ``start``.
+
+    ASE reads it: comments of key=value pairs and ``Properties`` keep their meaning. Raises
+    ValueError that names the lines.
     """
     import ase.io
 
-    found: list[ase.Atoms] = []
-    for start, frame in frames(lines):
-        try:
-            atoms = ase.io.read(io.StringIO("".join(frame)), format="extxyz")
-        except Exception as error:  # ASE raises whatever a damaged line leads to
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if isinstance(error, KeyError):
-                reason = f"unknown element {reason}"
-            raise ValueError(
-                f"molecule {len(found)} in lines {start} to {start + len(frame) - 1}: {reason}"
-            ) from error
-        atoms = cast("ase.Atoms", atoms)
-        _state(atoms, frame[1])
-        found.append(atoms)
-    return found
+    try:
+        atoms = ase.io.read(io.StringIO("".join(frame)), format="extxyz")
+    except Exception as error:  # ASE raises whatever a damaged line leads to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, KeyError):
+            reason = f"unknown element {reason}"
+        raise ValueError(
+            f"molecule {number} in lines {start} to {start + len(frame) - 1}: {reason}"
+        ) from error
+    atoms = cast("ase.Atoms", atoms)
+    _state(atoms, frame[1])
+    return atoms
 
 
 def _state(atoms: ase.Atoms, comment: str) -> None:
@@ -69,42 +69,56 @@ def _state(atoms: ase.Atoms, comment: str) -> None:
 
 
 def frames(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """The number of its first line, from 1, and the lines of each frame."""
-    numbered = [(i, line) for i, line in enumerate(lines, 1)]
-    at = 0
-    while at < len(numbered):
-        start, header = numbered[at]
+    """The number of its first line, from 1, and the lines of each frame, one after another.
+
+    Blank lines before, between and after the frames are passed over; ASE would end there.
+
+    Raises ValueError that names the line: a frame must be a number of atoms, a comment, and as
+    many lines of an element and three coordinates (or what ``Properties`` says). A comment that
+    states another unit of length than Å, which ASE passes over, is refused.
+    """
+    numbered = enumerate(lines, 1)
+    following: tuple[int, str] | None = None  # a line that has been read and not used
+    while True:
+        start, header = following or next(numbered, (0, ""))
+        following = None
+        if not start:
+            return
         if not header.strip():
-            at += 1
             continue
         if not (header.strip().isascii() and header.strip().isdigit()):
             raise ValueError(
                 f"line {start} must be the number of atoms of a molecule, got {shown(header)}"
             )
         atoms = int(header)
-        end = at + 2 + atoms
-        body = numbered[at + 2 : end]
-        if len(numbered) < end:
+        frame = [header, *_body(numbered, start, atoms)]
+        for number, line in numbered:
+            if not line.lstrip().startswith("VEC"):  # vectors of a cell, in the dialect of ADF
+                following = number, line
+                break
+            frame.append(line)
+        yield start, frame
+
+
+def _body(numbered: Iterator[tuple[int, str]], start: int, atoms: int) -> list[str]:
+    """The comment and the lines of the atoms, checked."""
+    body = list(itertools.islice(numbered, min(atoms + 1, sys.maxsize)))
+    if len(body) <= atoms:
+        raise ValueError(
+            f"the molecule of {atoms} atoms that begins in line {start} is cut off: the file "
+            f"ends after {max(0, len(body) - 1)} of them"
+        )
+    (at, comment), *lines = body
+    if stated := _LENGTH.search(comment):
+        raise ValueError(f"line {at} must be a comment of positions in angstrom, got {stated[0]!r}")
+    extended = "Properties" in comment  # then ASE counts the columns
+    for number, line in lines:
+        if not line.strip() or not (extended or _is_atom(line)):
             raise ValueError(
-                f"the molecule of {atoms} atoms that begins in line {start} is cut off: the file "
-                f"ends after {len(body)} of them"
+                f"line {number} must be an atom of the molecule of {atoms} atoms that begins "
+                f"in line {start}, its element and three coordinates, got {shown(line)}"
             )
-        if stated := _LENGTH.search(numbered[at + 1][1]):
-            raise ValueError(
-                f"line {numbered[at + 1][0]} must be a comment of positions in angstrom, "
-                f"got {stated[0]!r}"
-            )
-        extended = "Properties" in numbered[at + 1][1]  # then ASE counts the columns
-        for number, line in body:
-            if not line.strip() or not (extended or _is_atom(line)):
-                raise ValueError(
-                    f"line {number} must be an atom of the molecule of {atoms} atoms that begins "
-                    f"in line {start}, its element and three coordinates, got {shown(line)}"
-                )
-        while end < len(numbered) and numbered[end][1].lstrip().startswith("VEC"):
-            end += 1  # vectors of a cell, in the dialect of ADF
-        yield start, [line for _, line in numbered[at:end]]
-        at = end
+    return [line for _, line in body]
 
 
 def _is_atom(line: str) -> bool:

@@ -15,8 +15,8 @@ from ase.build import molecule
 from attnpool_kernels.zoo import sdf, xyz
 from attnpool_kernels.zoo.datasets import structures
 from attnpool_kernels.zoo.lines import lines
+from attnpool_kernels.zoo.molecule_files import read_molecules
 from attnpool_kernels.zoo.molecules import Molecules
-from attnpool_kernels.zoo.predict import read_molecules
 
 NAMES = ("H2O", "CH4", "NH3", "CH3OH", "HCN")
 FRAMES = [molecule(name) for name in NAMES]

@@ -14,6 +14,7 @@ from attnpool_kernels.zoo.data import Batch
 from attnpool_kernels.zoo.model import PooledModel
 from attnpool_kernels.zoo.molecules import Target
 from attnpool_kernels.zoo.run import fit
+from attnpool_kernels.zoo.tables import Csv
 from attnpool_kernels.zoo.task import Errors, MoleculeData, PoolingTask
 from attnpool_kernels.zoo.trainer import TrainerOptions
 
@@ -189,5 +190,5 @@ def test_checkpoint_and_table_keep_the_digits(tmp_path):
     read.targets = (Target("energy", "eV"),)
     read.model.std.fill_(1e-2)
     values = torch.tensor([[OFFSET], [-97000.12345678], [1.5]], dtype=torch.float64)
-    rows = predict.table(read, [Atoms("H2", [[0, 0, 0], [0, 0, 1]])] * 3, values)
-    assert [row[3] for row in rows[1:]] == ["-2038.123456", "-97000.12345678", "1.5"]
+    rows = Csv(read).rows([Atoms("H2", [[0, 0, 0], [0, 0, 1]])] * 3, values)
+    assert [row[3] for row in rows] == ["-2038.123456", "-97000.12345678", "1.5"]

@@ -8,7 +8,7 @@ import torch
 from ase import Atoms
 from tools import tiny
 
-from attnpool_kernels.zoo import predict
+from attnpool_kernels.zoo import molecule_files, predict, tables
 from attnpool_kernels.zoo.molecules import Molecules, Target
 from attnpool_kernels.zoo.task import PoolingTask
 
@@ -38,7 +38,7 @@ def test_every_molecule_of_a_file(tmp_path, name):
         path.write_text(text.getvalue())
     else:
         ase.io.write(path, [WATER, METHANE, WATER], format="xyz" if name == "m.xyz" else "extxyz")
-    found = predict.read_molecules(path)
+    found = molecule_files.read_molecules(path)
     assert [a.get_chemical_formula() for a in found] == ["H2O", "CH4", "H2O"]
     assert abs(found[1].positions - METHANE.positions).max() < 1e-3
 
@@ -69,12 +69,12 @@ def test_files_that_cannot_be(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        predict.check_elements(predict.read_molecules(path), [1])
+        predict.check_elements(molecule_files.read_molecules(path), [1])
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="file must exist"):
-        predict.read_molecules(tmp_path / "no.xyz")
+        molecule_files.read_molecules(tmp_path / "no.xyz")
 
 
 def test_elements_the_model_has_not_seen():
@@ -89,12 +89,12 @@ def test_table(task):
     values = predict.predicted(task, frames, batch_size=2)
     alone = torch.cat([task(Molecules.from_ase([a])) for a in frames]).detach()
     torch.testing.assert_close(values, alone, rtol=1e-6, atol=1e-5)
-    rows = predict.table(task, frames, values)
-    assert rows[0] == ["molecule", "formula", "atoms", "a [eV]", "b [D]"]
-    assert rows[2][:3] == ["1", "CH4", "5"]
-    assert abs(float(rows[2][3]) - float(values[1, 0])) < 1e-2
-    assert predict.as_csv(rows).splitlines()[0] == "molecule,formula,atoms,a [eV],b [D]"
-    lines = predict.aligned(rows).splitlines()
+    table = tables.Csv(task)
+    rows = table.rows(frames, values, first=7)
+    assert rows[1][:3] == ["8", "CH4", "5"]
+    assert abs(float(rows[1][3]) - float(values[1, 0])) < 1e-2
+    assert table.head == "molecule,formula,atoms,a [eV],b [D]\n"
+    lines = tables.aligned([table.columns, *rows]).splitlines()
     assert len(lines) == 6 and len({len(line) for line in lines}) == 1
 
 

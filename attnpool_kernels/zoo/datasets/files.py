@@ -22,7 +22,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 
 import numpy as np
-from tqdm import tqdm
+
+from ..progress import of_bytes
 
 BLOCK = 1 << 20
 
@@ -218,10 +219,10 @@ def _copied(url: str, path: Path) -> tuple[int, int | None]:
     with urllib.request.urlopen(url) as response, open(path, "wb") as file:
         length = response.headers.get("Content-Length")
         total = None if length is None else int(length)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {url}") as bar:
+        with of_bytes(total, f"fetching {url}") as came:
             while block := response.read(BLOCK):
                 file.write(block)
-                bar.update(len(block))
+                came(len(block))
         return file.tell(), total
 
 
@@ -256,6 +257,8 @@ def _copy(source: IO[bytes], path: Path) -> None:
 
 def arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Named arrays of an .npz file; ValueError for a damaged file or a missing field."""
+    if not zipfile.is_zipfile(path):  # NumPy would advise to load it as a pickle, which runs code
+        raise ValueError(f"{path} cannot be read as .npz: it is not an .npz archive")
     try:
         with np.load(path, allow_pickle=False) as stored:
             if not isinstance(stored, np.lib.npyio.NpzFile):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..molecules import Split, Target
+from ..progress import over
 from .contents import BOHR, HARTREE, KCAL_PER_MOL, Contents, packed
 from .files import Folder, arrays
 
@@ -105,7 +105,7 @@ def _database(path: Path) -> dict[str, np.ndarray]:
             units = metadata.get("_property_unit_dict", {})
             length = _factor(path, "positions", metadata.get("_distance_unit", "Ang"))
             rows = database.select()
-            for row in tqdm(rows, desc=f"reading {path.name}", unit=" mol", total=len(database)):
+            for row in over(rows, f"reading {path.name}", len(database)):
                 periodic += bool(np.any(row.pbc))
                 z.append(row.numbers)
                 pos.append(row.positions * length)

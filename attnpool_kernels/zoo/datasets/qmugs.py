@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..molecules import Target
+from ..molecules import Split, Target
 from . import structures
 from .contents import BOHR, HARTREE, Contents, packed
 from .files import Folder
@@ -58,6 +58,7 @@ def read(
     weights_only: bool = True,
     energy_unit: str = "hartree",
     position_unit: str = "angstrom",
+    train: int | None = None,
 ) -> Contents:
     """QMugs from ``QMugs_3D_torch_geometric.pt``, a list of Data with 21 targets.
 
@@ -66,6 +67,8 @@ def read(
         weights_only: of ``torch.load``; False loads any pickle, which can run code.
         energy_unit, position_unit: of the file, which states none: "hartree" or "eV", "angstrom"
             or "bohr". Orbital energies and distances that cannot be in these units are refused.
+        train: train on the first so many molecules of each published part to train on (which is in
+            random order), to see how errors fall with the size. None: all of them.
 
     Dispersion coefficient and polarizability keep the atomic units of the source.
     """
@@ -94,4 +97,10 @@ def read(
     if energy_unit == "hartree":
         y *= np.array([HARTREE if target.unit == "eV" else 1.0 for target in TARGETS])
     molecules = packed(path, found["z"], found["pos"], found["counts"], y)
-    return Contents(path, molecules, TARGETS, eighty_ten_ten(len(molecules), SEEDS))
+    splits = eighty_ten_ten(len(molecules), SEEDS)
+    if train is not None:
+        most = len(next(iter(splits.values())).train)
+        if isinstance(train, bool) or not isinstance(train, int) or not 1 <= train <= most:
+            raise ValueError(f"train must be an int from 1 to {most}, got {train!r}")
+        splits = {seed: Split(s.train[:train], s.val, s.test) for seed, s in splits.items()}
+    return Contents(path, molecules, TARGETS, splits)

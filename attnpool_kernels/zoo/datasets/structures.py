@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .. import sdf as reader
 from ..lines import lines
 from ..molecules import warn_of_charges
+from ..progress import over
 
 Arrays = dict[str, np.ndarray]
 
@@ -31,7 +31,7 @@ def sdf(path: Path, skip: Collection[int] = ()) -> Arrays:
     z, pos = [], []
     charged, open_, flat = {}, [], []
     blocks = reader.blocks(lines(path))
-    for number, block in enumerate(tqdm(blocks, desc=f"reading {path.name}", unit=" mol")):
+    for number, block in enumerate(over(blocks, f"reading {path.name}")):
         if not block.ended:
             raise ValueError(f"{path} is cut off: molecule {number + 1} has no end ($$$$)")
         if number in skip:
@@ -127,7 +127,7 @@ def data_list(path: Path, targets: int, weights_only: bool = True) -> Arrays:
     if not len(loaded):
         raise ValueError(f"{path} holds no molecules")
     z, pos, y = [], [], []
-    for number, item in enumerate(tqdm(loaded, desc=f"reading {path.name}", unit=" mol")):
+    for number, item in enumerate(over(loaded, f"reading {path.name}")):
         try:
             fields = [item[name] for name in ("z", "pos", "y")]
         except (KeyError, TypeError) as error:
