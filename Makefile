@@ -50,7 +50,7 @@ $(VENV)/.zoo: $(VENV)/.package
 
 # The interpreter of Triton 3.6 uses what numpy 2.4 removed.
 $(VENV)/.test: $(VENV)/.bench $(VENV)/.zoo Makefile
-	$(INSTALL) $(KEEP) "attnpool-kernels[test,metatrain]"
+	$(INSTALL) $(KEEP) "attnpool-kernels[test,metatrain,periodic,parquet]"
 	! $(BIN)/python -m pip show triton | grep -q "^Version: 3.6" || $(INSTALL) "numpy<2.4"
 	@touch $@
 
