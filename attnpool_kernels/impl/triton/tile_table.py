@@ -5,9 +5,9 @@ queries fit one tile needs one gradient kernel instead of two). Nothing here was
 yet. On sm_90 the tiles of calls without options are those that issue the fewest instructions, as
 counted from their machine code (``_HOPPER``); elsewhere an entry is the first of a list of
 candidates (32 x 32, more warps, then fewer keys, then fewer queries, then slices of the width) that
-compiled without spills at first, on `mma.sync`, which CI can execute (tests/tools/ptx). tests/tools/aot.py
-compiles every entry for every architecture, tests/tools/triton_resources.csv and
-triton_executed.csv sum up the result, PREDICTED.md says what follows.
+compiled without spills at first, on `mma.sync`, which CI can execute (tests/tools/ptx).
+tests/tools/aot.py compiles every entry, tests/tools/triton_resources.csv and triton_executed.csv
+sum up the result, PREDICTED.md says what follows.
 """
 
 from __future__ import annotations
