@@ -106,7 +106,9 @@ def both_gpu_backends(monkeypatch):
         ({"small_sets": False}, "triton"),
         ({"deterministic": True}, "triton"),
         ({"dtype": torch.float64}, "triton"),
-        ({"value_dim": 65}, "triton"),
+        ({"value_dim": 72}, "triton"),
+        ({"head_dim": 20}, "triton"),  # rows of 40 bytes
+        ({"head_dim": 20, "value_dim": 20, "dtype": torch.float32}, "cuda"),
         ({"seeds": 8}, "triton"),
         ({"seeds": 9}, "cuda"),
     ],

@@ -58,9 +58,10 @@ def order(problem: Problem) -> tuple[str, ...]:
 
 def _for_small_kernels(problem: Problem) -> bool:
     """Whether csrc/cuda/small_*.cu would serve every set."""
-    widest = max(problem.head_dim, problem.value_dim)
+    widths, element = (problem.head_dim, problem.value_dim), problem.dtype.itemsize
     few = problem.seeds is not None and problem.seeds <= 8  # these have kernels of their own
-    return problem.small_sets and problem.dtype.itemsize <= 4 and widest <= 64 and not few
+    by_16_bytes = all(width * element % 16 == 0 for width in widths)  # how they read rows
+    return problem.small_sets and element <= 4 and max(widths) <= 64 and by_16_bytes and not few
 
 
 class KernelBackend(Protocol):

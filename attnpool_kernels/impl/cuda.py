@@ -6,10 +6,10 @@ one molecule, its keys from its own start. Tensor cores for every dtype (float32
 three TF32 or eight bfloat16 products). Pooling with at most eight shared seeds has kernels of its
 own, which stream keys and values once, a warp a head and molecule; there a molecule of more than
 512 keys is cut into parts that are merged in order, so one huge set fills the chip.
-Any size is correct; the sizes of molecules are not known without waiting for the device, so large
-sets are not refused, only slower than elsewhere. Repeatable and batch invariant bit for bit by
-construction: no atomics, and the order of every sum is fixed by the molecule (d(seeds): by the
-number of molecules and of keys).
+Any size is correct; where no ``Ragged`` knows the sizes of molecules they would take waiting for
+the device, so large sets are not refused, only slower than elsewhere. Repeatable and batch
+invariant bit for bit by construction: no atomics, and the order of every sum is fixed by the
+molecule (d(seeds): by the number of molecules and of keys).
 
 Nothing of it has been timed on a GPU yet; see csrc/cuda/resources.json for what the compiler says.
 """
