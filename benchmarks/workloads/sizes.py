@@ -25,7 +25,11 @@ NORMALS = {  # mean, standard deviation, smallest, largest: assumed shapes
     "QMugs-like": (55.0, 35.0, 4, 228),
     "n=55+-20": (55.0, 20.0, 4, 228),
 }
-UNIFORM = {"neighbours": (20, 60)}  # rows of an atom and its neighbours inside 4.5 to 6 Å
+UNIFORM = {
+    "neighbours": (20, 60),  # rows of an atom and its neighbours inside 4.5 to 6 Å
+    "10-20 atoms": (10, 20),
+    "40-80 atoms": (40, 80),
+}
 DISTRIBUTIONS = (*HISTOGRAMS, *NORMALS, *UNIFORM)
 
 

@@ -173,12 +173,35 @@ def _neighbours(device: str) -> list[Workload]:
     return found
 
 
+def _shares(device: str) -> list[Workload]:
+    """Our kernels alone, by size and width: how much of the machine they use."""
+    wide = [
+        _molecules("40-80 atoms", 128, heads=8, dim=dim) for dim in (32, 64, 16, 24, 20, 40, 48)
+    ]
+    sets = [replace(w, name="1000 neighbourhoods") for w in _neighbours(device)[1:2]]
+    sets += [replace(w, key_bias=False) for w in sets]
+    small = [_molecules("10-20 atoms", 512, heads=8, dim=dim) for dim in (32, 20)]
+    mixed = [_molecules("QMugs-like", 128, heads=8, dim=dim) for dim in (32, 64, 24)]
+    giant = [
+        replace(w, seeds=s, x=s)
+        for w in (Workload("n=20000", "seeds", (20_000,)), Workload("n=200000", "seeds", (200_000,)))
+        for s in (1, 16, 32)
+    ]
+    types = [
+        _molecules("QMugs-like", 128, dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float16, torch.float64)
+    ]
+    found = [*wide, *sets, *small, *mixed, *_scaling((512, 2048)), *giant, *types]
+    return [replace(work, family="shares", rivals=False) for work in found]
+
+
 SUITES: dict[str, tuple[str, Callable[[str], list[Workload]]]] = {
     "quick": ("scaling, QM7b, QM8, QMugs-like, seeds, all contenders", _quick),
     "paper": ("the scaling study: 8 to 100,000 atoms; distributions, widths, dtypes", _paper),
     "molecules": ("real molecule sizes, and the table of performance goals", _goals),
     "neighbours": ("sets of 20 to 60 neighbours with a key bias, three passes", _neighbours),
     "seeds": ("seed pooling with 1 to 64 seeds", _seeds),
+    "shares": ("our kernels alone: what share of the machine they use", _shares),
     "modules": ("a whole Set Transformer pooling module, forward and force training", _modules),
 }
 
