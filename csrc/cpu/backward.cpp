@@ -14,7 +14,7 @@ namespace {
 
 template <typename T>
 struct BackwardScratch {
-  T *q, *q_t, *k, *v, *dout, *dout_t, *out, *p, *ds, *pairs, *dq, *dk, *dv;
+  T *q, *q_t, *k, *k_t, *v, *v_t, *dout, *dout_t, *out, *p, *ds, *pairs, *dq, *dk, *dv;
   T *minus_lse, *delta, *dlse, *norm;
   T* norms;  // by query of the molecule
   T *long_dq[2], *long_dk[2], *long_dv[2];
@@ -28,7 +28,9 @@ struct BackwardScratch {
     q = arena.take<T>(QUERIES * head_ld);
     q_t = arena.take<T>(QUERIES * head_ld);
     k = arena.take<T>(keys * head_ld);
+    k_t = arena.take<T>(KEYS * head_ld);
     v = arena.take<T>(keys * value_ld);
+    v_t = arena.take<T>(KEYS * value_ld);
     dout = arena.take<T>(QUERIES * value_ld);
     dout_t = arena.take<T>(QUERIES * value_ld);
     out = arena.take<T>(QUERIES * value_ld);
@@ -56,49 +58,51 @@ constexpr int64_t MANY_KEYS = 2048;
 constexpr int LARGE_LSE = 16;
 
 // p to P (times R), ds from dO.v to dS, with P divided by a norm if there is one.
-template <typename T, bool DROPOUT, bool NORM>
-void score_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* norm,
-                     const T* delta, const T* dlse) {
-  for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-    const Vector<T> delta_l = load(delta + x) - load(dlse + x);  // (B2)
-    for (int64_t j = 0; j < nj; ++j) {
-      const int64_t at = j * QUERIES + x;
-      Vector<T> weight = load(p + at), dp = load(ds + at);
-      if (NORM) weight *= load(norm + x);
-      if (DROPOUT) dp *= load(keep + at);
-      store(ds + at, score_gradient(weight, dp, delta_l));  // (B3)
-      if (DROPOUT) weight *= load(keep + at);
-      if (DROPOUT || NORM) store(p + at, weight);
+template <typename T, LanesAre L, bool DROPOUT, bool NORM>
+void score_gradients(const Block& at, T* p, T* ds, const T* keep, const T* norm, const T* delta,
+                     const T* dlse) {
+  const int64_t rows = rows_of_block<T, L>(at), vectors = vectors_of<T, L>(at);
+  for (int64_t r = 0; r < rows; r += ROWS<T, L>) {
+    const Vector<T> delta_l = of_rows<L>(delta + r) - of_rows<L>(dlse + r);  // (B2)
+    for (int64_t n = 0; n < vectors; ++n) {
+      const int64_t x = vector_at<T, L>(r, n);
+      Vector<T> weight = load(p + x), dp = load(ds + x);
+      if (NORM) weight *= of_rows<L>(norm + r);
+      if (DROPOUT) dp *= load(keep + x);
+      store(ds + x, score_gradient(weight, dp, delta_l));  // (B3)
+      if (DROPOUT) weight *= load(keep + x);
+      if (DROPOUT || NORM) store(p + x, weight);
     }
   }
 }
 
 // The same from the logits of a block that has all keys, and the largest of each query: P is
 // divided by its sum, and delta = rowsum(P dP).
-template <typename T, bool DROPOUT>
-void own_gradients(T* p, T* ds, const T* keep, int64_t nj, int64_t lanes, const T* maxima,
-                   const T* dlse) {
-  for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-    const Vector<T> top = finite_top(maxima + x);
+template <typename T, LanesAre L, bool DROPOUT>
+void own_gradients(const Block& at, T* p, T* ds, const T* keep, const T* maxima, const T* dlse) {
+  const int64_t rows = rows_of_block<T, L>(at), vectors = vectors_of<T, L>(at);
+  for (int64_t r = 0; r < rows; r += ROWS<T, L>) {
+    const Vector<T> top = finite_top<T, L>(maxima + r);
     Vector<T> sums[2] = {};
-    sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&few)[2]) {
-      const int64_t at = j * QUERIES + x;
-      const Vector<T> weight = exp2<T>(load(p + at) - top);
-      Vector<T> dp = load(ds + at);
-      if (DROPOUT) dp *= load(keep + at);
+    sum_keys<T>(vectors, sums, [&](int64_t n, Vector<T>(&few)[2]) {
+      const int64_t x = vector_at<T, L>(r, n);
+      const Vector<T> weight = exp2<T>(load(p + x) - top);
+      Vector<T> dp = load(ds + x);
+      if (DROPOUT) dp *= load(keep + x);
       few[0] += weight;
       few[1] += weight * dp;
-      store(p + at, weight);
+      store(p + x, weight);
     });
-    const Vector<T> inverse = sums[0] == Vector<T>{} ? Vector<T>{} : T(1) / sums[0];
-    const Vector<T> delta_l = sums[1] * inverse - load(dlse + x);  // (B2)
-    for (int64_t j = 0; j < nj; ++j) {
-      const int64_t at = j * QUERIES + x;
-      Vector<T> weight = load(p + at) * inverse, dp = load(ds + at);
-      if (DROPOUT) dp *= load(keep + at);
-      store(ds + at, score_gradient(weight, dp, delta_l));  // (B3)
-      if (DROPOUT) weight *= load(keep + at);
-      store(p + at, weight);
+    const Vector<T> total = sum_of_row<T, L>(sums[0]), weighted = sum_of_row<T, L>(sums[1]);
+    const Vector<T> inverse = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
+    const Vector<T> delta_l = weighted * inverse - of_rows<L>(dlse + r);  // (B2)
+    for (int64_t n = 0; n < vectors; ++n) {
+      const int64_t x = vector_at<T, L>(r, n);
+      Vector<T> weight = load(p + x) * inverse, dp = load(ds + x);
+      if (DROPOUT) dp *= load(keep + x);
+      store(ds + x, score_gradient(weight, dp, delta_l));  // (B3)
+      if (DROPOUT) weight *= load(keep + x);
+      store(p + x, weight);
     }
   }
 }
@@ -116,37 +120,38 @@ void row_products(const T* a, const T* b, int64_t ld, int64_t count, T* to) {
 }
 
 // norms[i] = 1 / sum of P over all keys, for queries first ... last - 1 of a molecule.
-template <typename T>
+template <typename T, LanesAre L>
 void find_norms(const AttnParams& a, int64_t molecule, int64_t head, int64_t first, int64_t last,
                 const BackwardScratch<T>& w, T* norms) {
-  Block at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
+  Block at = whole_head(a, molecule, head);
   const int64_t key_step = step_of(at.keys.size, w.keys, 4);
   const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
   DeadRows dead{};
   for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
     at.ni = smaller(query_step, last - at.i0);
-    const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
+    const int64_t row = at.queries.first + at.i0;
     read_lse(a.lse, molecule, row, head, at.ni, w.minus_lse, dead);
+    const Side<T> q{{w.q, w.head_ld, false}, w.q_t}, k{{w.k, w.head_ld, false}, w.k_t};
     pack_rows(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, w.head_ld);
     dead.clear_rows(w.q, w.head_ld, at.ni);
-    transpose_rows(w.q, w.head_ld, at.ni, w.head_ld, w.q_t);
+    turn<T, L, LanesAre::queries>(q, at.ni, a.head_dim);
     T *const sums = w.delta, *const lost = w.dlse;
     zero(sums, QUERIES);
     zero(lost, QUERIES);
     for (at.j0 = 0; at.j0 < at.keys.size; at.j0 += key_step) {
       at.nj = smaller(key_step, at.keys.size - at.j0);
       pack_rows(a.k, a.dtype, 0, at.keys.first + at.j0, head, at.nj, a.head_dim, w.k, w.head_ld);
-      block_weights<T>(a, at, Base::whole, {w.k, w.head_ld, false}, w.q_t, w.minus_lse, w.pairs,
-                       w.p);
-      dead.clear_pairs(w.p, at.ni, at.nj);
-      for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-        Vector<T> block[1] = {}, sum = load(sums + x), rest = load(lost + x);
-        sum_keys<T>(at.nj, block, [&](int64_t j, Vector<T>(&few)[1]) {
-          few[0] += load(w.p + j * QUERIES + x);
+      turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim);
+      block_weights<T, L>(a, at, Base::whole, k, q, w.minus_lse, w.pairs, w.p);
+      dead.clear_pairs<L>(w.p, at);
+      for (int64_t r = 0; r < rows_of_block<T, L>(at); r += ROWS<T, L>) {
+        Vector<T> block[1] = {}, sum = of_rows<L>(sums + r), rest = of_rows<L>(lost + r);
+        sum_keys<T>(vectors_of<T, L>(at), block, [&](int64_t n, Vector<T>(&few)[1]) {
+          few[0] += load(w.p + vector_at<T, L>(r, n));
         });
-        add_exactly<T>(sum, rest, block[0]);
-        store(sums + x, sum);
-        store(lost + x, rest);
+        add_exactly<T>(sum, rest, sum_of_row<T, L>(block[0]));
+        to_rows<L>(sums + r, sum);
+        to_rows<L>(lost + r, rest);
       }
     }
     for (int64_t i = 0; i < at.ni; ++i) {
@@ -157,7 +162,7 @@ void find_norms(const AttnParams& a, int64_t molecule, int64_t head, int64_t fir
 }
 
 // The norms of a molecule that needs them: those found before, or in the scratch; else null.
-template <typename T>
+template <typename T, LanesAre L>
 const T* norms_of(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
                   const BackwardScratch<T>& w) {
   const Span queries = query_span(a, molecule);
@@ -168,14 +173,14 @@ const T* norms_of(const AttnParams& a, const Task& task, int64_t molecule, int64
     needed = lse > LARGE_LSE || (lse < -LARGE_LSE && lse != -T(__builtin_inf()));
   }
   if (!needed) return nullptr;
-  find_norms(a, molecule, head, 0, queries.size, w, w.norms);
+  find_norms<T, L>(a, molecule, head, 0, queries.size, w, w.norms);
   return w.norms;
 }
 
-template <typename T>
-void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-              const BackwardScratch<T>& w, LongSum<T>& dq_sum, Ahead& ahead) {
-  Block at{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
+template <typename T, LanesAre L>
+void run_head(const AttnParams& a, const Task& task, Block at, const BackwardScratch<T>& w,
+              LongSum<T>& dq_sum, Ahead& ahead) {
+  const int64_t molecule = at.molecule, head = at.head;
   const Span queries = at.queries, keys = at.keys;
   const int64_t first = smaller(task.first, keys.size), last = smaller(task.last, keys.size);
   if (queries.size == 0) {
@@ -201,17 +206,17 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
     dq = {static_cast<T*>(task.dq_sum) + head * queries.size * w.head_ld, w.head_ld, true};
   else
     dq = place(a.dq, a.dtype, 0, queries.first, head, a.head_dim, w.dq);
-  const T* const norms = one_block ? nullptr : norms_of(a, task, molecule, head, w);
+  const T* const norms = one_block ? nullptr : norms_of<T, L>(a, task, molecule, head, w);
   const Base base = norms ? Base::whole : Base::lse;
-  const auto finish_own = a.seed ? own_gradients<T, true> : own_gradients<T, false>;
-  const auto finish = a.seed ? (norms ? score_gradients<T, true, true>
-                                      : score_gradients<T, true, false>)
-                             : (norms ? score_gradients<T, false, true>
-                                      : score_gradients<T, false, false>);
+  const auto finish_own = a.seed ? own_gradients<T, L, true> : own_gradients<T, L, false>;
+  const auto finish = a.seed ? (norms ? score_gradients<T, L, true, true>
+                                      : score_gradients<T, L, true, false>)
+                             : (norms ? score_gradients<T, L, false, true>
+                                      : score_gradients<T, L, false, false>);
   const auto ahead_by = [&](const View& x, const Span& rows, int64_t count) {
     return once ? 0 : ahead_of(x, rows, count, head, a.heads);
   };
-  Place<T> q{}, dout{};
+  Side<T> q{{}, w.q_t}, dout{{}, w.dout_t};
   DeadRows dead{};
   KeySums<T> ds_sum{};
   if (a.dkey_bias.data) ds_sum = {w.key_sums[0], w.key_sums[1], w.key_sums[2]};
@@ -220,10 +225,14 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
     const int64_t key = keys.first + at.j0;
     const bool add_dq = dq_sum.next(dq, queries.size, w.head_ld);
     LongSum<T> dk_sum{w.long_dk[0], w.long_dk[1]}, dv_sum{w.long_dv[0], w.long_dv[1]};
-    const Place<T> k = rows_of(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k,
-                                 one_query_block, ahead_by(a.k, keys, at.nj));
-    const Place<T> v = rows_of(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v,
-                                 one_query_block, ahead_by(a.v, keys, at.nj));
+    const Side<T> k{rows_of(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, one_query_block,
+                            ahead_by(a.k, keys, at.nj)),
+                    w.k_t};
+    const Side<T> v{rows_of(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, one_query_block,
+                            ahead_by(a.v, keys, at.nj)),
+                    w.v_t};
+    turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim);
+    turn<T, L, LanesAre::keys>(v, at.nj, a.value_dim);
     const Place<T> dk = place(a.dk, a.dtype, 0, key, head, a.head_dim, w.dk);
     const Place<T> dv = place(a.dv, a.dtype, 0, key, head, a.value_dim, w.dv);
     for (at.i0 = 0; at.i0 < queries.size; at.i0 += query_step) {
@@ -236,33 +245,36 @@ void run_head(const AttnParams& a, const Task& task, int64_t molecule, int64_t h
         for (int64_t i = 0; norms && i < lanes; ++i)
           w.norm[i] = i < at.ni ? norms[at.i0 + i] : T(0);
         const bool in_place = one_block && !dead.any;
-        q = rows_of(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, in_place,
-                      ahead_by(a.q, queries, at.ni));
-        dout = rows_of(a.dout, a.dtype, molecule, row, head, at.ni, a.value_dim, w.dout,
-                         in_place, ahead_by(a.dout, queries, at.ni));
+        q.rows = rows_of(a.q, a.dtype, 0, row, head, at.ni, a.head_dim, w.q, in_place,
+                         ahead_by(a.q, queries, at.ni));
+        dout.rows = rows_of(a.dout, a.dtype, molecule, row, head, at.ni, a.value_dim, w.dout,
+                            in_place, ahead_by(a.dout, queries, at.ni));
         dead.clear_rows(w.q, w.head_ld, at.ni);
         dead.clear_rows(w.dout, w.value_ld, at.ni);
-        transpose_rows(q.data, q.ld, at.ni, columns_of<T>(a.head_dim), w.q_t);
-        transpose_rows(dout.data, dout.ld, at.ni, columns_of<T>(a.value_dim), w.dout_t);
+        turn<T, L, LanesAre::queries>(q, at.ni, a.head_dim);
+        turn<T, L, LanesAre::queries>(dout, at.ni, a.value_dim);
         if (!one_block) {
           pack_rows(a.out, a.dtype, molecule, row, head, at.ni, a.value_dim, w.out, w.value_ld);
           row_products(w.out, w.dout, w.value_ld, at.ni, w.delta);  // (B2)
         }
       }
-      if (one_block) block_logits(a, at, k, w.q_t, w.pairs, w.p, w.norm, ahead);
-      else block_weights(a, at, base, k, w.q_t, w.minus_lse, w.pairs, w.p);
-      pair_products(at, v, w.dout_t, a.value_dim, w.ds, T(1), false, &ahead);  // (B1)
-      dead.clear_pairs(w.p, at.ni, nj, one_block ? -T(__builtin_inf()) : T(0));
-      dead.clear_pairs(w.ds, at.ni, nj);
-      if (a.seed) keep_pairs(a, at, w.pairs);
-      if (one_block) finish_own(w.p, w.ds, w.pairs, nj, lanes, w.norm, w.dlse);
-      else finish(w.p, w.ds, w.pairs, nj, lanes, w.norm, w.delta, w.dlse);
+      if (one_block) block_logits<T, L>(a, at, k, q, w.pairs, w.p, w.norm, ahead);
+      else block_weights<T, L>(a, at, base, k, q, w.minus_lse, w.pairs, w.p);
+      pair_products<T, L>(at, v, dout, a.value_dim, w.ds, T(1), false, &ahead);  // (B1)
+      dead.clear_pairs<L>(w.p, at, one_block ? -T(__builtin_inf()) : T(0));
+      dead.clear_pairs<L>(w.ds, at);
+      if (a.seed) keep_pairs<T, L>(a, at, w.pairs);
+      if (one_block) finish_own(at, w.p, w.ds, w.pairs, w.norm, w.dlse);
+      else finish(at, w.p, w.ds, w.pairs, w.norm, w.delta, w.dlse);
       const bool add_dv = dv_sum.next(dv, nj, w.value_ld), add_dk = dk_sum.next(dk, nj, w.head_ld);
-      sum_over_queries(at, w.p, dout, a.value_dim, dv, T(1), add_dv, &ahead, large);  // (B4)
-      sum_over_queries(at, w.ds, q, a.head_dim, dk, scale, add_dk, &ahead, large);    // (B6)
-      sum_over_keys(at, dead, w.ds, k, a.head_dim, dq, scale, add_dq, &ahead, large);  // (B5)
-      if (a.dbias.data) store_pairs(a, w.ds, at, a.dbias);  // (B7)
-      ds_sum.add(at, w.ds);                                 // (B8)
+      sum_over_queries<T, L>(at, w.p, dout.rows, a.value_dim, dv, T(1), add_dv, &ahead,
+                             large);  // (B4)
+      sum_over_queries<T, L>(at, w.ds, q.rows, a.head_dim, dk, scale, add_dk, &ahead,
+                             large);  // (B6)
+      sum_over_keys<T, L>(at, dead, w.ds, k.rows, a.head_dim, dq, scale, add_dq, &ahead,
+                          large);                                     // (B5)
+      if (a.dbias.data) store_pairs<T, L>(a, w.ds, at, a.dbias);  // (B7)
+      ds_sum.template add<L>(at, w.ds);                           // (B8)
     }
     ds_sum.finish(a, at, a.dkey_bias);
     dk_sum.finish(dk, at.nj, w.head_ld);
@@ -298,7 +310,11 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
   for_each_head<T>(a, task, scratch.long_dq, scratch.head_ld,
                    [&](int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
                      ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
-                     run_head<T>(a, task, molecule, head, scratch, dq_sum, ahead);
+                     const Block at = whole_head(a, molecule, head);
+                     const auto run_head_by = few_queries<T>(at.queries, at.keys)
+                                                  ? run_head<T, LanesAre::keys>
+                                                  : run_head<T, LanesAre::queries>;
+                     run_head_by(a, task, at, scratch, dq_sum, ahead);
                    });
   publish_streams();
 }
@@ -309,8 +325,8 @@ void run_norms(const AttnParams& a, const Task& task, void* buffer) {
   const BackwardScratch<T> scratch(a, longest_of(a, task), arena);
   const int64_t rows = query_span(a, task.molecule).size;
   for (int64_t head = task.head; head < task.head_end; ++head)
-    find_norms(a, task.molecule, head, task.first, task.last, scratch,
-               static_cast<T*>(task.statistics) + head * rows);
+    find_norms<T, LanesAre::queries>(a, task.molecule, head, task.first, task.last, scratch,
+                                     static_cast<T*>(task.statistics) + head * rows);
 }
 
 }  // namespace

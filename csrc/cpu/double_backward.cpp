@@ -15,6 +15,7 @@ template <typename T>
 struct DoubleBackwardScratch {
   T *q, *q_t, *k, *v, *dout, *dout_t;             // Q, K, V, dO
   T *ddq, *ddq_t, *ddk, *ddv;                     // A, B, C
+  T *k_t, *v_t, *ddk_t, *ddv_t;
   T *p, *tangent, *dp, *g, *pairs;                // P, T, dP, G of the block
   T *gk, *gv;
   T *minus_lse, *dlse, *delta_l, *t, *y, *w, *inverse;
@@ -31,6 +32,8 @@ struct DoubleBackwardScratch {
     arena.each(QUERIES * value_ld, dout, dout_t);
     arena.each(keys * head_ld, k, ddk, gk);
     arena.each(keys * value_ld, v, ddv, gv);
+    arena.each(KEYS * head_ld, k_t, ddk_t);
+    arena.each(KEYS * value_ld, v_t, ddv_t);
     arena.each(keys * QUERIES, p, tangent, dp, g);
     pairs = arena.take<T>(a.bias.data || a.key_bias.data || a.seed ? keys * QUERIES : 0);
     arena.each(QUERIES, minus_lse, dlse, delta_l, t, y, w, inverse);
@@ -56,15 +59,14 @@ struct RowSums {
   }
 };
 
-template <typename T>
+template <typename T, LanesAre L>
 class Head {
  public:
-  Head(const AttnParams& a, const Task& task, int64_t molecule, int64_t head,
-       const DoubleBackwardScratch<T>& w, Ahead& ahead)
-      : a_(a), task_(task), w_(w), ahead_(ahead), scale_(T(a.scale)),
-        at_{molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0} {
+  Head(const AttnParams& a, const Task& task, const Block& at, const DoubleBackwardScratch<T>& w,
+       Ahead& ahead)
+      : a_(a), task_(task), w_(w), ahead_(ahead), scale_(T(a.scale)), at_(at) {
     query_step_ = step_of(at_.queries.size, QUERIES, WIDTH<T>);
-    rows_ = task.statistics ? static_cast<T*>(task.statistics) + head * 4 * at_.queries.size
+    rows_ = task.statistics ? static_cast<T*>(task.statistics) + at.head * 4 * at_.queries.size
                             : w.linear;
   }
 
@@ -141,7 +143,7 @@ class Head {
         elementwise();
         accumulate(gq, add_gq, gdout, add_gdout, gk, gk_sum.next(gk, at_.nj, w_.head_ld), gv,
                    gv_sum.next(gv, at_.nj, w_.value_ld));
-        z_sum.add(at_, w_.g);  // (D13)
+        z_sum.template add<L>(at_, w_.g);  // (D13)
       }
       z_sum.finish(a_, at_, a_.gkey_bias);
       gk_sum.finish(gk, at_.nj, w_.head_ld);
@@ -187,17 +189,18 @@ class Head {
   // All rows are packed, because several products read each of them again.
   void load_keys() {
     const int64_t key = at_.keys.first + at_.j0;
-    const auto read = [&](const View& x, int64_t width, T* buffer) {
-      if (!x.data) return Place<T>{};
-      const Place<T> rows{buffer, whole_vectors<T>(width), false};
-      pack_rows(x, a_.dtype, 0, key, at_.head, at_.nj, width, buffer, rows.ld,
+    const auto read = [&](const View& x, int64_t width, T* buffer, T* turned) {
+      if (!x.data) return Side<T>{};
+      const Side<T> side{{buffer, whole_vectors<T>(width), false}, turned};
+      pack_rows(x, a_.dtype, 0, key, at_.head, at_.nj, width, buffer, side.rows.ld,
                 ahead_by(x, at_.keys, at_.nj));
-      return rows;
+      turn<T, L, LanesAre::keys>(side, at_.nj, width);
+      return side;
     };
-    k_ = read(a_.k, a_.head_dim, w_.k);
-    v_ = read(a_.v, a_.value_dim, w_.v);
-    ddk_ = read(a_.ddk, a_.head_dim, w_.ddk);
-    ddv_ = read(a_.ddv, a_.value_dim, w_.ddv);
+    k_ = read(a_.k, a_.head_dim, w_.k, w_.k_t);
+    v_ = read(a_.v, a_.value_dim, w_.v, w_.v_t);
+    ddk_ = read(a_.ddk, a_.head_dim, w_.ddk, w_.ddk_t);
+    ddv_ = read(a_.ddv, a_.value_dim, w_.ddv, w_.ddv_t);
   }
 
   void load_queries() {
@@ -206,102 +209,96 @@ class Head {
     read_statistic(a_.dlse, at_.molecule, row, at_.head, at_.ni, w_.dlse);
     dead_.clear_rows(w_.dlse, 1, at_.ni);
     const auto read = [&](const View& x, int64_t molecule, int64_t width, T* buffer, T* turned) {
-      if (!x.data) return Place<T>{};
-      const Place<T> rows{buffer, whole_vectors<T>(width), false};
-      pack_rows(x, a_.dtype, molecule, row, at_.head, at_.ni, width, buffer, rows.ld,
+      if (!x.data) return Side<T>{};
+      const Side<T> side{{buffer, whole_vectors<T>(width), false}, turned};
+      pack_rows(x, a_.dtype, molecule, row, at_.head, at_.ni, width, buffer, side.rows.ld,
                 ahead_by(x, at_.queries, at_.ni));
-      dead_.clear_rows(buffer, rows.ld, at_.ni);
-      transpose_rows(rows.data, rows.ld, at_.ni, columns_of<T>(width), turned);
-      return rows;
+      dead_.clear_rows(buffer, side.rows.ld, at_.ni);
+      turn<T, L, LanesAre::queries>(side, at_.ni, width);
+      return side;
     };
     q_ = read(a_.q, 0, a_.head_dim, w_.q, w_.q_t);
     dout_ = read(a_.dout, at_.molecule, a_.value_dim, w_.dout, w_.dout_t);
     ddq_ = read(a_.ddq, 0, a_.head_dim, w_.ddq, w_.ddq_t);
   }
 
-  int64_t lanes() const { return whole_vectors<T>(at_.ni); }
-
-  void scores(const Place<T>& x, const T* y_t, int64_t width, T* to, T factor, bool add) {
-    pair_products(at_, x, y_t, width, to, factor, add, &ahead_);
+  void scores(const Side<T>& keys, const Side<T>& queries, int64_t width, T* to, T factor,
+              bool add) {
+    pair_products<T, L>(at_, keys, queries, width, to, factor, add, &ahead_);
   }
 
   // P (before it is divided by its sum; its logits, if the block has all keys), T, dP and G of the
   // block, (D1), (B1), (D3).
   void products() {
-    const int64_t nj = at_.nj, count = nj * QUERIES;
-    if (all_keys_) block_logits(a_, at_, k_, w_.q_t, w_.pairs, w_.p, w_.minus_lse, ahead_);
-    else block_weights(a_, at_, Base::whole, k_, w_.q_t, w_.minus_lse, w_.pairs, w_.p);
+    if (all_keys_) block_logits<T, L>(a_, at_, k_, q_, w_.pairs, w_.p, w_.minus_lse, ahead_);
+    else block_weights<T, L>(a_, at_, Base::whole, k_, q_, w_.minus_lse, w_.pairs, w_.p);
     bool add = a_.ddbias.data != nullptr;
-    if (add) pack_pairs(a_, a_.ddbias, at_, w_.tangent);
+    if (add) pack_pairs<T, L>(a_, a_.ddbias, at_, w_.tangent);
     if (a_.ddkey_bias.data) {
-      for_keys(a_, a_.ddkey_bias, at_, [&](int64_t j, auto* key) {
-        const Vector<T> more = splat(T(widened(*key)));
-        for (int64_t x = j * QUERIES; x < j * QUERIES + lanes(); x += WIDTH<T>)
-          store(w_.tangent + x, add ? load(w_.tangent + x) + more : more);
-      });
+      spread_keys<T, L>(a_, a_.ddkey_bias, at_, w_.tangent, add, [](T x) { return x; });
       add = true;
     }
     if (a_.ddq.data) {
-      scores(k_, w_.ddq_t, a_.head_dim, w_.tangent, scale_, add);
+      scores(k_, ddq_, a_.head_dim, w_.tangent, scale_, add);
       add = true;
     }
     if (a_.ddk.data) {
-      scores(ddk_, w_.q_t, a_.head_dim, w_.tangent, scale_, add);
+      scores(ddk_, q_, a_.head_dim, w_.tangent, scale_, add);
       add = true;
     }
-    if (!add) zero(w_.tangent, count);
-    scores(v_, w_.dout_t, a_.value_dim, w_.dp, T(1), false);
-    if (a_.ddv.data) scores(ddv_, w_.dout_t, a_.value_dim, w_.g, T(1), false);
-    else zero(w_.g, count);
+    if (!add) zero(w_.tangent, area<L>(at_));
+    scores(v_, dout_, a_.value_dim, w_.dp, T(1), false);
+    if (a_.ddv.data) scores(ddv_, dout_, a_.value_dim, w_.g, T(1), false);
+    else zero(w_.g, area<L>(at_));
     if (a_.seed) {
-      keep_pairs(a_, at_, w_.pairs);
-      for (int64_t j = 0; j < nj; ++j)
-        for (int64_t x = j * QUERIES; x < j * QUERIES + lanes(); x += WIDTH<T>) {
-          const Vector<T> kept = load(w_.pairs + x);
-          store(w_.dp + x, load(w_.dp + x) * kept);
-          store(w_.g + x, load(w_.g + x) * kept);
-        }
+      keep_pairs<T, L>(a_, at_, w_.pairs);
+      for_vectors<T, L>(at_, [&](int64_t x) {
+        const Vector<T> kept = load(w_.pairs + x);
+        store(w_.dp + x, load(w_.dp + x) * kept);
+        store(w_.g + x, load(w_.g + x) * kept);
+      });
     }
     if (!dead_.any) return;
-    dead_.clear_pairs(w_.p, at_.ni, nj, all_keys_ ? -T(__builtin_inf()) : T(0));
-    dead_.clear_pairs(w_.tangent, at_.ni, nj);
-    dead_.clear_pairs(w_.dp, at_.ni, nj);
-    dead_.clear_pairs(w_.g, at_.ni, nj);
+    dead_.clear_pairs<L>(w_.p, at_, all_keys_ ? -T(__builtin_inf()) : T(0));
+    dead_.clear_pairs<L>(w_.tangent, at_);
+    dead_.clear_pairs<L>(w_.dp, at_);
+    dead_.clear_pairs<L>(w_.g, at_);
   }
 
   // FROM_LOGITS: P is made on the way, from the logits of a block that has all keys.
   template <bool FROM_LOGITS>
   void add_sums(RowSums<T>& sums, bool first) {
-    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
+    for (int64_t r = 0; r < rows_of_block<T, L>(at_); r += ROWS<T, L>) {
       Vector<T> block[sums.COUNT] = {};
-      const Vector<T> top = FROM_LOGITS ? finite_top(w_.minus_lse + x) : Vector<T>{};
-      sum_keys<T>(at_.nj, block, [&](int64_t j, Vector<T>(&few)[sums.COUNT]) {
-        const int64_t at = j * QUERIES + x;
-        Vector<T> p = load(w_.p + at);
-        if (FROM_LOGITS) store(w_.p + at, p = exp2<T>(p - top));
-        const Vector<T> dp = load(w_.dp + at);
-        const Vector<T> weighted = p * load(w_.tangent + at);
+      const Vector<T> top = FROM_LOGITS ? finite_top<T, L>(w_.minus_lse + r) : Vector<T>{};
+      sum_keys<T>(vectors_of<T, L>(at_), block, [&](int64_t n, Vector<T>(&few)[sums.COUNT]) {
+        const int64_t x = vector_at<T, L>(r, n);
+        Vector<T> p = load(w_.p + x);
+        if (FROM_LOGITS) store(w_.p + x, p = exp2<T>(p - top));
+        const Vector<T> dp = load(w_.dp + x);
+        const Vector<T> weighted = p * load(w_.tangent + x);
         few[sums.TOTAL] += p;
         few[sums.DELTA] += p * dp;
         few[sums.T_] += weighted;
         few[sums.S1] += weighted * dp;
-        few[sums.W] += p * load(w_.g + at);
+        few[sums.W] += p * load(w_.g + x);
       });
 #pragma GCC unroll 5
       for (int i = 0; i < sums.COUNT; ++i) {
-        Vector<T> sum = block[i], lost{};
+        Vector<T> sum = sum_of_row<T, L>(block[i]), lost{};
         if (!first) {
-          sum = load(sums.sum[i] + x), lost = load(sums.lost[i] + x);
-          add_exactly<T>(sum, lost, block[i]);
+          const Vector<T> more = sum;
+          sum = of_rows<L>(sums.sum[i] + r), lost = of_rows<L>(sums.lost[i] + r);
+          add_exactly<T>(sum, lost, more);
         }
-        store(sums.sum[i] + x, sum);
-        store(sums.lost[i] + x, lost);
+        to_rows<L>(sums.sum[i] + r, sum);
+        to_rows<L>(sums.lost[i] + r, lost);
       }
     }
   }
 
   void finish(const RowSums<T>& sums) {
-    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
+    for (int64_t x = 0; x < at_.ni; x += WIDTH<T>) {
       const Vector<T> total = sums.of(sums.TOTAL, x);
       const Vector<T> inverse = total == Vector<T>{} ? Vector<T>{} : T(1) / total;
       const Vector<T> delta = sums.of(sums.DELTA, x) * inverse, t = sums.of(sums.T_, x) * inverse;
@@ -319,20 +316,22 @@ class Head {
 
   // The same y from centred terms, which do not cancel: needs t and delta of all keys first.
   void centre() {
-    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      const Vector<T> t = load(w_.t + x), delta = load(w_.delta_l + x) + load(w_.dlse + x);
+    for (int64_t r = 0; r < rows_of_block<T, L>(at_); r += ROWS<T, L>) {
+      const Vector<T> t = of_rows<L>(w_.t + r);
+      const Vector<T> delta = of_rows<L>(w_.delta_l + r) + of_rows<L>(w_.dlse + r);
       Vector<T> sum[1] = {};
-      sum_keys<T>(at_.nj, sum, [&](int64_t j, Vector<T>(&few)[1]) {
-        const int64_t at = j * QUERIES + x;
-        few[0] += load(w_.p + at) * (load(w_.tangent + at) - t) * (load(w_.dp + at) - delta);
+      sum_keys<T>(vectors_of<T, L>(at_), sum, [&](int64_t n, Vector<T>(&few)[1]) {
+        const int64_t x = vector_at<T, L>(r, n);
+        few[0] += load(w_.p + x) * (load(w_.tangent + x) - t) * (load(w_.dp + x) - delta);
       });
-      store(w_.y + x, sum[0] * load(w_.inverse + x) + load(w_.w + x));
+      to_rows<L>(w_.y + r,
+                 sum_of_row<T, L>(sum[0]) * of_rows<L>(w_.inverse + r) + of_rows<L>(w_.w + r));
     }
   }
 
   void read_rows() {
     const int64_t n = at_.queries.size;
-    for (int64_t i = 0; i < lanes(); ++i) {
+    for (int64_t i = 0; i < whole_vectors<T>(at_.ni); ++i) {
       const bool there = i < at_.ni;
       w_.delta_l[i] = there ? rows_[at_.i0 + i] : T(0);
       w_.t[i] = there ? rows_[n + at_.i0 + i] : T(0);
@@ -343,35 +342,35 @@ class Head {
 
   // P, T, dP, G become P R, U R, dS, Z: (B3), (D5), (D6).
   void elementwise() {
-    for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      const Vector<T> delta_l = load(w_.delta_l + x), t = load(w_.t + x), y = load(w_.y + x);
-      const Vector<T> inverse = load(w_.inverse + x);
-      for (int64_t j = 0; j < at_.nj; ++j) {
-        const int64_t at = j * QUERIES + x;
-        Vector<T> p = load(w_.p + at) * inverse;
-        const Vector<T> tangent = load(w_.tangent + at), dp = load(w_.dp + at);
+    for (int64_t r = 0; r < rows_of_block<T, L>(at_); r += ROWS<T, L>) {
+      const Vector<T> delta_l = of_rows<L>(w_.delta_l + r), t = of_rows<L>(w_.t + r);
+      const Vector<T> y = of_rows<L>(w_.y + r), inverse = of_rows<L>(w_.inverse + r);
+      for (int64_t n = 0; n < vectors_of<T, L>(at_); ++n) {
+        const int64_t x = vector_at<T, L>(r, n);
+        Vector<T> p = load(w_.p + x) * inverse;
+        const Vector<T> tangent = load(w_.tangent + x), dp = load(w_.dp + x);
         Vector<T> u = weight_cotangent(p, tangent, t);
-        store(w_.dp + at, score_gradient(p, dp, delta_l));
-        store(w_.g + at, centred_second_gradient(p, tangent - t, dp, delta_l,
-                                                 Vector<T>(load(w_.g + at)), y));
+        store(w_.dp + x, score_gradient(p, dp, delta_l));
+        store(w_.g + x, centred_second_gradient(p, tangent - t, dp, delta_l,
+                                                Vector<T>(load(w_.g + x)), y));
         if (a_.seed) {
-          const Vector<T> kept = load(w_.pairs + at);
+          const Vector<T> kept = load(w_.pairs + x);
           u *= kept;
           p *= kept;
         }
-        store(w_.tangent + at, u);
-        store(w_.p + at, p);
+        store(w_.tangent + x, u);
+        store(w_.p + x, p);
       }
     }
   }
 
-  void by_queries(const T* x, const Place<T>& y, int64_t width, const Place<T>& to, T factor,
+  void by_queries(const T* x, const Side<T>& y, int64_t width, const Place<T>& to, T factor,
                   bool add) {
-    sum_over_keys(at_, dead_, x, y, width, to, factor, add, &ahead_);
+    sum_over_keys<T, L>(at_, dead_, x, y.rows, width, to, factor, add, &ahead_);
   }
-  void by_keys(const T* x, const Place<T>& y, int64_t width, const Place<T>& to, T factor,
+  void by_keys(const T* x, const Side<T>& y, int64_t width, const Place<T>& to, T factor,
                bool add) {
-    sum_over_queries(at_, x, y, width, to, factor, add, &ahead_);
+    sum_over_queries<T, L>(at_, x, y.rows, width, to, factor, add, &ahead_);
   }
 
   // add_...: whether this is added to the target, which else begins here.
@@ -385,7 +384,7 @@ class Head {
     by_keys(ur, dout_, a_.value_dim, gv, T(1), add_gv);           // (D9)
     by_queries(ur, v_, a_.value_dim, gdout, T(1), add_gdout);  // (D11)
     if (a_.ddv.data) by_queries(pr, ddv_, a_.value_dim, gdout, T(1), true);
-    if (a_.gbias.data) store_pairs(a_, z, at_, a_.gbias);  // (D10)
+    if (a_.gbias.data) store_pairs<T, L>(a_, z, at_, a_.gbias);  // (D10)
   }
 
   const AttnParams& a_;
@@ -397,7 +396,7 @@ class Head {
   int64_t query_step_;
   T* rows_;
   bool all_keys_ = false, once_ = false;  // whether one block has all keys, all queries
-  Place<T> q_{}, dout_{}, ddq_{}, k_{}, v_{}, ddk_{}, ddv_{};
+  Side<T> q_{}, dout_{}, ddq_{}, k_{}, v_{}, ddk_{}, ddv_{};
   DeadRows dead_{};
 };
 
@@ -414,6 +413,12 @@ void ask_for_rows(Ahead& ahead, const AttnParams& a, const Task& task, int64_t m
              {a.ddk, a.head_dim}, {a.ddv, a.value_dim}});
 }
 
+template <typename T, LanesAre L>
+void run_head(const AttnParams& a, const Task& task, const Block& at,
+              const DoubleBackwardScratch<T>& w, Ahead& ahead, LongSum<T>& gq_sum) {
+  Head<T, L>(a, task, at, w, ahead).run(gq_sum);
+}
+
 template <typename T>
 void run(const AttnParams& a, const Task& task, void* buffer, bool only_statistics) {
   Arena arena(buffer);
@@ -421,13 +426,18 @@ void run(const AttnParams& a, const Task& task, void* buffer, bool only_statisti
   Ahead ahead;
   if (only_statistics) {
     for (int64_t head = task.head; head < task.head_end; ++head)
-      Head<T>(a, task, task.molecule, head, scratch, ahead).statistics(task.first, task.last);
+      Head<T, LanesAre::queries>(a, task, whole_head(a, task.molecule, head), scratch, ahead)
+          .statistics(task.first, task.last);
     return;
   }
   for_each_head<T>(a, task, scratch.long_gq, scratch.head_ld,
                    [&](int64_t molecule, int64_t head, LongSum<T>& gq_sum) {
                      ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
-                     Head<T>(a, task, molecule, head, scratch, ahead).run(gq_sum);
+                     const Block at = whole_head(a, molecule, head);
+                     const auto run_head_by = few_queries<T>(at.queries, at.keys)
+                                                  ? run_head<T, LanesAre::keys>
+                                                  : run_head<T, LanesAre::queries>;
+                     run_head_by(a, task, at, scratch, ahead, gq_sum);
                    });
 }
 

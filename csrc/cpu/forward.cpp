@@ -12,7 +12,7 @@ constexpr int64_t KEPT_BYTES = 1 << 20;  // packed keys and values that stay in 
 
 template <typename T>
 struct ForwardScratch {
-  T *q, *q_t, *k, *v, *s, *pairs, *o, *o_sum, *o_lost, *maximum, *taken, *sum, *lost, *row;
+  T *q, *q_t, *k, *k_t, *v, *s, *pairs, *o, *o_sum, *o_lost, *maximum, *top, *taken, *sum, *lost, *row;
   int64_t keys, kept, head_ld, value_ld;
 
   ForwardScratch(const AttnParams& a, Arena& arena) {
@@ -21,13 +21,14 @@ struct ForwardScratch {
     keys = key_block<T>(larger(head_ld, value_ld));
     q = arena.take<T>(QUERIES * head_ld);
     q_t = arena.take<T>(QUERIES * head_ld);
+    k_t = arena.take<T>(KEYS * head_ld);
     kept = larger(keys, KEPT_BYTES / (int64_t(sizeof(T)) * (head_ld + value_ld)));
     k = arena.take<T>(kept * head_ld);
     v = arena.take<T>(kept * value_ld);
     s = arena.take<T>(keys * QUERIES);
     pairs = arena.take<T>(a.bias.data || a.key_bias.data || a.seed ? keys * QUERIES : 0);
     arena.each(QUERIES * value_ld, o, o_sum, o_lost);
-    arena.each(QUERIES, maximum, taken, sum, lost, row);
+    arena.each(QUERIES, maximum, top, taken, sum, lost, row);
   }
 };
 
@@ -38,48 +39,43 @@ ATTN_INLINE Vector<T> fading(Vector<T> old, Vector<T> now) {
   return exp2<T>(old - (now == -infinity ? Vector<T>{} : now));
 }
 
-// Logits of one vector of queries to weights 2^(s - top); returns their sums.
-template <typename T>
-ATTN_INLINE Vector<T> weigh(T* s, int64_t nj, Vector<T> top) {
+// Logits of the vectors of row r to weights 2^(s - top); returns their sums.
+template <typename T, LanesAre L>
+ATTN_INLINE Vector<T> weigh(const Block& at, T* s, int64_t r, Vector<T> top) {
   Vector<T> sums[1] = {};
-  sum_keys<T>(nj, sums, [&](int64_t j, Vector<T>(&sum)[1]) {
-    const Vector<T> weight = exp2<T>(load(s + j * QUERIES) - top);
+  sum_keys<T>(vectors_of<T, L>(at), sums, [&](int64_t n, Vector<T>(&sum)[1]) {
+    T* const place = s + vector_at<T, L>(r, n);
+    const Vector<T> weight = exp2<T>(load(place) - top);
     sum[0] += weight;
-    store(s + j * QUERIES, weight);
+    store(place, weight);
   });
-  return sums[0];
+  return sum_of_row<T, L>(sums[0]);
 }
 
 // Turns logits s (and biases) into weights and moves the running maximum and sum of each row on;
 // w.row[i] is what the sums of earlier blocks must be multiplied by. The maximum is rounded to a
 // whole number: then that is a power of 2, which rounds nothing away, however often it rises.
-template <typename T, Added ADDED>
-void soften(T* s, const T* bias, int64_t nj, int64_t lanes, const ForwardScratch<T>& w) {
-  for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-    const Vector<T> old = load(w.maximum + x);
-    Vector<T> top = old;
-    for (int64_t j = 0; j < nj; ++j) {
-      const Vector<T> logit = with_bias<T, ADDED>(load(s + j * QUERIES + x), bias, j, x);
-      if (ADDED != Added::nothing) store(s + j * QUERIES + x, logit);
-      top = larger_lanes(logit, top);
-    }
-    top = nearest_whole<T>(top);
-    store(w.maximum + x, top);
-    const Vector<T> block = weigh<T>(s + x, nj, finite_top(w.maximum + x));
+template <typename T, LanesAre L>
+void soften(Added added, const Block& at, T* s, const T* bias, const ForwardScratch<T>& w) {
+  add_biases<T, L>(added, at, s, bias, w.top);
+  const int64_t rows = rows_of_block<T, L>(at);
+  for (int64_t r = 0; r < rows; r += ROWS<T, L>) {
+    const Vector<T> old = of_rows<L>(w.maximum + r);
+    const Vector<T> top = nearest_whole<T>(larger_lanes(of_rows<L>(w.top + r), old));
+    to_rows<L>(w.maximum + r, top);
+    const Vector<T> block = weigh<T, L>(at, s, r, finite<T>(top));
     const Vector<T> fade = fading<T>(old, top);
-    Vector<T> sum = load(w.sum + x) * fade, rest = load(w.lost + x) * fade;
+    Vector<T> sum = of_rows<L>(w.sum + r) * fade, rest = of_rows<L>(w.lost + r) * fade;
     add_exactly<T>(sum, rest, block);
-    store(w.sum + x, sum);
-    store(w.lost + x, rest);
-    store(w.row + x, fade);
+    to_rows<L>(w.sum + r, sum);
+    to_rows<L>(w.lost + r, rest);
+    to_rows<L>(w.row + r, fade);
   }
 }
 
-template <typename T>
-void multiply_pairs(T* s, const T* by, int64_t nj, int64_t lanes) {
-  for (int64_t j = 0; j < nj; ++j)
-    for (int64_t x = 0; x < lanes; x += WIDTH<T>)
-      store(s + j * QUERIES + x, load(s + j * QUERIES + x) * load(by + j * QUERIES + x));
+template <typename T, LanesAre L>
+void multiply_pairs(const Block& at, T* s, const T* by) {
+  for_vectors<T, L>(at, [&](int64_t p) { store(s + p, load(s + p) * load(by + p)); });
 }
 
 // maximum becomes lse = max + log sum; row = 1 / sum, 0 in rows without a finite logit. Returns
@@ -96,6 +92,16 @@ bool finish_rows(int64_t ni, T* maximum, const T* sum, const T* lost, T* row) {
   return dead;
 }
 
+// out (+)= s v, each row times row[i] if there is one.
+template <typename T, LanesAre L>
+void weighted_values(const AttnParams& a, const Block& at, const Place<T>& v, const T* s,
+                     const Place<T>& out, T* row, bool add, Ahead* ahead = nullptr,
+                     bool large = false) {
+  const auto product = L == LanesAre::queries ? product_columns<T> : product_rows<T>;
+  product({s, L == LanesAre::queries ? QUERIES : KEYS, v.data, v.ld, out.data, out.ld, int(at.ni),
+           int(columns_of<T>(a.value_dim)), int(at.nj), T(1), row, add, ahead, large});
+}
+
 // out = 0 in rows without a finite logit.
 template <typename T>
 void clear_dead(const AttnParams& a, const Block& at, const T* sum) {
@@ -106,34 +112,35 @@ void clear_dead(const AttnParams& a, const Block& at, const T* sum) {
 }
 
 // Queries first ... last - 1 of a molecule whose keys are one block.
-template <typename T>
+template <typename T, LanesAre L>
 void run_one_block(const AttnParams& a, Block at, int64_t first, int64_t last,
                    const ForwardScratch<T>& w, Ahead& ahead) {
   const int64_t molecule = at.molecule, head = at.head, key = at.keys.first;
   const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
   const bool large = is_large(a.out, a.query_rows);
-  const int nj = int(at.nj = at.keys.size);
-  const Place<T> k = rows_of(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, true, 0);
+  at.nj = at.keys.size;
+  const Side<T> k{rows_of(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, true, 0), w.k_t};
   const Place<T> v = rows_of(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, true, 0);
+  turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim);
   for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
     at.ni = smaller(query_step, last - at.i0);
-    const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
-    const Place<T> q =
-        rows_of(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, true, 0);
+    const int64_t row = at.queries.first + at.i0;
+    const Side<T> q{rows_of(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, true, 0),
+                    w.q_t};
     const Place<T> out = place_of<T, true>(a.out, a.dtype, molecule, row, head, a.value_dim, w.o);
-    transpose_rows(q.data, q.ld, at.ni, columns_of<T>(a.head_dim), w.q_t);
-    block_logits(a, at, k, w.q_t, w.pairs, w.s, w.maximum, ahead);  // (F1), (F2)
-    for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
-      store(w.sum + x, weigh<T>(w.s + x, at.nj, finite_top(w.maximum + x)));
-      store(w.lost + x, Vector<T>{});
+    turn<T, L, LanesAre::queries>(q, at.ni, a.head_dim);
+    block_logits<T, L>(a, at, k, q, w.pairs, w.s, w.maximum, ahead);  // (F1), (F2)
+    const int64_t rows = rows_of_block<T, L>(at);
+    for (int64_t r = 0; r < rows; r += ROWS<T, L>) {
+      to_rows<L>(w.sum + r, weigh<T, L>(at, w.s, r, finite_top<T, L>(w.maximum + r)));
+      to_rows<L>(w.lost + r, Vector<T>{});
     }
     if (a.seed) {
-      keep_pairs(a, at, w.pairs);
-      multiply_pairs(w.s, w.pairs, at.nj, lanes);
+      keep_pairs<T, L>(a, at, w.pairs);
+      multiply_pairs<T, L>(at, w.s, w.pairs);
     }
     const bool dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
-    product_columns<T>({w.s, QUERIES, v.data, v.ld, out.data, out.ld, int(at.ni),  // (F3)
-                        int(columns_of<T>(a.value_dim)), nj, T(1), w.row, false, &ahead, large});
+    weighted_values<T, L>(a, at, v, w.s, out, w.row, false, &ahead, large);  // (F3)
     if (!out.direct)
       store_rows<T>(out.data, out.ld, nullptr, a.out, a.dtype, molecule, row, head, at.ni,
                     a.value_dim);
@@ -143,22 +150,22 @@ void run_one_block(const AttnParams& a, Block at, int64_t first, int64_t last,
 }
 
 // The same with several blocks of keys: softmax kept online.
-template <typename T>
+template <typename T, LanesAre L>
 void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
                 const ForwardScratch<T>& w) {
   const int64_t molecule = at.molecule, head = at.head;
   const T infinity = T(__builtin_inf());
   const int64_t key_step = step_of(at.keys.size, w.keys, 4);
   const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<T>);
-  const bool keep = at.keys.size <= w.kept;
+  const bool keep = at.keys.size <= w.kept && L == LanesAre::queries;
   const Place<T> out{w.o, w.value_ld, false};
   for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
     at.ni = smaller(query_step, last - at.i0);
     const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<T>(at.ni);
-    const Place<T> q =
-        rows_of(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, true,
-                ahead_of(a.q, at.queries, at.ni, head, a.heads));
-    transpose_rows(q.data, q.ld, at.ni, columns_of<T>(a.head_dim), w.q_t);
+    const Side<T> q{rows_of(a.q, a.dtype, molecule, row, head, at.ni, a.head_dim, w.q, true,
+                            ahead_of(a.q, at.queries, at.ni, head, a.heads)),
+                    w.q_t};
+    turn<T, L, LanesAre::queries>(q, at.ni, a.head_dim);
     for (int64_t i = 0; i < lanes; ++i)
       w.maximum[i] = w.taken[i] = -infinity, w.sum[i] = w.lost[i] = 0;
     LongSum<T> sums{w.o_sum, w.o_lost};
@@ -173,28 +180,24 @@ void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
       if (sums.blocks == TOGETHER) sums.take_over(out, at.ni, w.value_ld, decay_of_taken());
       at.nj = smaller(key_step, at.keys.size - at.j0);
       const int64_t key = at.keys.first + at.j0;
-      const Place<T> k{w.k + (keep ? at.j0 * w.head_ld : 0), w.head_ld, false};
-      const Place<T> v{w.v + (keep ? at.j0 * w.value_ld : 0), w.value_ld, false};
+      Side<T> k{{w.k + (keep ? at.j0 * w.head_ld : 0), w.head_ld, false}, w.k_t};
+      Place<T> v{w.v + (keep ? at.j0 * w.value_ld : 0), w.value_ld, false};
       if (!keep || at.i0 == first) {
-        pack_rows(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, k.data, k.ld,
-                  ahead_of(a.k, at.keys, at.nj, head, a.heads));
-        pack_rows(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, v.data, v.ld,
-                  ahead_of(a.v, at.keys, at.nj, head, a.heads));
+        const bool in_place = L == LanesAre::keys;  // what is read once only
+        k.rows = rows_of(a.k, a.dtype, molecule, key, head, at.nj, a.head_dim, k.rows.data,
+                         in_place, ahead_of(a.k, at.keys, at.nj, head, a.heads));
+        v = rows_of(a.v, a.dtype, molecule, key, head, at.nj, a.value_dim, v.data, in_place,
+                    ahead_of(a.v, at.keys, at.nj, head, a.heads));
+        turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim);
       }
-      pair_products(at, k, w.q_t, a.head_dim, w.s, T(a.scale * LOG2_E), false);
-      const Added added = pack_bias(a, at, w.pairs);  // (F1), (F2)
-      const auto soften_block = added == Added::nothing ? soften<T, Added::nothing>
-                                : added == Added::keys  ? soften<T, Added::keys>
-                                                        : soften<T, Added::pairs>;
-      soften_block(w.s, w.pairs, at.nj, lanes, w);
+      pair_products<T, L>(at, k, q, a.head_dim, w.s, T(a.scale * LOG2_E), false);
+      soften<T, L>(pack_bias<T, L>(a, at, w.pairs), at, w.s, w.pairs, w);  // (F1), (F2)
       if (a.seed) {
-        keep_pairs(a, at, w.pairs);
-        multiply_pairs(w.s, w.pairs, at.nj, lanes);
+        keep_pairs<T, L>(a, at, w.pairs);
+        multiply_pairs<T, L>(at, w.s, w.pairs);
       }
       const bool add = sums.blocks++ > 0;
-      product_columns<T>({w.s, QUERIES, v.data, v.ld, out.data, out.ld, int(at.ni),  // (F3)
-                          int(columns_of<T>(a.value_dim)), int(at.nj), T(1),
-                          add ? w.row : nullptr, add});
+      weighted_values<T, L>(a, at, v, w.s, out, add ? w.row : nullptr, add);  // (F3)
     }
     if (sums.started) sums.finish(out, at.ni, w.value_ld, decay_of_taken());
     const bool dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
@@ -209,13 +212,17 @@ void run_head(const AttnParams& a, const Task& task, const Block& at, const Forw
               Ahead& ahead) {
   const int64_t first = smaller(task.first, at.queries.size);
   const int64_t last = smaller(task.last, at.queries.size);
-  if (at.keys.size > w.keys) return run_blocks(a, at, first, last, w);
+  const bool few = few_queries<T>(at.queries, at.keys);
+  if (at.keys.size > w.keys)
+    return few ? run_blocks<T, LanesAre::keys>(a, at, first, last, w)
+               : run_blocks<T, LanesAre::queries>(a, at, first, last, w);
   if (at.keys.size > 0) {
     const int64_t tiles = tiles_of<T>(at.keys.size, at.queries.size) +
                           tiles_of<T>(at.queries.size, a.value_dim);
     ask_ahead(ahead, a, task, at.molecule, at.head, tiles, {{a.q, a.head_dim}},
               {{a.k, a.head_dim}, {a.v, a.value_dim}});
-    return run_one_block(a, at, first, last, w, ahead);
+    return few ? run_one_block<T, LanesAre::keys>(a, at, first, last, w, ahead)
+               : run_one_block<T, LanesAre::queries>(a, at, first, last, w, ahead);
   }
   const int64_t row = at.queries.first + first;
   fill_rows(T(0), a.out, a.dtype, at.molecule, row, at.head, last - first, a.value_dim);
@@ -229,9 +236,8 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
   const ForwardScratch<T> scratch(a, arena);
   Ahead ahead;
   for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule) {
-    const Span queries = query_span(a, molecule), keys = key_span(a, molecule);
     for (int64_t head = task.head; head < task.head_end; ++head)
-      run_head<T>(a, task, {molecule, head, queries, keys, 0, 0, 0, 0}, scratch, ahead);
+      run_head<T>(a, task, whole_head(a, molecule, head), scratch, ahead);
   }
   publish_streams();
 }

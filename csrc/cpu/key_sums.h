@@ -16,10 +16,11 @@ struct KeySums {
     return a.key_bias.data ? whole_vectors<T>(keys) : 0;
   }
 
-  // x: [nj][QUERIES]
+  template <LanesAre L>
   void add(const Block& at, const T* x) {
     if (!block) return;
-    add_up_queries(at, x);
+    if constexpr (L == LanesAre::queries) add_up_queries(at, x);
+    else add_up_rows(at, x);
     for (int64_t j = 0; j < at.nj; j += WIDTH<T>) {
       Vector<T> all = load(block + j), rest{};
       if (started) {
@@ -39,6 +40,14 @@ struct KeySums {
   }
 
  private:
+  void add_up_rows(const Block& at, const T* x) {
+    for (int64_t j = 0; j < at.nj; j += WIDTH<T>) {
+      Vector<T> all{};
+      for (int64_t i = 0; i < at.ni; ++i) all += load(x + i * KEYS + j);
+      store(block + j, all);
+    }
+  }
+
   // block[j] = sum of x[j][i] over i: WIDTH keys at a time, added up lane by lane, then transposed.
   void add_up_queries(const Block& at, const T* x) {
     constexpr int W = WIDTH<T>;

@@ -174,16 +174,16 @@ ATTN_INLINE void zero(T* to, int64_t count) {
   memset(static_cast<void*>(to), 0, size_t(count) * sizeof(T));
 }
 
-// to[d][i] = row i of `from`, element d, for d < width; `to` has rows of QUERIES. The lanes of the
-// last vector from `count` on repeat the last row. width >= WIDTH<T>: where it is no multiple, some
+// to[d][i] = row i of `from`, element d, for d < width; `to` has rows of LD. The lanes of the last
+// vector from `count` on repeat the last row. width >= WIDTH<T>: where it is no multiple, some
 // columns are written twice.
-template <typename T>
+template <typename T, int LD>
 void transpose_rows(const T* from, int64_t ld, int64_t count, int64_t width, T* to) {
   constexpr int W = WIDTH<T>;
   const auto block = [&](int64_t i, auto row) {
     for (int64_t d = 0; d < width; d += W) {
       const int64_t column = smaller(d, width - W);
-      transpose<T>([&](int r) { return row(r) + column; }, to + column * QUERIES + i, QUERIES);
+      transpose<T>([&](int r) { return row(r) + column; }, to + column * LD + i, LD);
     }
   };
   int64_t i = 0;

@@ -120,6 +120,25 @@ ATTN_INLINE Vector<double> larger_lanes(Vector<double> a, Vector<double> b) {
   return a > b ? a : b;
 }
 
+// Over the lanes of a vector, in halves.
+template <typename T>
+ATTN_INLINE T sum_of_lanes(Vector<T> x) {
+  T lanes[WIDTH<T>];
+  memcpy(lanes, &x, sizeof(x));
+#pragma GCC unroll 8
+  for (int half = WIDTH<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+template <typename T>
+ATTN_INLINE T largest_lane(Vector<T> x) {
+  T largest = x[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < WIDTH<T>; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
 // x to the nearest whole number, or within a few of it from 2^22 (float) on.
 template <typename T>
 ATTN_INLINE Vector<T> nearest_whole(Vector<T> x) {
