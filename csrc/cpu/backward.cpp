@@ -231,8 +231,8 @@ void run_head(const AttnParams& a, const Task& task, Block at, const BackwardScr
     const Side<T> v{rows_of(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, one_query_block,
                             ahead_by(a.v, keys, at.nj)),
                     w.v_t};
-    turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim);
-    turn<T, L, LanesAre::keys>(v, at.nj, a.value_dim);
+    turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim, &ahead);
+    turn<T, L, LanesAre::keys>(v, at.nj, a.value_dim, &ahead);
     const Place<T> dk = place(a.dk, a.dtype, 0, key, head, a.head_dim, w.dk);
     const Place<T> dv = place(a.dv, a.dtype, 0, key, head, a.value_dim, w.dv);
     for (at.i0 = 0; at.i0 < queries.size; at.i0 += query_step) {
@@ -260,19 +260,19 @@ void run_head(const AttnParams& a, const Task& task, Block at, const BackwardScr
       }
       if (one_block) block_logits<T, L>(a, at, k, q, w.pairs, w.p, w.norm, ahead);
       else block_weights<T, L>(a, at, base, k, q, w.minus_lse, w.pairs, w.p);
-      pair_products<T, L>(at, v, dout, a.value_dim, w.ds, T(1), false, &ahead);  // (B1)
+      pair_products<T, L>(at, {v, dout}, a.value_dim, w.ds, T(1), false, &ahead);  // (B1)
       dead.clear_pairs<L>(w.p, at, one_block ? -T(__builtin_inf()) : T(0));
       dead.clear_pairs<L>(w.ds, at);
       if (a.seed) keep_pairs<T, L>(a, at, w.pairs);
       if (one_block) finish_own(at, w.p, w.ds, w.pairs, w.norm, w.dlse);
       else finish(at, w.p, w.ds, w.pairs, w.norm, w.delta, w.dlse);
       const bool add_dv = dv_sum.next(dv, nj, w.value_ld), add_dk = dk_sum.next(dk, nj, w.head_ld);
-      sum_over_queries<T, L>(at, w.p, dout.rows, a.value_dim, dv, T(1), add_dv, &ahead,
+      sum_over_queries<T, L>(at, {w.p, dout.rows}, a.value_dim, dv, T(1), add_dv, &ahead,
                              large);  // (B4)
-      sum_over_queries<T, L>(at, w.ds, q.rows, a.head_dim, dk, scale, add_dk, &ahead,
+      sum_over_queries<T, L>(at, {w.ds, q.rows}, a.head_dim, dk, scale, add_dk, &ahead,
                              large);  // (B6)
-      sum_over_keys<T, L>(at, dead, w.ds, k.rows, a.head_dim, dq, scale, add_dq, &ahead,
-                          large);                                     // (B5)
+      sum_over_keys<T, L>(at, dead, {w.ds, k.rows}, a.head_dim, dq, scale, add_dq, &ahead,
+                          large);                                 // (B5)
       if (a.dbias.data) store_pairs<T, L>(a, w.ds, at, a.dbias);  // (B7)
       ds_sum.template add<L>(at, w.ds);                           // (B8)
     }
@@ -295,8 +295,10 @@ void ask_for_rows(Ahead& ahead, const AttnParams& a, const Task& task, int64_t m
                   int64_t head, int64_t most_keys) {
   const int64_t ni = query_span(a, molecule).size, nj = key_span(a, molecule).size;
   if (ni > QUERIES || nj > most_keys) return ahead.clear();  // pack_rows() asks for its blocks
+  const bool few = few_queries<T>({0, ni}, {0, nj});
   const int64_t tiles = 2 * tiles_of<T>(nj, ni) + tiles_of<T>(nj, a.head_dim + a.value_dim) +
-                        tiles_of<T>(ni, a.head_dim);
+                        tiles_of<T>(ni, a.head_dim) +
+                        (few ? squares_of<T>(nj, a.head_dim + a.value_dim) : 0);
   ask_ahead(ahead, a, task, molecule, head, tiles,
             {{a.q, a.head_dim}, {a.dout, a.value_dim}},
             {{a.k, a.head_dim}, {a.v, a.value_dim}});

@@ -56,50 +56,73 @@ struct Side {
 
 // Fills `turned` from rows that were read, if the lanes are these.
 template <typename T, LanesAre L, LanesAre SIDE>
-ATTN_INLINE void turn(const Side<T>& x, int64_t count, int64_t width) {
+ATTN_INLINE void turn(const Side<T>& x, int64_t count, int64_t width, Ahead* ahead = nullptr) {
   if constexpr (L != SIDE) return;
   transpose_rows<T, L == LanesAre::queries ? QUERIES : KEYS>(x.rows.data, x.rows.ld, count,
-                                                             columns_of<T>(width), x.turned);
+                                                             columns_of<T>(width), x.turned, ahead);
 }
 
-// to (+)= factor * x^T y: sums over the keys of a block, x of the pairs, y the rows of keys, `to` the
-// rows of the molecule's queries; dead rows receive nothing.
+// What is summed over the keys or the queries of a block: pairs x times rows y, and a second such
+// product where there is one.
+template <typename T>
+struct Terms {
+  const T* x;
+  const Place<T>& y;
+  const T* more_x = nullptr;
+  const T* more_y = nullptr;
+};
+
+// to (+)= factor * x^T y: sums over the keys, y the rows of keys, `to` the rows of the molecule's
+// queries; dead rows receive nothing.
 template <typename T, LanesAre L>
-void sum_over_keys(const Block& at, const DeadRows& dead, const T* x, const Place<T>& y,
-                   int64_t width, const Place<T>& to, T factor, bool add, Ahead* ahead = nullptr,
+void sum_over_keys(const Block& at, const DeadRows& dead, const Terms<T>& terms, int64_t width,
+                   const Place<T>& to, T factor, bool add, Ahead* ahead = nullptr,
                    bool large = false) {
   if (!add)
     for (int64_t i = 0; dead.any && i < at.ni; ++i)
       if (dead.lane[i]) zero(to.row(at.i0 + i), columns_of<T>(width));
   const auto product = L == LanesAre::queries ? product_columns<T> : product_rows<T>;
   dead.living(at.ni, [&](int64_t i, int64_t count) {
-    product({x + pair_at<L>(i, 0), L == LanesAre::queries ? QUERIES : KEYS, y.data, y.ld,
+    const int64_t first = pair_at<L>(i, 0);
+    product({terms.x + first, L == LanesAre::queries ? QUERIES : KEYS, terms.y.data, terms.y.ld,
              to.row(at.i0 + i), to.ld, int(count), int(columns_of<T>(width)), int(at.nj), factor,
-             nullptr, add, ahead, large});
+             nullptr, add, ahead, large, nullptr,
+             terms.more_x ? terms.more_x + first : nullptr, terms.more_y});
   });
 }
 
 // to (+)= factor * x y: sums over the queries of a block, y the rows of queries.
 template <typename T, LanesAre L>
-void sum_over_queries(const Block& at, const T* x, const Place<T>& y, int64_t width,
-                      const Place<T>& to, T factor, bool add, Ahead* ahead = nullptr,
-                      bool large = false) {
+void sum_over_queries(const Block& at, const Terms<T>& terms, int64_t width, const Place<T>& to,
+                      T factor, bool add, Ahead* ahead = nullptr, bool large = false) {
   const auto product = L == LanesAre::queries ? product_rows<T> : product_columns<T>;
-  product({x, L == LanesAre::queries ? QUERIES : KEYS, y.data, y.ld, to.data, to.ld, int(at.nj),
-           int(columns_of<T>(width)), int(at.ni), factor, nullptr, add, ahead, large});
+  product({terms.x, L == LanesAre::queries ? QUERIES : KEYS, terms.y.data, terms.y.ld, to.data,
+           to.ld, int(at.nj), int(columns_of<T>(width)), int(at.ni), factor, nullptr, add, ahead,
+           large, nullptr, terms.more_x, terms.more_y});
 }
 
-// to (+)= factor * keys queries^T of the block. maxima: see product.h, of queries as lanes only.
+// The rows of keys and queries whose products are pairs.
+template <typename T>
+struct Sides {
+  const Side<T>& keys;
+  const Side<T>& queries;
+};
+
+// to (+)= factor * keys queries^T of the block, and of a second pair of sides where there is one.
+// maxima: see product.h, of queries as lanes only.
 template <typename T, LanesAre L>
-void pair_products(const Block& at, const Side<T>& keys, const Side<T>& queries, int64_t width,
-                   T* to, T factor, bool add, Ahead* ahead = nullptr, T* maxima = nullptr) {
+void pair_products(const Block& at, const Sides<T>& x, int64_t width, T* to, T factor, bool add,
+                   Ahead* ahead = nullptr, T* maxima = nullptr, const Sides<T>* more = nullptr) {
   if constexpr (L == LanesAre::queries) {
-    product_rows<T>({keys.rows.data, keys.rows.ld, queries.turned, QUERIES, to, QUERIES,
+    product_rows<T>({x.keys.rows.data, x.keys.rows.ld, x.queries.turned, QUERIES, to, QUERIES,
                      int(at.nj), int(whole_vectors<T>(at.ni)), int(width), factor, nullptr, add,
-                     ahead, false, maxima});
+                     ahead, false, maxima, more ? more->keys.rows.data : nullptr,
+                     more ? more->queries.turned : nullptr});
   } else {
-    product_rows<T>({queries.rows.data, queries.rows.ld, keys.turned, KEYS, to, KEYS, int(at.ni),
-                     int(whole_vectors<T>(at.nj)), int(width), factor, nullptr, add, ahead});
+    product_rows<T>({x.queries.rows.data, x.queries.rows.ld, x.keys.turned, KEYS, to, KEYS,
+                     int(at.ni), int(whole_vectors<T>(at.nj)), int(width), factor, nullptr, add,
+                     ahead, false, nullptr, more ? more->queries.rows.data : nullptr,
+                     more ? more->keys.turned : nullptr});
   }
 }
 
@@ -155,7 +178,7 @@ void block_logits(const AttnParams& a, const Block& at, const Side<T>& k, const 
                   T* pairs, T* p, T* maxima, Ahead& ahead) {
   for (int64_t r = 0; r < whole_vectors<T>(at.ni); r += WIDTH<T>)
     store(maxima + r, splat(-T(__builtin_inf())));
-  pair_products<T, L>(at, k, q, a.head_dim, p, T(a.scale * LOG2_E), false, &ahead, maxima);
+  pair_products<T, L>(at, {k, q}, a.head_dim, p, T(a.scale * LOG2_E), false, &ahead, maxima);
   const Added added = pack_bias<T, L>(a, at, pairs);
   if (L == LanesAre::keys || added != Added::nothing) add_biases<T, L>(added, at, p, pairs, maxima);
 }
@@ -205,7 +228,7 @@ void weights_with(Added added, const Block& at, T* p, const T* bias, const T* mi
 template <typename T, LanesAre L>
 void block_weights(const AttnParams& a, const Block& at, Base base, const Side<T>& k,
                    const Side<T>& q, const T* minus_lse, T* pairs, T* p) {
-  pair_products<T, L>(at, k, q, a.head_dim, p, T(a.scale * LOG2_E), false);
+  pair_products<T, L>(at, {k, q}, a.head_dim, p, T(a.scale * LOG2_E), false);
   const Added added = pack_bias<T, L>(a, at, pairs);
   const auto run =
       base == Base::lse ? weights_with<T, L, Base::lse> : weights_with<T, L, Base::whole>;

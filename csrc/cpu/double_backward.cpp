@@ -107,6 +107,7 @@ class Head {
     const int64_t key_step = step_of(last - first, w_.keys, 4);
     const bool one_block = all_keys_ = key_step >= keys.size;
     once_ = query_step_ >= queries.size;
+    large_ = one_block && once_ && is_large(a_.gk, a_.key_rows);
     const auto place = one_block && once_ ? place_of<T, true> : place_of<T, false>;
     if (!one_block && !task_.statistics) statistics(0, queries.size);
     T* const gq_buffer = w_.linear + 4 * whole_vectors<T>(queries.size);
@@ -222,9 +223,15 @@ class Head {
     ddq_ = read(a_.ddq, 0, a_.head_dim, w_.ddq, w_.ddq_t);
   }
 
-  void scores(const Side<T>& keys, const Side<T>& queries, int64_t width, T* to, T factor,
-              bool add) {
-    pair_products<T, L>(at_, keys, queries, width, to, factor, add, &ahead_);
+  // to (+)= factor * the products of the sides, of which some may be absent; whether anything is
+  // there now.
+  bool scores(const Sides<T>& x, const Sides<T>& more, int64_t width, T* to, T factor, bool add) {
+    const auto there = [](const Sides<T>& s) { return s.keys.rows.data && s.queries.rows.data; };
+    if (!there(x) && !there(more)) return add;
+    const bool both = there(x) && there(more);
+    pair_products<T, L>(at_, there(x) ? x : more, width, to, factor, add, &ahead_, nullptr,
+                        both ? &more : nullptr);
+    return true;
   }
 
   // P (before it is divided by its sum; its logits, if the block has all keys), T, dP and G of the
@@ -238,17 +245,11 @@ class Head {
       spread_keys<T, L>(a_, a_.ddkey_bias, at_, w_.tangent, add, [](T x) { return x; });
       add = true;
     }
-    if (a_.ddq.data) {
-      scores(k_, ddq_, a_.head_dim, w_.tangent, scale_, add);
-      add = true;
-    }
-    if (a_.ddk.data) {
-      scores(ddk_, q_, a_.head_dim, w_.tangent, scale_, add);
-      add = true;
-    }
+    add = scores({k_, ddq_}, {ddk_, q_}, a_.head_dim, w_.tangent, scale_, add);
     if (!add) zero(w_.tangent, area<L>(at_));
-    scores(v_, dout_, a_.value_dim, w_.dp, T(1), false);
-    if (a_.ddv.data) scores(ddv_, dout_, a_.value_dim, w_.g, T(1), false);
+    pair_products<T, L>(at_, {v_, dout_}, a_.value_dim, w_.dp, T(1), false, &ahead_);
+    if (a_.ddv.data)
+      pair_products<T, L>(at_, {ddv_, dout_}, a_.value_dim, w_.g, T(1), false, &ahead_);
     else zero(w_.g, area<L>(at_));
     if (a_.seed) {
       keep_pairs<T, L>(a_, at_, w_.pairs);
@@ -364,26 +365,22 @@ class Head {
     }
   }
 
-  void by_queries(const T* x, const Side<T>& y, int64_t width, const Place<T>& to, T factor,
-                  bool add) {
-    sum_over_keys<T, L>(at_, dead_, x, y.rows, width, to, factor, add, &ahead_);
-  }
-  void by_keys(const T* x, const Side<T>& y, int64_t width, const Place<T>& to, T factor,
-               bool add) {
-    sum_over_queries<T, L>(at_, x, y.rows, width, to, factor, add, &ahead_);
-  }
-
   // add_...: whether this is added to the target, which else begins here.
   void accumulate(const Place<T>& gq, bool add_gq, const Place<T>& gdout, bool add_gdout,
                   const Place<T>& gk, bool add_gk, const Place<T>& gv, bool add_gv) {
     const T *pr = w_.p, *ur = w_.tangent, *ds = w_.dp, *z = w_.g;
-    by_queries(z, k_, a_.head_dim, gq, scale_, add_gq);  // (D7)
-    if (a_.ddk.data) by_queries(ds, ddk_, a_.head_dim, gq, scale_, true);
-    by_keys(z, q_, a_.head_dim, gk, scale_, add_gk);  // (D8)
-    if (a_.ddq.data) by_keys(ds, ddq_, a_.head_dim, gk, scale_, true);
-    by_keys(ur, dout_, a_.value_dim, gv, T(1), add_gv);           // (D9)
-    by_queries(ur, v_, a_.value_dim, gdout, T(1), add_gdout);  // (D11)
-    if (a_.ddv.data) by_queries(pr, ddv_, a_.value_dim, gdout, T(1), true);
+    const auto terms = [](const T* x, const Side<T>& y, const T* more_x, const Side<T>& more_y) {
+      const T* const more = more_y.rows.data;
+      return Terms<T>{x, y.rows, more ? more_x : nullptr, more};
+    };
+    sum_over_keys<T, L>(at_, dead_, terms(z, k_, ds, ddk_), a_.head_dim, gq, scale_, add_gq,
+                        &ahead_, large_);  // (D7)
+    sum_over_queries<T, L>(at_, terms(z, q_, ds, ddq_), a_.head_dim, gk, scale_, add_gk, &ahead_,
+                           large_);  // (D8)
+    sum_over_queries<T, L>(at_, {ur, dout_.rows}, a_.value_dim, gv, T(1), add_gv, &ahead_,
+                           large_);  // (D9)
+    sum_over_keys<T, L>(at_, dead_, terms(ur, v_, pr, ddv_), a_.value_dim, gdout, T(1), add_gdout,
+                        &ahead_, large_);                      // (D11)
     if (a_.gbias.data) store_pairs<T, L>(a_, z, at_, a_.gbias);  // (D10)
   }
 
@@ -396,6 +393,7 @@ class Head {
   int64_t query_step_;
   T* rows_;
   bool all_keys_ = false, once_ = false;  // whether one block has all keys, all queries
+  bool large_ = false;                    // see is_large(), of results that are written once
   Side<T> q_{}, dout_{}, ddq_{}, k_{}, v_{}, ddk_{}, ddv_{};
   DeadRows dead_{};
 };
@@ -439,6 +437,7 @@ void run(const AttnParams& a, const Task& task, void* buffer, bool only_statisti
                                                   : run_head<T, LanesAre::queries>;
                      run_head_by(a, task, at, scratch, ahead, gq_sum);
                    });
+  publish_streams();
 }
 
 }  // namespace

@@ -121,7 +121,7 @@ void run_one_block(const AttnParams& a, Block at, int64_t first, int64_t last,
   at.nj = at.keys.size;
   const Side<T> k{rows_of(a.k, a.dtype, 0, key, head, at.nj, a.head_dim, w.k, true, 0), w.k_t};
   const Place<T> v = rows_of(a.v, a.dtype, 0, key, head, at.nj, a.value_dim, w.v, true, 0);
-  turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim);
+  turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim, &ahead);
   for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
     at.ni = smaller(query_step, last - at.i0);
     const int64_t row = at.queries.first + at.i0;
@@ -190,7 +190,7 @@ void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
                     ahead_of(a.v, at.keys, at.nj, head, a.heads));
         turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim);
       }
-      pair_products<T, L>(at, k, q, a.head_dim, w.s, T(a.scale * LOG2_E), false);
+      pair_products<T, L>(at, {k, q}, a.head_dim, w.s, T(a.scale * LOG2_E), false);
       soften<T, L>(pack_bias<T, L>(a, at, w.pairs), at, w.s, w.pairs, w);  // (F1), (F2)
       if (a.seed) {
         keep_pairs<T, L>(a, at, w.pairs);
@@ -218,7 +218,8 @@ void run_head(const AttnParams& a, const Task& task, const Block& at, const Forw
                : run_blocks<T, LanesAre::queries>(a, at, first, last, w);
   if (at.keys.size > 0) {
     const int64_t tiles = tiles_of<T>(at.keys.size, at.queries.size) +
-                          tiles_of<T>(at.queries.size, a.value_dim);
+                          tiles_of<T>(at.queries.size, a.value_dim) +
+                          (few ? squares_of<T>(at.keys.size, a.head_dim) : 0);
     ask_ahead(ahead, a, task, at.molecule, at.head, tiles, {{a.q, a.head_dim}},
               {{a.k, a.head_dim}, {a.v, a.value_dim}});
     return few ? run_one_block<T, LanesAre::keys>(a, at, first, last, w, ahead)

@@ -27,12 +27,12 @@ inline Block whole_head(const AttnParams& a, int64_t molecule, int64_t head) {
   return {molecule, head, query_span(a, molecule), key_span(a, molecule), 0, 0, 0, 0};
 }
 
-// Whether lanes had better be keys: half the vectors or less, which pays for transposed keys.
-// Depends on the molecule only.
+// Whether lanes had better be keys: where that makes so few vectors that it pays for transposed
+// keys. Depends on the molecule only.
 template <typename T>
 ATTN_INLINE bool few_queries(const Span& queries, const Span& keys) {
-  constexpr int64_t W = WIDTH<T>;
-  return 2 * queries.size <= W && 2 * queries.size * blocks_of(keys.size, W) <= keys.size;
+  const int64_t vectors = queries.size * blocks_of(keys.size, WIDTH<T>);
+  return 2 * queries.size <= WIDTH<T> && vectors * (keys.size > KEYS ? 2 : 3) <= keys.size;
 }
 
 // What a vector is: ROWS queries, or one; vectors_of() of them have all keys of a row.

@@ -19,25 +19,30 @@ constexpr int MAX_VECTORS = 3, MAX_ROWS[] = {12, 6, 4};
 enum class Fate { stored, streamed, topped, added };
 
 // rows: factors of the rows, or null; but the maxima of the columns where those are kept. last:
-// place of the last vector in a row.
+// place of the last vector in a row. more_a, more_b: the second product, or null.
 template <typename T, bool BY_ROWS, Fate FATE, int C, int R>
 void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-          int depth, int64_t last, T factor, T* rows) {
+          int depth, int64_t last, T factor, T* rows, const T* more_a, const T* more_b) {
   const auto place = [last](int j) { return j == C - 1 ? last : int64_t(j) * WIDTH<T>; };
   Vector<T> sum[R][C] = {};
+  for (;;) {
 #pragma GCC unroll 2
-  for (int k = 0; k < depth; ++k) {
-    Vector<T> right[C];
+    for (int k = 0; k < depth; ++k) {
+      Vector<T> right[C];
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) right[j] = load(b + place(j));
+      for (int j = 0; j < C; ++j) right[j] = load(b + place(j));
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      const Vector<T> left = splat(a[BY_ROWS ? i * a_stride : i]);
+      for (int i = 0; i < R; ++i) {
+        const Vector<T> left = splat(a[BY_ROWS ? i * a_stride : i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) sum[i][j] += left * right[j];
+        for (int j = 0; j < C; ++j) sum[i][j] += left * right[j];
+      }
+      b += b_stride;
+      a += BY_ROWS ? 1 : a_stride;
     }
-    b += b_stride;
-    a += BY_ROWS ? 1 : a_stride;
+    if (!more_a) break;
+    a = more_a, b = more_b;
+    more_a = nullptr;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i, c += c_stride) {
@@ -66,7 +71,8 @@ void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int6
 }
 
 template <typename T>
-using Tile = void (*)(const T*, int64_t, const T*, int64_t, T*, int64_t, int, int64_t, T, T*);
+using Tile = void (*)(const T*, int64_t, const T*, int64_t, T*, int64_t, int, int64_t, T, T*,
+                      const T*, const T*);
 
 // Tiles by rows - 1; those beyond what is ever called stand in for each other.
 template <typename T, bool BY_ROWS, Fate FATE, int C, int... R>
@@ -84,13 +90,15 @@ void all_rows(const Product<T>& x, int64_t column) {
   if (tiles == 0) return;
   const unsigned least = rows / tiles, higher = rows - tiles * least;
   const int64_t last = smaller((C - 1) * WIDTH<T>, x.columns - WIDTH<T> - column);
-  const T *a = x.a, *b = x.b + column;
+  const T *a = x.a, *b = x.b + column, *more_a = x.more_a;
+  const T* const more_b = more_a ? x.more_b + column : nullptr;
   T *c = x.c + column, *extra = FATE == Fate::topped ? x.maxima + column : x.rows_scale;
   for (unsigned i = 0; i < tiles; ++i) {
     if (x.ahead) x.ahead->some();
     const int height = int(least + (i < higher));
     HEIGHTS<T, BY_ROWS, FATE, C>[height - 1](a, x.a_stride, b, x.b_stride, c, x.c_stride, x.depth,
-                                             last, x.factor, extra);
+                                             last, x.factor, extra, more_a, more_b);
+    if (more_a) more_a += BY_ROWS ? height * x.a_stride : height;
     a += BY_ROWS ? height * x.a_stride : height;
     c += height * x.c_stride;
     if (FATE != Fate::topped && extra) extra += height;

@@ -15,6 +15,7 @@ namespace ATTN_ISA {
 //   accumulate: the old c[i][x] (times rows_scale[i], which then spares the sum) is added;
 //   ahead: what is fetched meanwhile, or null;
 //   stream: c is written past the caches, if its layout allows (not with accumulate);
+//   more_a, more_b: where not null, a second a and b of the same strides whose product is added;
 //   maxima: where not null, maxima[x] is raised to the largest c[i][x] (not with accumulate).
 template <typename T>
 struct Product {
@@ -31,6 +32,7 @@ struct Product {
   Ahead* ahead = nullptr;
   bool stream = false;
   T* maxima = nullptr;
+  const T *more_a = nullptr, *more_b = nullptr;
 };
 
 template <typename T>

@@ -2,6 +2,7 @@
 // accumulation type, dense and padded with zeros, whatever the tensor holds.
 #pragma once
 
+#include "ahead.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -112,7 +113,7 @@ void pack_rows(const View& x, Dtype dtype, int64_t molecule, int64_t first, int6
 // Whether a result is so large that it had better not pass through the caches: nothing that was
 // written is there any more when it is read.
 inline bool is_large(const View& x, int64_t rows) {
-  constexpr int64_t LARGE = 1 << 22;  // elements
+  constexpr int64_t LARGE = 1 << 20;  // elements
   return x.row * rows > LARGE;
 }
 
@@ -178,10 +179,12 @@ ATTN_INLINE void zero(T* to, int64_t count) {
 // vector from `count` on repeat the last row. width >= WIDTH<T>: where it is no multiple, some
 // columns are written twice.
 template <typename T, int LD>
-void transpose_rows(const T* from, int64_t ld, int64_t count, int64_t width, T* to) {
+void transpose_rows(const T* from, int64_t ld, int64_t count, int64_t width, T* to,
+                    Ahead* ahead = nullptr) {
   constexpr int W = WIDTH<T>;
   const auto block = [&](int64_t i, auto row) {
     for (int64_t d = 0; d < width; d += W) {
+      if (ahead) ahead->some();
       const int64_t column = smaller(d, width - W);
       transpose<T>([&](int r) { return row(r) + column; }, to + column * LD + i, LD);
     }
@@ -189,6 +192,12 @@ void transpose_rows(const T* from, int64_t ld, int64_t count, int64_t width, T* 
   int64_t i = 0;
   for (; i + W <= count; i += W, from += W * ld) block(i, [&](int r) { return from + r * ld; });
   if (i < count) block(i, [&](int r) { return from + smaller(r, count - 1 - i) * ld; });
+}
+
+// Squares of WIDTH x WIDTH that are transposed, each of which asks ahead.
+template <typename T>
+ATTN_INLINE int64_t squares_of(int64_t rows, int64_t columns) {
+  return blocks_of(rows, WIDTH<T>) * blocks_of(columns, WIDTH<T>);
 }
 
 // What lies ahead of a block of `count` rows of `rows`: the next block, else the next head, else
