@@ -67,6 +67,8 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         _refuse_tangents(dout, dlse)
+        if dout is None and dlse is None:  # reached through the saved copies of a second derivative
+            return None, *_NOTHING, *_NO_OPTIONS
         x, y = split(ctx.saved_tensors, Operands, Result)
         needs, *_ = split(ctx.needs_input_grad[1:], Operands)
         dx = _gradients(ctx.namespace, x, y, Cotangents(dout, dlse), ctx.options, needs)
@@ -101,6 +103,9 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         _refuse_tangents(*cotangents)
+        if all(x is None for x in cotangents):
+            nothing = (None,) * len(Result._fields + Cotangents._fields)
+            return None, *_NOTHING, *nothing, *_NO_OPTIONS, None
         x, y, dy = split(ctx.saved_tensors, Operands, Result, Cotangents)
         double_backward = CALLS[ctx.namespace].double_backward
         g = SecondGradients(*double_backward(*x, *y, *dy, *cotangents, *ctx.options))
@@ -253,6 +258,8 @@ class _Composite(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return None, None, None, *_NOTHING
         x, needs = Operands(*ctx.saved_tensors), Operands(*ctx.needs_input_grad[3:])
         if torch.is_grad_enabled() or dlse is not None:
             found = _native_gradients(ctx, x, Cotangents(dout, dlse), needs)

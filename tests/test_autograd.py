@@ -139,6 +139,29 @@ def test_force_training(native, style):
         assert torch.allclose(found[0], other, rtol=1e-10)
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_no_pass_without_a_cotangent(linear, monkeypatch):
+    """A loss on gradients alone sends nothing through out: no pass may run on zeros for it."""
+    if load("cpu").KIND == "composite":
+        pytest.skip("the C++ library is not built")
+    ran = []
+
+    def counted(passes, flat):
+        ran.append(str(passes))
+        return run(passes, flat)
+
+    run = autograd._run
+    monkeypatch.setattr(autograd, "_run", counted)
+    q, k, v = (leaves(bias=False)[name].requires_grad_() for name in "qkv")
+    out = set_attention(q, k, v, PTR, backend="cpu")
+    energy = out.sum() if linear else out.square().sum()
+    forces = torch.autograd.grad(energy, (q, k, v), create_graph=True)
+    ran.clear()
+    loss = sum(f.square().sum() for f in forces)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(loss, (q, k, v)))
+    assert [x.count("double_backward") for x in ran] == [1] if linear else len(ran) == 2
+
+
 def test_first_order_backends_refuse_a_second_derivative(monkeypatch):
     """Also where the incoming gradient is a constant, and in both call styles."""
     # A native kernel would step in for the second derivative, see tests/impl.
