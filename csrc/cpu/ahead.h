@@ -110,5 +110,28 @@ void ask_ahead(Ahead& ahead, const AttnParams& a, const Task& task, int64_t mole
   ahead.spread(tiles);
 }
 
+// The rows of a molecule after the `count` ones from `first` on, as many at most.
+ATTN_INLINE Span after(const Span& rows, int64_t first, int64_t count) {
+  const int64_t next = first + count;
+  return {rows.first + next, larger(0, smaller(count, rows.size - next))};
+}
+
+// To be called before each head where all heads of some rows come before the next rows: asks for a
+// share of those.
+template <int N>
+void ask_for_share(Ahead& ahead, const AttnParams& a, int64_t head, const Span& next,
+                   int64_t calls, const View (&tensors)[N]) {
+  const int64_t element = a.dtype == Dtype::float64 ? 8 : a.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t rows = blocks_of(next.size, a.heads), first = smaller(head * rows, next.size);
+  const int64_t count = smaller(rows, next.size - first);
+  ahead.clear();
+  for (const View& x : tensors) {
+    if (!x.data || x.unit != 1 || x.row != a.heads * x.head) continue;
+    const char* const data = static_cast<const char*>(x.data);
+    ahead.add(data + (next.first + first) * x.row * element, count * x.row * element, 0, count > 0);
+  }
+  ahead.spread(calls);
+}
+
 }  // namespace ATTN_ISA
 }  // namespace attnpool

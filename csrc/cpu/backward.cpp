@@ -199,7 +199,8 @@ void run_head(const AttnParams& a, const Task& task, Block at, const BackwardScr
   const int64_t key_step = step_of(last - first, w.keys, 4);
   const int64_t query_step = step_of(queries.size, QUERIES, WIDTH<T>);
   const bool one_block = key_step >= keys.size, one_query_block = query_step >= queries.size;
-  const bool once = one_block && one_query_block, large = once && is_large(a.dk, a.key_rows);
+  const bool once = one_block && one_query_block;
+  const bool large_keys = one_query_block && is_large(a.dk, a.key_rows);  // written once
   const auto place = once ? place_of<T, true> : place_of<T, false>;
   Place<T> dq;
   if (task.dq_sum)
@@ -268,11 +269,11 @@ void run_head(const AttnParams& a, const Task& task, Block at, const BackwardScr
       else finish(at, w.p, w.ds, w.pairs, w.norm, w.delta, w.dlse);
       const bool add_dv = dv_sum.next(dv, nj, w.value_ld), add_dk = dk_sum.next(dk, nj, w.head_ld);
       sum_over_queries<T, L>(at, {w.p, dout.rows}, a.value_dim, dv, T(1), add_dv, &ahead,
-                             large);  // (B4)
+                             large_keys);  // (B4)
       sum_over_queries<T, L>(at, {w.ds, q.rows}, a.head_dim, dk, scale, add_dk, &ahead,
-                             large);  // (B6)
+                             large_keys);  // (B6)
       sum_over_keys<T, L>(at, dead, {w.ds, k.rows}, a.head_dim, dq, scale, add_dq, &ahead,
-                          large);                                 // (B5)
+                          once && large_keys);                    // (B5)
       if (a.dbias.data) store_pairs<T, L>(a, w.ds, at, a.dbias);  // (B7)
       ds_sum.template add<L>(at, w.ds);                           // (B8)
     }
@@ -309,15 +310,27 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
   const BackwardScratch<T> scratch(a, longest_of(a, task), arena);
   Ahead ahead;
-  for_each_head<T>(a, task, scratch.long_dq, scratch.head_ld,
-                   [&](int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
-                     ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
-                     const Block at = whole_head(a, molecule, head);
-                     const auto run_head_by = few_queries<T>(at.queries, at.keys)
-                                                  ? run_head<T, LanesAre::keys>
-                                                  : run_head<T, LanesAre::queries>;
-                     run_head_by(a, task, at, scratch, dq_sum, ahead);
-                   });
+  const auto run_it = [&](const Task& part, int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
+    const Block at = whole_head(a, molecule, head);
+    const auto run_head_by = few_queries<T>(at.queries, at.keys) ? run_head<T, LanesAre::keys>
+                                                                 : run_head<T, LanesAre::queries>;
+    run_head_by(a, part, at, scratch, dq_sum, ahead);
+  };
+  if (task.part_of_keys() && query_span(a, task.molecule).size <= QUERIES)
+    for_each_piece<T>(task, scratch.keys, scratch.long_dq,
+                      [&](const Task& piece, int64_t head, LongSum<T>& dq_sum) {
+                        const int64_t count = piece.last - piece.first;
+                        ask_for_share(ahead, a, head,
+                                      after(key_span(a, task.molecule), piece.first, count),
+                                      squares_of<T>(count, a.head_dim + a.value_dim), {a.k, a.v});
+                        run_it(piece, task.molecule, head, dq_sum);
+                      });
+  else
+    for_each_head<T>(a, task, scratch.long_dq, scratch.head_ld,
+                     [&](int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
+                       ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
+                       run_it(task, molecule, head, dq_sum);
+                     });
   publish_streams();
 }
 
@@ -325,10 +338,12 @@ template <typename T>
 void run_norms(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
   const BackwardScratch<T> scratch(a, longest_of(a, task), arena);
-  const int64_t rows = query_span(a, task.molecule).size;
+  const Span queries = query_span(a, task.molecule), keys = key_span(a, task.molecule);
+  const auto find = few_queries<T>(queries, keys) ? find_norms<T, LanesAre::keys>
+                                                  : find_norms<T, LanesAre::queries>;
   for (int64_t head = task.head; head < task.head_end; ++head)
-    find_norms<T, LanesAre::queries>(a, task.molecule, head, task.first, task.last, scratch,
-                                     static_cast<T*>(task.statistics) + head * rows);
+    find(a, task.molecule, head, task.first, task.last, scratch,
+         static_cast<T*>(task.statistics) + head * queries.size);
 }
 
 }  // namespace

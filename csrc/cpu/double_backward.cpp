@@ -107,7 +107,8 @@ class Head {
     const int64_t key_step = step_of(last - first, w_.keys, 4);
     const bool one_block = all_keys_ = key_step >= keys.size;
     once_ = query_step_ >= queries.size;
-    large_ = one_block && once_ && is_large(a_.gk, a_.key_rows);
+    large_keys_ = once_ && is_large(a_.gk, a_.key_rows);
+    large_queries_ = large_keys_ && one_block;
     const auto place = one_block && once_ ? place_of<T, true> : place_of<T, false>;
     if (!one_block && !task_.statistics) statistics(0, queries.size);
     T* const gq_buffer = w_.linear + 4 * whole_vectors<T>(queries.size);
@@ -115,7 +116,7 @@ class Head {
     const Place<T> gq = sum_of(place, task_.dq_sum, a_.gq, 0, a_.head_dim, gq_buffer);
     const Place<T> gdout =
         sum_of(place, task_.gdout_sum, a_.gdout, at_.molecule, a_.value_dim, gdout_buffer);
-    LongSum<T> gdout_sum{w_.long_gdout[0], w_.long_gdout[1]};
+    LongSum<T> gdout_sum{w_.long_gdout[0], w_.long_gdout[1], gq_sum.blocks && task_.gdout_sum};
     KeySums<T> z_sum{};
     if (a_.gkey_bias.data) z_sum = {w_.key_sums[0], w_.key_sums[1], w_.key_sums[2]};
     for (at_.j0 = first; at_.j0 < last; at_.j0 += key_step) {
@@ -374,13 +375,13 @@ class Head {
       return Terms<T>{x, y.rows, more ? more_x : nullptr, more};
     };
     sum_over_keys<T, L>(at_, dead_, terms(z, k_, ds, ddk_), a_.head_dim, gq, scale_, add_gq,
-                        &ahead_, large_);  // (D7)
+                        &ahead_, large_queries_);  // (D7)
     sum_over_queries<T, L>(at_, terms(z, q_, ds, ddq_), a_.head_dim, gk, scale_, add_gk, &ahead_,
-                           large_);  // (D8)
+                           large_keys_);  // (D8)
     sum_over_queries<T, L>(at_, {ur, dout_.rows}, a_.value_dim, gv, T(1), add_gv, &ahead_,
-                           large_);  // (D9)
+                           large_keys_);  // (D9)
     sum_over_keys<T, L>(at_, dead_, terms(ur, v_, pr, ddv_), a_.value_dim, gdout, T(1), add_gdout,
-                        &ahead_, large_);                      // (D11)
+                        &ahead_, large_queries_);              // (D11)
     if (a_.gbias.data) store_pairs<T, L>(a_, z, at_, a_.gbias);  // (D10)
   }
 
@@ -393,7 +394,8 @@ class Head {
   int64_t query_step_;
   T* rows_;
   bool all_keys_ = false, once_ = false;  // whether one block has all keys, all queries
-  bool large_ = false;                    // see is_large(), of results that are written once
+  // See is_large(): of results that are written once, rows of keys and of queries.
+  bool large_keys_ = false, large_queries_ = false;
   Side<T> q_{}, dout_{}, ddq_{}, k_{}, v_{}, ddk_{}, ddv_{};
   DeadRows dead_{};
 };
@@ -413,8 +415,10 @@ void ask_for_rows(Ahead& ahead, const AttnParams& a, const Task& task, int64_t m
 
 template <typename T, LanesAre L>
 void run_head(const AttnParams& a, const Task& task, const Block& at,
-              const DoubleBackwardScratch<T>& w, Ahead& ahead, LongSum<T>& gq_sum) {
-  Head<T, L>(a, task, at, w, ahead).run(gq_sum);
+              const DoubleBackwardScratch<T>& w, Ahead& ahead, LongSum<T>* gq_sum) {
+  Head<T, L> head(a, task, at, w, ahead);
+  if (gq_sum) head.run(*gq_sum);
+  else head.statistics(task.first, task.last);
 }
 
 template <typename T>
@@ -422,21 +426,28 @@ void run(const AttnParams& a, const Task& task, void* buffer, bool only_statisti
   Arena arena(buffer);
   const DoubleBackwardScratch<T> scratch(a, longest_of(a, task), arena);
   Ahead ahead;
+  const auto run_it = [&](const Task& part, int64_t molecule, int64_t head, LongSum<T>* gq_sum) {
+    const Block at = whole_head(a, molecule, head);
+    const auto run_head_by = few_queries<T>(at.queries, at.keys) ? run_head<T, LanesAre::keys>
+                                                                 : run_head<T, LanesAre::queries>;
+    run_head_by(a, part, at, scratch, ahead, gq_sum);
+  };
   if (only_statistics) {
     for (int64_t head = task.head; head < task.head_end; ++head)
-      Head<T, LanesAre::queries>(a, task, whole_head(a, task.molecule, head), scratch, ahead)
-          .statistics(task.first, task.last);
+      run_it(task, task.molecule, head, nullptr);
     return;
   }
-  for_each_head<T>(a, task, scratch.long_gq, scratch.head_ld,
-                   [&](int64_t molecule, int64_t head, LongSum<T>& gq_sum) {
-                     ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
-                     const Block at = whole_head(a, molecule, head);
-                     const auto run_head_by = few_queries<T>(at.queries, at.keys)
-                                                  ? run_head<T, LanesAre::keys>
-                                                  : run_head<T, LanesAre::queries>;
-                     run_head_by(a, task, at, scratch, ahead, gq_sum);
-                   });
+  if (task.part_of_keys() && query_span(a, task.molecule).size <= QUERIES)
+    for_each_piece<T>(task, scratch.keys, scratch.long_gq,
+                      [&](const Task& piece, int64_t head, LongSum<T>& gq_sum) {
+                        run_it(piece, task.molecule, head, &gq_sum);
+                      });
+  else
+    for_each_head<T>(a, task, scratch.long_gq, scratch.head_ld,
+                     [&](int64_t molecule, int64_t head, LongSum<T>& gq_sum) {
+                       ask_for_rows<T>(ahead, a, task, molecule, head, scratch.keys);
+                       run_it(task, molecule, head, &gq_sum);
+                     });
   publish_streams();
 }
 

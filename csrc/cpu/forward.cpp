@@ -10,9 +10,16 @@ namespace {
 
 constexpr int64_t KEPT_BYTES = 1 << 20;  // packed keys and values that stay in the L2 cache
 
+// Of the rows of a block: what the weights so far are relative to, their sum, what rounding has taken
+// from it, and what the sums of earlier blocks must be multiplied by.
+template <typename T>
+struct Running {
+  T *maximum, *sum, *lost, *row;
+};
+
 template <typename T>
 struct ForwardScratch {
-  T *q, *q_t, *k, *k_t, *v, *s, *pairs, *o, *o_sum, *o_lost, *maximum, *top, *taken, *sum, *lost, *row;
+  T *q, *q_t, *k, *k_t, *v, *s, *pairs, *o, *o_sum, *o_lost, *maximum, *top, *taken, *sum, *lost, *row, *running;
   int64_t keys, kept, head_ld, value_ld;
 
   ForwardScratch(const AttnParams& a, Arena& arena) {
@@ -29,6 +36,7 @@ struct ForwardScratch {
     pairs = arena.take<T>(a.bias.data || a.key_bias.data || a.seed ? keys * QUERIES : 0);
     arena.each(QUERIES * value_ld, o, o_sum, o_lost);
     arena.each(QUERIES, maximum, top, taken, sum, lost, row);
+    running = arena.take<T>(a.heads * 4 * QUERIES);
   }
 };
 
@@ -52,16 +60,17 @@ ATTN_INLINE Vector<T> weigh(const Block& at, T* s, int64_t r, Vector<T> top) {
   return sum_of_row<T, L>(sums[0]);
 }
 
-// Turns logits s (and biases) into weights and moves the running maximum and sum of each row on;
-// w.row[i] is what the sums of earlier blocks must be multiplied by. The maximum is rounded to a
-// whole number: then that is a power of 2, which rounds nothing away, however often it rises.
+// Turns logits s (and biases) into weights and moves the running statistics on. The maximum is
+// rounded to a whole number: then the factor of earlier blocks is a power of 2, which rounds nothing
+// away, however often the maximum rises.
 template <typename T, LanesAre L>
-void soften(Added added, const Block& at, T* s, const T* bias, const ForwardScratch<T>& w) {
-  add_biases<T, L>(added, at, s, bias, w.top);
+void soften(Added added, const Block& at, T* s, const T* bias, T* largest,
+            const Running<T>& w) {
+  add_biases<T, L>(added, at, s, bias, largest);
   const int64_t rows = rows_of_block<T, L>(at);
   for (int64_t r = 0; r < rows; r += ROWS<T, L>) {
     const Vector<T> old = of_rows<L>(w.maximum + r);
-    const Vector<T> top = nearest_whole<T>(larger_lanes(of_rows<L>(w.top + r), old));
+    const Vector<T> top = nearest_whole<T>(larger_lanes(of_rows<L>(largest + r), old));
     to_rows<L>(w.maximum + r, top);
     const Vector<T> block = weigh<T, L>(at, s, r, finite<T>(top));
     const Vector<T> fade = fading<T>(old, top);
@@ -149,6 +158,20 @@ void run_one_block(const AttnParams& a, Block at, int64_t first, int64_t last,
   }
 }
 
+// Adds a block of keys to the rows of `out` and their statistics.
+template <typename T, LanesAre L>
+void attend_block(const AttnParams& a, const Block& at, const Side<T>& k, const Side<T>& q,
+                  const Place<T>& v, const Place<T>& out, bool add, const ForwardScratch<T>& w,
+                  const Running<T>& running, Ahead* ahead = nullptr) {
+  pair_products<T, L>(at, {k, q}, a.head_dim, w.s, T(a.scale * LOG2_E), false, ahead);
+  soften<T, L>(pack_bias<T, L>(a, at, w.pairs), at, w.s, w.pairs, w.top, running);  // (F1), (F2)
+  if (a.seed) {
+    keep_pairs<T, L>(a, at, w.pairs);
+    multiply_pairs<T, L>(at, w.s, w.pairs);
+  }
+  weighted_values<T, L>(a, at, v, w.s, out, add ? running.row : nullptr, add, ahead);  // (F3)
+}
+
 // The same with several blocks of keys: softmax kept online.
 template <typename T, LanesAre L>
 void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
@@ -168,6 +191,7 @@ void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
     turn<T, L, LanesAre::queries>(q, at.ni, a.head_dim);
     for (int64_t i = 0; i < lanes; ++i)
       w.maximum[i] = w.taken[i] = -infinity, w.sum[i] = w.lost[i] = 0;
+    const Running<T> running{w.maximum, w.sum, w.lost, w.row};
     LongSum<T> sums{w.o_sum, w.o_lost};
     const auto decay_of_taken = [&] {
       for (int64_t x = 0; x < lanes; x += WIDTH<T>) {
@@ -190,20 +214,107 @@ void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
                     ahead_of(a.v, at.keys, at.nj, head, a.heads));
         turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim);
       }
-      pair_products<T, L>(at, {k, q}, a.head_dim, w.s, T(a.scale * LOG2_E), false);
-      soften<T, L>(pack_bias<T, L>(a, at, w.pairs), at, w.s, w.pairs, w);  // (F1), (F2)
-      if (a.seed) {
-        keep_pairs<T, L>(a, at, w.pairs);
-        multiply_pairs<T, L>(at, w.s, w.pairs);
-      }
-      const bool add = sums.blocks++ > 0;
-      weighted_values<T, L>(a, at, v, w.s, out, add ? w.row : nullptr, add);  // (F3)
+      attend_block<T, L>(a, at, k, q, v, out, sums.blocks++ > 0, w, running);
     }
     if (sums.started) sums.finish(out, at.ni, w.value_ld, decay_of_taken());
     const bool dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
     store_rows(out.data, out.ld, w.row, a.out, a.dtype, molecule, row, head, at.ni, a.value_dim);
     if (dead) clear_dead(a, at, w.sum);
     write_statistic(w.maximum, a.lse, molecule, row, head, at.ni);
+  }
+}
+
+// Some keys of a molecule with few queries, all heads of a block of them before the next one, so
+// that rows are read in the order in which they lie.
+template <typename T, LanesAre L>
+void run_part(const AttnParams& a, const Task& task, Block at, const ForwardScratch<T>& w,
+              Ahead& ahead) {
+  const int64_t molecule = task.molecule, rows = at.queries.size, ld = w.value_ld + PartialRow::REST;
+  const int64_t key_step = step_of(task.last - task.first, w.keys, 4);
+  T* const partial = static_cast<T*>(task.partial);
+  const auto running_of = [&](int64_t head) {
+    T* const all = w.running + head * 4 * QUERIES;
+    return Running<T>{all, all + QUERIES, all + 2 * QUERIES, all + 3 * QUERIES};
+  };
+  at.ni = rows;
+  for (int64_t head = 0; head < a.heads; ++head)
+    for (int64_t i = 0; i < QUERIES; ++i) {
+      const Running<T> x = running_of(head);
+      x.maximum[i] = -T(__builtin_inf()), x.sum[i] = x.lost[i] = 0;
+    }
+  for (at.j0 = task.first; at.j0 < task.last; at.j0 += key_step) {
+    at.nj = smaller(key_step, task.last - at.j0);
+    const int64_t key = at.keys.first + at.j0;
+    for (at.head = 0; at.head < a.heads; ++at.head) {
+      const auto read = [&](const View& x, int64_t width, T* buffer) {
+        const int64_t next = at.head + 1 < a.heads ? x.head : at.nj * x.row - at.head * x.head;
+        return rows_of(x, a.dtype, 0, key, at.head, at.nj, width, buffer, L == LanesAre::keys,
+                       next);
+      };
+      if (L == LanesAre::keys)
+        ask_for_share(ahead, a, at.head, after(at.keys, at.j0, at.nj),
+                      squares_of<T>(at.nj, a.head_dim), {a.k, a.v});
+      const Side<T> k{read(a.k, a.head_dim, w.k), w.k_t};
+      const Place<T> v = read(a.v, a.value_dim, w.v);
+      const Side<T> q{rows_of(a.q, a.dtype, molecule, at.queries.first, at.head, rows, a.head_dim,
+                              w.q, true, 0),
+                      w.q_t};
+      turn<T, L, LanesAre::keys>(k, at.nj, a.head_dim, &ahead);
+      turn<T, L, LanesAre::queries>(q, rows, a.head_dim);
+      attend_block<T, L>(a, at, k, q, v, {partial + at.head * rows * ld, ld, true},
+                         at.j0 > task.first, w, running_of(at.head), &ahead);
+    }
+  }
+  for (int64_t head = 0; head < a.heads; ++head)
+    for (int64_t i = 0; i < rows; ++i) {
+      T* const rest = partial + (head * rows + i) * ld + w.value_ld;
+      const Running<T> x = running_of(head);
+      rest[PartialRow::TOP] = x.maximum[i];
+      rest[PartialRow::SUM] = x.sum[i];
+      rest[PartialRow::LOST] = x.lost[i];
+    }
+}
+
+// out and lse from what the parts of the keys gave, in their order.
+template <typename T>
+void merge(const AttnParams& a, const SumOfParts& sum, int64_t head) {
+  constexpr int W = WIDTH<T>;
+  const int64_t width = whole_vectors<T>(sum.width), ld = width + PartialRow::REST;
+  alignas(64) T total[MAX_WIDTH], rest[MAX_WIDTH];
+  for (int64_t i = 0; i < sum.rows; ++i) {
+    const T* const first = static_cast<const T*>(sum.part) + (head * sum.rows + i) * ld;
+    const int64_t next = a.heads * sum.rows * ld;
+    T top = -T(__builtin_inf());
+    for (int64_t x = 0; x < sum.parts; ++x) {
+      const T other = first[x * next + width + PartialRow::TOP];
+      top = other > top ? other : top;
+    }
+    Vector<T> weights{}, lost{};
+    zero(total, width);
+    zero(rest, width);
+    for (int64_t x = 0; x < sum.parts; ++x) {
+      const T* const part = first + x * next;
+      const T* const statistics = part + width;
+      const Vector<T> factor = fading<T>(splat(statistics[PartialRow::TOP]), splat(top));
+      add_exactly<T>(weights, lost, splat(statistics[PartialRow::SUM]) * factor);
+      lost += splat(statistics[PartialRow::LOST]) * factor;
+      for (int64_t d = 0; d < width; d += W) {
+        Vector<T> all = load(total + d), more = load(rest + d);
+        add_exactly<T>(all, more, load(part + d) * factor);
+        store(total + d, all);
+        store(rest + d, more);
+      }
+    }
+    const Vector<T> whole = whole_sum<T>(weights, lost);
+    const bool dead = weights[0] == 0;
+    const T inverse = dead ? T(0) : T(1) / whole[0];
+    for (int64_t d = 0; d < width; d += W)
+      store(total + d, whole_sum<T>(load(total + d), load(rest + d)));
+    if (dead) zero(total, width);
+    store_rows<T>(total, width, &inverse, sum.to, a.dtype, sum.molecule, sum.first_row + i, head, 1,
+                  sum.width);
+    const Vector<T> lse = splat(top) * T(LN_2) + log<T>(whole);
+    *address<T>(a.lse, sum.molecule, sum.first_row + i, head) = lse[0];
   }
 }
 
@@ -236,6 +347,11 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
   Arena arena(buffer);
   const ForwardScratch<T> scratch(a, arena);
   Ahead ahead;
+  if (task.partial) {
+    const Block at = whole_head(a, task.molecule, 0);
+    return few_queries<T>(at.queries, at.keys) ? run_part<T, LanesAre::keys>(a, task, at, scratch, ahead)
+                                               : run_part<T, LanesAre::queries>(a, task, at, scratch, ahead);
+  }
   for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule) {
     for (int64_t head = task.head; head < task.head_end; ++head)
       run_head<T>(a, task, whole_head(a, molecule, head), scratch, ahead);
@@ -248,6 +364,11 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
 void forward(const AttnParams& a, const Task& task, void* scratch) {
   if (a.dtype == Dtype::float64) return run<double>(a, task, scratch);
   run<float>(a, task, scratch);
+}
+
+void merge_parts(const AttnParams& a, const SumOfParts& parts, int64_t head) {
+  if (a.dtype == Dtype::float64) return merge<double>(a, parts, head);
+  merge<float>(a, parts, head);
 }
 
 size_t forward_scratch(const AttnParams& a) {

@@ -35,6 +35,11 @@ int64_t padded(const AttnParams& a, int64_t width) {
   return a.dtype == Dtype::float64 ? whole_vectors<double>(width) : whole_vectors<float>(width);
 }
 
+int64_t block_of_keys(const AttnParams& a) {
+  const int64_t widest = larger(padded(a, a.head_dim), padded(a, a.value_dim));
+  return a.dtype == Dtype::float64 ? key_block<double>(widest) : key_block<float>(widest);
+}
+
 template <typename T>
 void add(const AttnParams& a, const SumOfParts& sum, int64_t head) {
   const int64_t ld = whole_vectors<T>(sum.width);
@@ -65,10 +70,9 @@ void add_parts(const AttnParams& a, const SumOfParts& sum, int64_t head) {
 
 }  // namespace
 
-extern const Kernels kernels = {ATTN_NAME(ATTN_ISA), runs_here,  scratch_bytes,
-                                padded,              forward,    backward,
-                                norms,               statistics, double_backward,
-                                add_parts};
+extern const Kernels kernels = {ATTN_NAME(ATTN_ISA), runs_here,  scratch_bytes,   padded,
+                                block_of_keys,       forward,    backward,        norms,
+                                statistics,          double_backward, add_parts,  merge_parts};
 
 }  // namespace ATTN_ISA
 }  // namespace attnpool

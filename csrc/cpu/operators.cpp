@@ -56,7 +56,12 @@ void run_plan(const AttnParams& a, Pass pass, const TaskPlan& plan) {
     });
   };
   switch (pass) {
-    case Pass::forward: run_tasks(k.forward, plan.tasks); break;
+    case Pass::forward:
+      run_tasks(k.forward, plan.tasks);
+      run_parallel(int64_t(plan.merges.size()) * a.heads, plan.flops, [&](int64_t i) {
+        k.merge_parts(a, plan.merges[size_t(i / a.heads)], i % a.heads);
+      });
+      break;
     case Pass::backward:
       run_tasks(k.norms, plan.statistics);
       run_tasks(k.backward, plan.tasks);

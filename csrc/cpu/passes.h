@@ -9,6 +9,7 @@ namespace ATTN_ISA {
 
 void forward(const AttnParams& a, const Task& task, void* scratch);
 size_t forward_scratch(const AttnParams& a);
+void merge_parts(const AttnParams& a, const SumOfParts& parts, int64_t head);
 void backward(const AttnParams& a, const Task& task, void* scratch);
 void norms(const AttnParams& a, const Task& task, void* scratch);
 size_t backward_scratch(const AttnParams& a, int64_t longest);

@@ -30,7 +30,8 @@ class Buffer {
 struct TaskPlan {
   std::vector<Task> statistics;  // of rows of large molecules, for the backward passes
   std::vector<Task> tasks;
-  std::vector<SumOfParts> sums;  // of the parts that tasks leave behind
+  std::vector<SumOfParts> sums;    // of the parts that tasks leave behind
+  std::vector<SumOfParts> merges;  // of the parts of a forward pass
   int64_t longest = 0;    // most query rows of a molecule
   double flops = 0;
   std::vector<Buffer> memory;  // of the sums and statistics

@@ -85,6 +85,24 @@ int64_t long_rows(const AttnParams& a, int64_t longest, int64_t keys) {
   return a.key_rows > TOGETHER * keys ? longest : 0;
 }
 
+// Keys of a part of a giant (see plan.cpp) that all heads go through before the next ones, so that
+// rows are read about in the order in which they lie.
+constexpr int64_t PIECE_BLOCKS = 2;
+
+// f(piece, head, sum over keys) for the pieces and heads of a task that is a part of one molecule.
+template <typename T, typename F>
+void for_each_piece(const Task& task, int64_t keys, T* const (&buffers)[2], F f) {
+  for (int64_t first = task.first; first < task.last; first += PIECE_BLOCKS * keys) {
+    Task piece = task;
+    piece.first = first;
+    piece.last = smaller(task.last, first + PIECE_BLOCKS * keys);
+    for (int64_t head = task.head; head < task.head_end; ++head) {
+      LongSum<T> sum{buffers[0], buffers[1], first > task.first ? 1 : 0};
+      f(piece, head, sum);
+    }
+  }
+}
+
 // f(molecule, head, sum over keys) for the molecules and heads of a task. With shared seeds that
 // sum goes on from molecule to molecule, in dq_sum. buffers: long_rows x ld each.
 template <typename T, typename F>
