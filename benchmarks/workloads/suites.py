@@ -184,7 +184,10 @@ def _shares(device: str) -> list[Workload]:
     mixed = [_molecules("QMugs-like", 128, heads=8, dim=dim) for dim in (32, 64, 24)]
     giant = [
         replace(w, seeds=s, x=s)
-        for w in (Workload("n=20000", "seeds", (20_000,)), Workload("n=200000", "seeds", (200_000,)))
+        for w in (
+            Workload("n=20000", "seeds", (20_000,)),
+            Workload("n=200000", "seeds", (200_000,)),
+        )
         for s in (1, 16, 32)
     ]
     types = [
