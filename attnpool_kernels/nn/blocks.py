@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu, softplus
+from torch.utils.checkpoint import checkpoint
 
 from ..ragged import Ragged
+from ..tracing import watched
 from . import scripted
 from .arguments import check_rows, covered, flag, integer, one_of, positive
 from .attention import SetAttention, equal
@@ -85,6 +87,10 @@ class MAB(torch.nn.Module):
         dropout: on the attention weights, in training.
         init: "linear" or "xavier", see ``SetAttention``.
         backend: None or the name of a backend.
+        recompute: keep the inputs of the block for its derivatives, not what lies between, which is
+            computed again when a derivative needs it: the same bits, less memory, more time. It has
+            no part where something else looks at the call: torch.compile, which decides by itself,
+            tracers and TorchScript.
 
     Examples:
         >>> x, y = torch.randn(4, 16), torch.randn(8, 16)
@@ -108,8 +114,10 @@ class MAB(torch.nn.Module):
         dropout: float = 0.0,
         init: str = "linear",
         backend: str | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = flag("recompute", recompute)
         self.residual = one_of("residual", residual, RESIDUALS)
         self.activation = one_of("activation", activation, ACTIVATIONS)
         self.attn = SetAttention(
@@ -151,6 +159,20 @@ class MAB(torch.nn.Module):
         ptr may be an int or None as in ``SetAttention``. bias, key_bias: [P, H] and [N_k, H] added
         to the logits. A row without keys attends to nothing: its attention is 0.
         """
+        rows = x, ptr, y, y_ptr, bias, key_bias
+        if self.recompute and torch.is_grad_enabled() and not watched():
+            return checkpoint(self._block, *rows, use_reentrant=False)
+        return self._block(*rows)
+
+    def _block(
+        self,
+        x: Tensor,
+        ptr: Tensor | Ragged | int | None,
+        y: Tensor | None,
+        y_ptr: Tensor | Ragged | None,
+        bias: Tensor | None,
+        key_bias: Tensor | None,
+    ) -> Tensor:
         h = self.attn(x, ptr, y, y_ptr, bias=bias, key_bias=key_bias, residual=self.residual)
         if self.layer_norm1 is not None:
             h = self.layer_norm1(h)

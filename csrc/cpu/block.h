@@ -46,8 +46,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Rows of one side of the products of pairs; turned: the same transposed, of the side whose rows are
-// the lanes.
+// Rows of one side of the products of pairs; turned: the same transposed, of the side whose rows
+// are the lanes.
 template <typename T>
 struct Side {
   Place<T> rows;
@@ -73,7 +73,7 @@ struct Terms {
 };
 
 // to (+)= factor * x^T y: sums over the keys, y the rows of keys, `to` the rows of the molecule's
-// queries; dead rows receive nothing.
+// queries; dead rows receive nothing. large: past the caches, unless `to` is a buffer.
 template <typename T, LanesAre L>
 void sum_over_keys(const Block& at, const DeadRows& dead, const Terms<T>& terms, int64_t width,
                    const Place<T>& to, T factor, bool add, Ahead* ahead = nullptr,
@@ -86,7 +86,7 @@ void sum_over_keys(const Block& at, const DeadRows& dead, const Terms<T>& terms,
     const int64_t first = pair_at<L>(i, 0);
     product({terms.x + first, L == LanesAre::queries ? QUERIES : KEYS, terms.y.data, terms.y.ld,
              to.row(at.i0 + i), to.ld, int(count), int(columns_of<T>(width)), int(at.nj), factor,
-             nullptr, add, ahead, large, nullptr,
+             nullptr, add, ahead, large && to.direct, nullptr,
              terms.more_x ? terms.more_x + first : nullptr, terms.more_y});
   });
 }
@@ -98,7 +98,7 @@ void sum_over_queries(const Block& at, const Terms<T>& terms, int64_t width, con
   const auto product = L == LanesAre::queries ? product_rows<T> : product_columns<T>;
   product({terms.x, L == LanesAre::queries ? QUERIES : KEYS, terms.y.data, terms.y.ld, to.data,
            to.ld, int(at.nj), int(columns_of<T>(width)), int(at.ni), factor, nullptr, add, ahead,
-           large, nullptr, terms.more_x, terms.more_y});
+           large && to.direct, nullptr, terms.more_x, terms.more_y});
 }
 
 // The rows of keys and queries whose products are pairs.

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t KEPT_BYTES = 1 << 20;  // packed keys and values that stay in the L2 cache
 
-// Of the rows of a block: what the weights so far are relative to, their sum, what rounding has taken
-// from it, and what the sums of earlier blocks must be multiplied by.
+// Of the rows of a block: what the weights so far are relative to, their sum, what rounding has
+// taken from it, and what the sums of earlier blocks must be multiplied by.
 template <typename T>
 struct Running {
   T *maximum, *sum, *lost, *row;
@@ -19,7 +19,8 @@ struct Running {
 
 template <typename T>
 struct ForwardScratch {
-  T *q, *q_t, *k, *k_t, *v, *s, *pairs, *o, *o_sum, *o_lost, *maximum, *top, *taken, *sum, *lost, *row, *running;
+  T *q, *q_t, *k, *k_t, *v, *s, *pairs, *o, *o_sum, *o_lost;
+  T *maximum, *top, *taken, *sum, *lost, *row, *running;
   int64_t keys, kept, head_ld, value_ld;
 
   ForwardScratch(const AttnParams& a, Arena& arena) {
@@ -61,8 +62,8 @@ ATTN_INLINE Vector<T> weigh(const Block& at, T* s, int64_t r, Vector<T> top) {
 }
 
 // Turns logits s (and biases) into weights and moves the running statistics on. The maximum is
-// rounded to a whole number: then the factor of earlier blocks is a power of 2, which rounds nothing
-// away, however often the maximum rises.
+// rounded to a whole number: then the factor of earlier blocks is a power of 2, which rounds
+// nothing away, however often the maximum rises.
 template <typename T, LanesAre L>
 void soften(Added added, const Block& at, T* s, const T* bias, T* largest,
             const Running<T>& w) {
@@ -108,7 +109,8 @@ void weighted_values(const AttnParams& a, const Block& at, const Place<T>& v, co
                      bool large = false) {
   const auto product = L == LanesAre::queries ? product_columns<T> : product_rows<T>;
   product({s, L == LanesAre::queries ? QUERIES : KEYS, v.data, v.ld, out.data, out.ld, int(at.ni),
-           int(columns_of<T>(a.value_dim)), int(at.nj), T(1), row, add, ahead, large});
+           int(columns_of<T>(a.value_dim)), int(at.nj), T(1), row, add, ahead,
+           large && out.direct});
 }
 
 // out = 0 in rows without a finite logit.
@@ -229,7 +231,8 @@ void run_blocks(const AttnParams& a, Block at, int64_t first, int64_t last,
 template <typename T, LanesAre L>
 void run_part(const AttnParams& a, const Task& task, Block at, const ForwardScratch<T>& w,
               Ahead& ahead) {
-  const int64_t molecule = task.molecule, rows = at.queries.size, ld = w.value_ld + PartialRow::REST;
+  const int64_t molecule = task.molecule, rows = at.queries.size;
+  const int64_t ld = w.value_ld + PartialRow::REST;
   const int64_t key_step = step_of(task.last - task.first, w.keys, 4);
   T* const partial = static_cast<T*>(task.partial);
   const auto running_of = [&](int64_t head) {
@@ -349,8 +352,9 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
   Ahead ahead;
   if (task.partial) {
     const Block at = whole_head(a, task.molecule, 0);
-    return few_queries<T>(at.queries, at.keys) ? run_part<T, LanesAre::keys>(a, task, at, scratch, ahead)
-                                               : run_part<T, LanesAre::queries>(a, task, at, scratch, ahead);
+    const auto run_part_by = few_queries<T>(at.queries, at.keys) ? run_part<T, LanesAre::keys>
+                                                                 : run_part<T, LanesAre::queries>;
+    return run_part_by(a, task, at, scratch, ahead);
   }
   for (int64_t molecule = task.molecule; molecule < task.molecule_end; ++molecule) {
     for (int64_t head = task.head; head < task.head_end; ++head)

@@ -1,6 +1,6 @@
 // Matrices of the pairs of a block, and how they lie. Usually [key][QUERIES]: the lanes of a vector
-// are queries, and statistics of rows are plain vector operations. Few queries would leave most lanes
-// empty; then [query][KEYS], and lanes are keys.
+// are queries, and statistics of rows are plain vector operations. Few queries would leave most
+// lanes empty; then [query][KEYS], and lanes are keys.
 #pragma once
 
 #include "../philox.h"

@@ -293,3 +293,53 @@ def test_weights_of_the_seeds(top):
     assert (found[1][1] == -1).all() and torch.equal(found[1], direct[1])
     with pytest.raises(ValueError, match="phantom must be None for weights"):
         AttentionPooling(8, 8, heads=2, phantom=9).weights(x.float(), sets)
+
+
+@pytest.mark.parametrize("points", [None, 3])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_recompute_keeps_bits_and_less(setting, points):
+    """The inputs of the blocks are kept, and every derivative has the same bits, dropout included."""
+    x, ragged = batch(32, torch.float32, (40, 12, 0, 25))
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = SetTransformer(
+            *(32, 32, 5),
+            heads=4,
+            seeds=3,
+            points=points,
+            dropout=0.2,
+            recompute=recompute,
+            **SETTINGS[setting],
+        )
+        kept = {}
+
+        def keep(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            torch.manual_seed(1)
+            out = model(x, ragged)
+        first = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        torch.manual_seed(1)
+        first = torch.autograd.grad(
+            model(x, ragged).square().sum(), [x, *model.parameters()], create_graph=True
+        )
+        second = torch.autograd.grad(first[0].square().sum(), [x, *model.parameters()])
+        parameters = sum(p.nbytes for p in model.parameters())
+        results.append((sum(kept.values()) - parameters, [out, *first, *second]))
+    (all_kept, expected), (some_kept, found) = results
+    assert some_kept < all_kept / 3
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_recompute_leaves_compilers_and_inference_alone():
+    x, ragged = batch(16, torch.float32)
+    block = SAB(16, heads=4, recompute=True)
+    with torch.no_grad():
+        expected = block(x, ragged)
+    assert torch.equal(block(x, ragged), expected)
+    scripted = torch.jit.script(block)
+    assert torch.allclose(scripted(x, ragged.ptr), expected, atol=1e-6)
