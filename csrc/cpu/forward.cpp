@@ -92,13 +92,13 @@ void multiply_pairs(const Block& at, T* s, const T* by) {
 // whether there are such rows.
 template <typename T>
 bool finish_rows(int64_t ni, T* maximum, const T* sum, const T* lost, T* row) {
+  bool dead = false;
   for (int64_t x = 0; x < ni; x += WIDTH<T>) {
+    dead |= any_zero<T>(load(sum + x));  // also in lanes without a row, which is only slower
     const Vector<T> total = whole_sum<T>(load(sum + x), load(lost + x));
     store(maximum + x, load(maximum + x) * T(LN_2) + log<T>(total));
     store(row + x, total == Vector<T>{} ? Vector<T>{} : T(1) / total);
   }
-  bool dead = false;
-  for (int64_t i = 0; i < ni; ++i) dead |= sum[i] == 0;
   return dead;
 }
 

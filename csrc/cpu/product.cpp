@@ -88,7 +88,7 @@ template <typename T, bool BY_ROWS, Fate FATE, int C>
 void all_rows(const Product<T>& x, int64_t column) {
   const unsigned rows = unsigned(x.rows), tiles = (rows + MAX_ROWS[C - 1] - 1) / MAX_ROWS[C - 1];
   if (tiles == 0) return;
-  const unsigned least = rows / tiles, higher = rows - tiles * least;
+  const unsigned least = tiles == 1 ? rows : rows / tiles, higher = rows - tiles * least;
   const int64_t last = smaller((C - 1) * WIDTH<T>, x.columns - WIDTH<T> - column);
   const T *a = x.a, *b = x.b + column, *more_a = x.more_a;
   const T* const more_b = more_a ? x.more_b + column : nullptr;

@@ -182,16 +182,17 @@ template <typename T, int LD>
 void transpose_rows(const T* from, int64_t ld, int64_t count, int64_t width, T* to,
                     Ahead* ahead = nullptr) {
   constexpr int W = WIDTH<T>;
-  const auto block = [&](int64_t i, auto row) {
+  const T* rows[W];
+  for (int64_t i = 0; i < count; i += W) {
+    const T* row = from + i * ld;
+    const T* const last = from + (count - 1) * ld;
+    for (int r = 0; r < W; ++r, row += ld) rows[r] = row < last ? row : last;
     for (int64_t d = 0; d < width; d += W) {
       if (ahead) ahead->some();
       const int64_t column = smaller(d, width - W);
-      transpose<T>([&](int r) { return row(r) + column; }, to + column * LD + i, LD);
+      transpose<T>([&](int r) { return rows[r] + column; }, to + column * LD + i, LD);
     }
-  };
-  int64_t i = 0;
-  for (; i + W <= count; i += W, from += W * ld) block(i, [&](int r) { return from + r * ld; });
-  if (i < count) block(i, [&](int r) { return from + smaller(r, count - 1 - i) * ld; });
+  }
 }
 
 // Squares of WIDTH x WIDTH that are transposed, each of which asks ahead.

@@ -120,6 +120,14 @@ ATTN_INLINE Vector<double> larger_lanes(Vector<double> a, Vector<double> b) {
   return a > b ? a : b;
 }
 
+template <typename T>
+ATTN_INLINE bool any_zero(Vector<T> x) {
+  const typename Lanes<T>::Integers zero = (typename Lanes<T>::Integers)(x == Vector<T>{});
+  typename Lanes<T>::Bit any = 0;
+  for (int i = 0; i < WIDTH<T>; ++i) any |= typename Lanes<T>::Bit(zero[i]);
+  return any != 0;
+}
+
 // Over the lanes of a vector, in halves.
 template <typename T>
 ATTN_INLINE T sum_of_lanes(Vector<T> x) {
@@ -341,50 +349,54 @@ ATTN_INLINE void store_as(Half* to, Vector<float> x) {
 #endif
 }
 
-// to[c * to_stride + r] = row(r)[c] for WIDTH x WIDTH elements. Quarters of rows are gathered by
-// the loads, so that only the steps inside 4 x 4 elements shuffle.
+// to[c * to_stride + r] = row(r)[c] for WIDTH x WIDTH elements.
 template <typename T, typename Row>
 ATTN_INLINE void transpose(Row row, T* to, int64_t to_stride) {
   constexpr int W = WIDTH<T>;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
+    // Inside quarters first: quarter q of y[r + c] has column 4 q + c of rows r ... r + 3.
+    __m512 y[16];
 #pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4) {
+      const __m512 x0 = (__m512)load(row(r)), x1 = (__m512)load(row(r + 1));
+      const __m512 x2 = (__m512)load(row(r + 2)), x3 = (__m512)load(row(r + 3));
+      const __m512 a = _mm512_unpacklo_ps(x0, x1), b = _mm512_unpackhi_ps(x0, x1);
+      const __m512 d = _mm512_unpacklo_ps(x2, x3), e = _mm512_unpackhi_ps(x2, x3);
+      y[r] = _mm512_shuffle_ps(a, d, 0x44);
+      y[r + 1] = _mm512_shuffle_ps(a, d, 0xee);
+      y[r + 2] = _mm512_shuffle_ps(b, e, 0x44);
+      y[r + 3] = _mm512_shuffle_ps(b, e, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {  // even quarters of all rows, odd ones, and these apart
+      const __m512 a = _mm512_shuffle_f32x4(y[c], y[4 + c], 0x88);
+      const __m512 b = _mm512_shuffle_f32x4(y[c], y[4 + c], 0xdd);
+      const __m512 d = _mm512_shuffle_f32x4(y[8 + c], y[12 + c], 0x88);
+      const __m512 e = _mm512_shuffle_f32x4(y[8 + c], y[12 + c], 0xdd);
+      store(to + c * to_stride, (Vector<T>)_mm512_shuffle_f32x4(a, d, 0x88));
+      store(to + (4 + c) * to_stride, (Vector<T>)_mm512_shuffle_f32x4(b, e, 0x88));
+      store(to + (8 + c) * to_stride, (Vector<T>)_mm512_shuffle_f32x4(a, d, 0xdd));
+      store(to + (12 + c) * to_stride, (Vector<T>)_mm512_shuffle_f32x4(b, e, 0xdd));
+    }
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {  // halves of rows are gathered by the loads
+#pragma GCC unroll 2
     for (int c = 0; c < W; c += 4) {
-      Vector<T> x[4];
+      __m256 x[4];
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-#if defined(__AVX512F__)
-        __m512 all = _mm512_castps128_ps512(_mm_loadu_ps(row(r) + c));
-        all = _mm512_insertf32x4(all, _mm_loadu_ps(row(r + 4) + c), 1);
-        all = _mm512_insertf32x4(all, _mm_loadu_ps(row(r + 8) + c), 2);
-        all = _mm512_insertf32x4(all, _mm_loadu_ps(row(r + 12) + c), 3);
-        x[r] = (Vector<T>)all;
-#else
         const __m256 half = _mm256_castps128_ps256(_mm_loadu_ps(row(r) + c));
-        x[r] = (Vector<T>)_mm256_insertf128_ps(half, _mm_loadu_ps(row(r + 4) + c), 1);
-#endif
+        x[r] = _mm256_insertf128_ps(half, _mm_loadu_ps(row(r + 4) + c), 1);
       }
-#if defined(__AVX512F__)
-      const __m512 a = _mm512_unpacklo_ps((__m512)x[0], (__m512)x[1]);
-      const __m512 b = _mm512_unpackhi_ps((__m512)x[0], (__m512)x[1]);
-      const __m512 d = _mm512_unpacklo_ps((__m512)x[2], (__m512)x[3]);
-      const __m512 e = _mm512_unpackhi_ps((__m512)x[2], (__m512)x[3]);
-      x[0] = (Vector<T>)_mm512_shuffle_ps(a, d, 0x44);
-      x[1] = (Vector<T>)_mm512_shuffle_ps(a, d, 0xee);
-      x[2] = (Vector<T>)_mm512_shuffle_ps(b, e, 0x44);
-      x[3] = (Vector<T>)_mm512_shuffle_ps(b, e, 0xee);
-#else
-      const __m256 a = _mm256_unpacklo_ps((__m256)x[0], (__m256)x[1]);
-      const __m256 b = _mm256_unpackhi_ps((__m256)x[0], (__m256)x[1]);
-      const __m256 d = _mm256_unpacklo_ps((__m256)x[2], (__m256)x[3]);
-      const __m256 e = _mm256_unpackhi_ps((__m256)x[2], (__m256)x[3]);
-      x[0] = (Vector<T>)_mm256_shuffle_ps(a, d, 0x44);
-      x[1] = (Vector<T>)_mm256_shuffle_ps(a, d, 0xee);
-      x[2] = (Vector<T>)_mm256_shuffle_ps(b, e, 0x44);
-      x[3] = (Vector<T>)_mm256_shuffle_ps(b, e, 0xee);
-#endif
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) store(to + (c + r) * to_stride, x[r]);
+      const __m256 a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
+      const __m256 d = _mm256_unpacklo_ps(x[2], x[3]), e = _mm256_unpackhi_ps(x[2], x[3]);
+      store(to + c * to_stride, (Vector<T>)_mm256_shuffle_ps(a, d, 0x44));
+      store(to + (c + 1) * to_stride, (Vector<T>)_mm256_shuffle_ps(a, d, 0xee));
+      store(to + (c + 2) * to_stride, (Vector<T>)_mm256_shuffle_ps(b, e, 0x44));
+      store(to + (c + 3) * to_stride, (Vector<T>)_mm256_shuffle_ps(b, e, 0xee));
     }
     return;
   }
