@@ -122,10 +122,13 @@ ATTN_INLINE Vector<double> larger_lanes(Vector<double> a, Vector<double> b) {
 
 template <typename T>
 ATTN_INLINE bool any_zero(Vector<T> x) {
-  const typename Lanes<T>::Integers zero = (typename Lanes<T>::Integers)(x == Vector<T>{});
-  typename Lanes<T>::Bit any = 0;
-  for (int i = 0; i < WIDTH<T>; ++i) any |= typename Lanes<T>::Bit(zero[i]);
-  return any != 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask((__m512)x, __m512{}, _CMP_EQ_OQ) != 0;
+#endif
+  bool any = false;
+  for (int i = 0; i < WIDTH<T>; ++i) any |= x[i] == 0;
+  return any;
 }
 
 // Over the lanes of a vector, in halves.
