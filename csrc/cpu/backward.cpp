@@ -5,6 +5,7 @@
 // logits, norms() walks all keys of a block of queries first and P is divided by its own sum.
 #include "../equations.h"
 #include "block.h"
+#include "half_block.h"
 #include "key_sums.h"
 #include "passes.h"
 
@@ -19,6 +20,7 @@ struct BackwardScratch {
   T* norms;  // by query of the molecule
   T *long_dq[2], *long_dk[2], *long_dv[2];
   T* key_sums[3];
+  T* half;  // [keys / 2][QUERIES]
   int64_t keys, head_ld, value_ld;
 
   BackwardScratch(const AttnParams& a, int64_t longest, Arena& arena) {
@@ -46,6 +48,7 @@ struct BackwardScratch {
     norms = arena.take<T>(longest);
     dq = arena.take<T>(longest * head_ld);
     arena.each(KeySums<T>::elements(a, keys), key_sums[0], key_sums[1], key_sums[2]);
+    half = arena.take<T>(a.dtype == Dtype::bfloat16 ? keys * QUERIES / 2 : 0);
     arena.each(keys * head_ld, long_dk[0], long_dk[1]);
     arena.each(keys * value_ld, long_dv[0], long_dv[1]);
     arena.each(long_rows<T>(a, longest, keys) * head_ld, long_dq[0], long_dq[1]);
@@ -291,6 +294,63 @@ void run_head(const AttnParams& a, const Task& task, Block at, const BackwardScr
                   a.head_dim);
 }
 
+#if defined(__AVX512F__)
+// The same in pairs of bfloat16, of a molecule that is one block. False: this cannot serve it.
+bool run_half_head(const AttnParams& a, const Task& task, Block at,
+                   const BackwardScratch<float>& w, Ahead& ahead) {
+  constexpr LanesAre L = LanesAre::queries;
+  const int64_t molecule = at.molecule, head = at.head;
+  const int64_t row = at.queries.first, key = at.keys.first;
+  const int64_t ni = at.ni = at.queries.size, nj = at.nj = at.keys.size;
+  if (task.dq_sum || ni == 0 || ni > QUERIES || nj == 0 || nj > w.keys || !multiplies_pairs(a) ||
+      !are_pairs(a.v, a.value_dim) || !are_pairs(a.dout, a.value_dim))
+    return false;
+  DeadRows dead{};
+  read_lse(a.lse, molecule, row, head, ni, w.minus_lse, dead);
+  if (dead.any) return false;
+  read_statistic(a.dlse, molecule, row, head, ni, w.dlse);
+  const Place<float> q = pairs_of(a.q, 0, row, head), k = pairs_of(a.k, 0, key, head);
+  const Place<float> v = pairs_of(a.v, 0, key, head), dout = pairs_of(a.dout, molecule, row, head);
+  const int head_pairs = int(a.head_dim / 2), value_pairs = int(a.value_dim / 2);
+  const int lanes = int(whole_vectors<float>(ni));
+  transpose_rows<float, QUERIES>(q.data, q.ld, ni, head_pairs, w.q_t);
+  transpose_rows<float, QUERIES>(dout.data, dout.ld, ni, value_pairs, w.dout_t);
+  forget_maxima(at, w.norm);
+  pair_product_rows({k.data, k.ld, w.q_t, QUERIES, w.p, QUERIES, int(nj), lanes, head_pairs,
+                     float(a.scale * LOG2_E), nullptr, false, &ahead, false, w.norm});
+  with_biases<float, L>(a, at, w.pairs, w.p, w.norm);
+  pair_product_rows({v.data, v.ld, w.dout_t, QUERIES, w.ds, QUERIES, int(nj), lanes, value_pairs,
+                     1.f, nullptr, false, &ahead});  // (B1)
+  if (a.seed) keep_pairs<float, L>(a, at, w.pairs);
+  const auto finish = a.seed ? own_gradients<float, L, true> : own_gradients<float, L, false>;
+  finish(at, w.p, w.ds, w.pairs, w.norm, w.dlse);
+  if (a.dbias.data) store_pairs<float, L>(a, w.ds, at, a.dbias);  // (B7)
+  if (a.dkey_bias.data) {                                         // (B8)
+    KeySums<float> ds_sum{w.key_sums[0], w.key_sums[1], w.key_sums[2]};
+    ds_sum.add<L>(at, w.ds);
+    ds_sum.finish(a, at, a.dkey_bias);
+  }
+  const auto product = [&](auto multiply, const float* x, const float* y, int64_t rows,
+                           int64_t width, int64_t depth, float factor, float* sums,
+                           const View& to, int64_t first) {
+    multiply({x, QUERIES, y, width, sums, width, int(rows), int(width), int((depth + 1) / 2),
+              factor, nullptr, false, &ahead});
+    store_rows<float>(sums, width, nullptr, to, a.dtype, 0, first, head, rows, width);
+  };
+  const float scale = float(a.scale);
+  pair_up_rows(a.k, 0, key, head, nj, a.head_dim, w.k);
+  pair_up_rows(a.q, 0, row, head, ni, a.head_dim, w.q);
+  pair_up_rows(a.dout, molecule, row, head, ni, a.value_dim, w.dout);
+  pair_up_keys(at, w.ds, w.half);
+  pair_up_queries(at, w.p);
+  pair_up_queries(at, w.ds);
+  product(pair_product_rows, w.p, w.dout, nj, a.value_dim, ni, 1.f, w.dv, a.dv, key);      // (B4)
+  product(pair_product_rows, w.ds, w.q, nj, a.head_dim, ni, scale, w.dk, a.dk, key);       // (B6)
+  product(pair_product_columns, w.half, w.k, ni, a.head_dim, nj, scale, w.dq, a.dq, row);  // (B5)
+  return true;
+}
+#endif
+
 template <typename T>
 void ask_for_rows(Ahead& ahead, const AttnParams& a, const Task& task, int64_t molecule,
                   int64_t head, int64_t most_keys) {
@@ -312,6 +372,11 @@ void run(const AttnParams& a, const Task& task, void* buffer) {
   Ahead ahead;
   const auto run_it = [&](const Task& part, int64_t molecule, int64_t head, LongSum<T>& dq_sum) {
     const Block at = whole_head(a, molecule, head);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+      if (!few_queries<T>(at.queries, at.keys) && run_half_head(a, part, at, scratch, ahead))
+        return;
+#endif
     const auto run_head_by = few_queries<T>(at.queries, at.keys) ? run_head<T, LanesAre::keys>
                                                                  : run_head<T, LanesAre::queries>;
     run_head_by(a, part, at, scratch, dq_sum, ahead);

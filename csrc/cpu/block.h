@@ -170,17 +170,28 @@ void add_biases(Added added, const Block& at, T* p, const T* bias, T* maxima) {
   }
 }
 
+template <typename T>
+void forget_maxima(const Block& at, T* maxima) {
+  for (int64_t r = 0; r < whole_vectors<T>(at.ni); r += WIDTH<T>)
+    store(maxima + r, splat(-T(__builtin_inf())));
+}
+
+// Adds the biases to logits of which the largest are known where lanes are queries.
+template <typename T, LanesAre L>
+void with_biases(const AttnParams& a, const Block& at, T* pairs, T* p, T* maxima) {
+  const Added added = pack_bias<T, L>(a, at, pairs);
+  if (L == LanesAre::keys || added != Added::nothing) add_biases<T, L>(added, at, p, pairs, maxima);
+}
+
 // (F1) of a block that has all keys of its queries, and the largest logit of each query: weights
-// are relative to that and are divided by their sum, because the rounding of a large LSE would spoil
-// the cancellations of the derivatives. pairs is scratch for the biases.
+// are relative to that and are divided by their sum, because the rounding of a large LSE would
+// spoil the cancellations of the derivatives. pairs is scratch for the biases.
 template <typename T, LanesAre L>
 void block_logits(const AttnParams& a, const Block& at, const Side<T>& k, const Side<T>& q,
                   T* pairs, T* p, T* maxima, Ahead& ahead) {
-  for (int64_t r = 0; r < whole_vectors<T>(at.ni); r += WIDTH<T>)
-    store(maxima + r, splat(-T(__builtin_inf())));
+  forget_maxima(at, maxima);
   pair_products<T, L>(at, {k, q}, a.head_dim, p, T(a.scale * LOG2_E), false, &ahead, maxima);
-  const Added added = pack_bias<T, L>(a, at, pairs);
-  if (L == LanesAre::keys || added != Added::nothing) add_biases<T, L>(added, at, p, pairs, maxima);
+  with_biases<T, L>(a, at, pairs, p, maxima);
 }
 
 // What weights 2^(logit - x) are relative to, given the largest logit.

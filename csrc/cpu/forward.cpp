@@ -2,6 +2,7 @@
 //
 // Source of the algorithm: Dao et al., FlashAttention (NeurIPS 2022); blocks as in block.h.
 #include "block.h"
+#include "half_block.h"
 #include "passes.h"
 
 namespace attnpool {
@@ -102,6 +103,22 @@ bool finish_rows(int64_t ni, T* maximum, const T* sum, const T* lost, T* row) {
   return dead;
 }
 
+// The logits of a block that has all keys to weights (times R), and the statistics of its rows;
+// whether there are rows without a finite logit.
+template <typename T, LanesAre L>
+bool weigh_block(const AttnParams& a, const Block& at, const ForwardScratch<T>& w) {
+  const int64_t rows = rows_of_block<T, L>(at);
+  for (int64_t r = 0; r < rows; r += ROWS<T, L>) {
+    to_rows<L>(w.sum + r, weigh<T, L>(at, w.s, r, finite_top<T, L>(w.maximum + r)));
+    to_rows<L>(w.lost + r, Vector<T>{});
+  }
+  if (a.seed) {
+    keep_pairs<T, L>(a, at, w.pairs);
+    multiply_pairs<T, L>(at, w.s, w.pairs);
+  }
+  return finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
+}
+
 // out (+)= s v, each row times row[i] if there is one.
 template <typename T, LanesAre L>
 void weighted_values(const AttnParams& a, const Block& at, const Place<T>& v, const T* s,
@@ -122,6 +139,38 @@ void clear_dead(const AttnParams& a, const Block& at, const T* sum) {
       fill_rows(T(0), a.out, a.dtype, at.molecule, row + i, at.head, 1, a.value_dim);
 }
 
+#if defined(__AVX512F__)
+// As run_one_block(), in pairs of bfloat16.
+void run_one_half_block(const AttnParams& a, Block at, int64_t first, int64_t last,
+                        const ForwardScratch<float>& w, Ahead& ahead) {
+  constexpr LanesAre L = LanesAre::queries;
+  const int64_t molecule = at.molecule, head = at.head, key = at.keys.first;
+  const int64_t query_step = step_of(at.queries.size, QUERIES, WIDTH<float>);
+  at.nj = at.keys.size;
+  const Place<float> k = pairs_of(a.k, 0, key, head), out{w.o, w.value_ld, false};
+  pair_up_rows(a.v, 0, key, head, at.nj, a.value_dim, w.v);
+  for (at.i0 = first; at.i0 < last; at.i0 += query_step) {
+    at.ni = smaller(query_step, last - at.i0);
+    const int64_t row = at.queries.first + at.i0, lanes = whole_vectors<float>(at.ni);
+    const Place<float> q = pairs_of(a.q, molecule, row, head);
+    transpose_rows<float, QUERIES>(q.data, q.ld, at.ni, a.head_dim / 2, w.q_t);
+    forget_maxima(at, w.maximum);
+    pair_product_rows({k.data, k.ld, w.q_t, QUERIES, w.s, QUERIES, int(at.nj), int(lanes),
+                       int(a.head_dim / 2), float(a.scale * LOG2_E), nullptr, false, &ahead, false,
+                       w.maximum});
+    with_biases<float, L>(a, at, w.pairs, w.s, w.maximum);
+    const bool dead = weigh_block<float, L>(a, at, w);
+    pair_up_keys(at, w.s, w.s);
+    pair_product_columns({w.s, QUERIES, w.v, a.value_dim, out.data, out.ld, int(at.ni),
+                          int(a.value_dim), int((at.nj + 1) / 2), 1.f, w.row, false, &ahead});
+    store_rows<float>(out.data, out.ld, nullptr, a.out, a.dtype, molecule, row, head, at.ni,
+                      a.value_dim);
+    if (dead) clear_dead(a, at, w.sum);
+    write_statistic(w.maximum, a.lse, molecule, row, head, at.ni);
+  }
+}
+#endif
+
 // Queries first ... last - 1 of a molecule whose keys are one block.
 template <typename T, LanesAre L>
 void run_one_block(const AttnParams& a, Block at, int64_t first, int64_t last,
@@ -141,16 +190,7 @@ void run_one_block(const AttnParams& a, Block at, int64_t first, int64_t last,
     const Place<T> out = place_of<T, true>(a.out, a.dtype, molecule, row, head, a.value_dim, w.o);
     turn<T, L, LanesAre::queries>(q, at.ni, a.head_dim);
     block_logits<T, L>(a, at, k, q, w.pairs, w.s, w.maximum, ahead);  // (F1), (F2)
-    const int64_t rows = rows_of_block<T, L>(at);
-    for (int64_t r = 0; r < rows; r += ROWS<T, L>) {
-      to_rows<L>(w.sum + r, weigh<T, L>(at, w.s, r, finite_top<T, L>(w.maximum + r)));
-      to_rows<L>(w.lost + r, Vector<T>{});
-    }
-    if (a.seed) {
-      keep_pairs<T, L>(a, at, w.pairs);
-      multiply_pairs<T, L>(at, w.s, w.pairs);
-    }
-    const bool dead = finish_rows(at.ni, w.maximum, w.sum, w.lost, w.row);
+    const bool dead = weigh_block<T, L>(a, at, w);
     weighted_values<T, L>(a, at, v, w.s, out, w.row, false, &ahead, large);  // (F3)
     if (!out.direct)
       store_rows<T>(out.data, out.ld, nullptr, a.out, a.dtype, molecule, row, head, at.ni,
@@ -336,6 +376,10 @@ void run_head(const AttnParams& a, const Task& task, const Block& at, const Forw
                           (few ? squares_of<T>(at.keys.size, a.head_dim) : 0);
     ask_ahead(ahead, a, task, at.molecule, at.head, tiles, {{a.q, a.head_dim}},
               {{a.k, a.head_dim}, {a.v, a.value_dim}});
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+      if (!few && multiplies_pairs(a)) return run_one_half_block(a, at, first, last, w, ahead);
+#endif
     return few ? run_one_block<T, LanesAre::keys>(a, at, first, last, w, ahead)
                : run_one_block<T, LanesAre::queries>(a, at, first, last, w, ahead);
   }

@@ -18,9 +18,21 @@ constexpr int MAX_VECTORS = 3, MAX_ROWS[] = {12, 6, 4};
 // the largest of each column is kept, or added to what is there.
 enum class Fate { stored, streamed, topped, added };
 
+// PAIRS: elements of a and b are two of bfloat16, whose two products are added.
+template <bool PAIRS, typename V>
+ATTN_INLINE void add_product(V& sum, const V& left, const V& right) {
+#if defined(__AVX512F__)
+  if constexpr (PAIRS) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+    return;
+  }
+#endif
+  sum += left * right;
+}
+
 // rows: factors of the rows, or null; but the maxima of the columns where those are kept. last:
 // place of the last vector in a row. more_a, more_b: the second product, or null.
-template <typename T, bool BY_ROWS, Fate FATE, int C, int R>
+template <typename T, bool BY_ROWS, Fate FATE, bool PAIRS, int C, int R>
 void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride,
           int depth, int64_t last, T factor, T* rows, const T* more_a, const T* more_b) {
   const auto place = [last](int j) { return j == C - 1 ? last : int64_t(j) * WIDTH<T>; };
@@ -35,7 +47,7 @@ void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int6
       for (int i = 0; i < R; ++i) {
         const Vector<T> left = splat(a[BY_ROWS ? i * a_stride : i]);
 #pragma GCC unroll 4
-        for (int j = 0; j < C; ++j) sum[i][j] += left * right[j];
+        for (int j = 0; j < C; ++j) add_product<PAIRS>(sum[i][j], left, right[j]);
       }
       b += b_stride;
       a += BY_ROWS ? 1 : a_stride;
@@ -75,16 +87,17 @@ using Tile = void (*)(const T*, int64_t, const T*, int64_t, T*, int64_t, int, in
                       const T*, const T*);
 
 // Tiles by rows - 1; those beyond what is ever called stand in for each other.
-template <typename T, bool BY_ROWS, Fate FATE, int C, int... R>
+template <typename T, bool BY_ROWS, Fate FATE, bool PAIRS, int C, int... R>
 struct Heights {
   static constexpr int MOST = MAX_ROWS[C - 1];
-  static constexpr Tile<T> tiles[] = {tile<T, BY_ROWS, FATE, C, (R < MOST ? R + 1 : MOST)>...};
+  static constexpr Tile<T> tiles[] = {
+      tile<T, BY_ROWS, FATE, PAIRS, C, (R < MOST ? R + 1 : MOST)>...};
 };
-template <typename T, bool BY_ROWS, Fate FATE, int C>
-constexpr const Tile<T>* HEIGHTS =
-    Heights<T, BY_ROWS, FATE, C, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>::tiles;
+template <typename T, bool BY_ROWS, Fate FATE, bool PAIRS, int C>
+constexpr const Tile<T>* HEIGHTS = Heights<T, BY_ROWS, FATE, PAIRS, C, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9,
+                                           10, 11, 12, 13, 14, 15>::tiles;
 
-template <typename T, bool BY_ROWS, Fate FATE, int C>
+template <typename T, bool BY_ROWS, Fate FATE, bool PAIRS, int C>
 void all_rows(const Product<T>& x, int64_t column) {
   const unsigned rows = unsigned(x.rows), tiles = (rows + MAX_ROWS[C - 1] - 1) / MAX_ROWS[C - 1];
   if (tiles == 0) return;
@@ -96,7 +109,7 @@ void all_rows(const Product<T>& x, int64_t column) {
   for (unsigned i = 0; i < tiles; ++i) {
     if (x.ahead) x.ahead->some();
     const int height = int(least + (i < higher));
-    HEIGHTS<T, BY_ROWS, FATE, C>[height - 1](a, x.a_stride, b, x.b_stride, c, x.c_stride, x.depth,
+    HEIGHTS<T, BY_ROWS, FATE, PAIRS, C>[height - 1](a, x.a_stride, b, x.b_stride, c, x.c_stride, x.depth,
                                              last, x.factor, extra, more_a, more_b);
     if (more_a) more_a += BY_ROWS ? height * x.a_stride : height;
     a += BY_ROWS ? height * x.a_stride : height;
@@ -105,16 +118,16 @@ void all_rows(const Product<T>& x, int64_t column) {
   }
 }
 
-template <typename T, bool BY_ROWS, Fate FATE>
+template <typename T, bool BY_ROWS, Fate FATE, bool PAIRS = false>
 void product(const Product<T>& x) {
   int left = int(blocks_of(x.columns, WIDTH<T>)), blocks = int(blocks_of(left, MAX_VECTORS));
   for (int64_t column = 0; blocks > 0; --blocks) {
     const int vectors = int(unsigned(left) / unsigned(blocks));
     switch (vectors) {
-      case 1: all_rows<T, BY_ROWS, FATE, 1>(x, column); break;
-      case 2: all_rows<T, BY_ROWS, FATE, 2>(x, column); break;
-      case 3: all_rows<T, BY_ROWS, FATE, 3>(x, column); break;
-      default: all_rows<T, BY_ROWS, FATE, MAX_VECTORS>(x, column);
+      case 1: all_rows<T, BY_ROWS, FATE, PAIRS, 1>(x, column); break;
+      case 2: all_rows<T, BY_ROWS, FATE, PAIRS, 2>(x, column); break;
+      case 3: all_rows<T, BY_ROWS, FATE, PAIRS, 3>(x, column); break;
+      default: all_rows<T, BY_ROWS, FATE, PAIRS, MAX_VECTORS>(x, column);
     }
     column += int64_t(vectors) * WIDTH<T>;
     left -= vectors;
@@ -143,6 +156,16 @@ void product_columns(const Product<T>& x) {
   if (x.stream && aligned(x)) return product<T, false, Fate::streamed>(x);
   product<T, false, Fate::stored>(x);
 }
+
+#if defined(__AVX512F__)
+void pair_product_rows(const Product<float>& x) {
+  if (x.maxima) return product<float, true, Fate::topped, true>(x);
+  product<float, true, Fate::stored, true>(x);
+}
+void pair_product_columns(const Product<float>& x) {
+  product<float, false, Fate::stored, true>(x);
+}
+#endif
 
 template void product_rows(const Product<float>&);
 template void product_rows(const Product<double>&);

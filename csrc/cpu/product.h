@@ -40,5 +40,13 @@ void product_rows(const Product<T>& x);  // a(i, k) = a[i * a_stride + k]
 template <typename T>
 void product_columns(const Product<T>& x);  // a(i, k) = a[k * a_stride + i]
 
+#if defined(__AVX512F__)
+// The same where each element of a and b is a pair of bfloat16 and k counts pairs, for processors
+// that have_pairs(); nothing is accumulated or streamed.
+void pair_product_rows(const Product<float>& x);
+void pair_product_columns(const Product<float>& x);
+inline bool have_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 }  // namespace ATTN_ISA
 }  // namespace attnpool

@@ -336,9 +336,12 @@ ATTN_INLINE Vector<float> load_as(const Half* from) {
 ATTN_INLINE void store_as(float* to, Vector<float> x) { store(to, x); }
 ATTN_INLINE void store_as(double* to, Vector<double> x) { store(to, x); }
 ATTN_INLINE void store_as(Bfloat16* to, Vector<float> x) {
-  float y[WIDTH<float>];
-  store(y, x);
-  for (int i = 0; i < WIDTH<float>; ++i) to[i] = to_bfloat16(y[i]);
+  typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
+  using Bits = Lanes<float>::Bits;
+  const Bits bits = (Bits)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bits nan = (Bits)((bits & 0x7fffffffu) > 0x7f800000u);
+  const Short y = __builtin_convertvector(((rounded & ~nan) | (nan & 0x7fc00000u)) >> 16, Short);
+  memcpy(to, &y, sizeof(y));
 }
 ATTN_INLINE void store_as(Half* to, Vector<float> x) {
 #if defined(__AVX512F__)

@@ -46,6 +46,29 @@ def test_sizes_about_a_block(width, dim, options):
     judge(Case("sizes", SIZES, heads=2, dim=dim, lse=True, **options))
 
 
+@pytest.mark.parametrize("dims", [(32, 32), (64, 96), (32, 16), (96, 32)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"key_bias": "mask"},
+        {"bias": "mask", "nobody": 3},
+        {"dropout": 0.3, "key_bias": "pair", "bias": "pair"},
+        {"logits": 30.0},
+        {"layout": "fused"},
+        {"layout": "offset"},
+        {"q_counts": (3, 1, 64, 65, 7, 30, 9, 33, 0, 20, 20)},
+    ],
+    ids=str,
+)
+def test_pairs_of_bfloat16(width, dims, options):
+    """Where the processor multiplies pairs of them; elsewhere as any half type."""
+    judge(
+        Case("pairs", SIZES, heads=2, dim=dims[0], value_dim=dims[1], lse=True, **options),
+        torch.bfloat16,
+    )
+
+
 @pytest.mark.parametrize("counts", [(64, 65, 3, 128), (129, 1, 130, 64)], ids=str)
 def test_sizes_of_queries_and_keys_that_differ(width, counts):
     judge(Case("cross", counts, q_counts=(65, 64, 130, 1), heads=2, dim=24, lse=True))
