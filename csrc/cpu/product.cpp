@@ -109,8 +109,9 @@ void all_rows(const Product<T>& x, int64_t column) {
   for (unsigned i = 0; i < tiles; ++i) {
     if (x.ahead) x.ahead->some();
     const int height = int(least + (i < higher));
-    HEIGHTS<T, BY_ROWS, FATE, PAIRS, C>[height - 1](a, x.a_stride, b, x.b_stride, c, x.c_stride, x.depth,
-                                             last, x.factor, extra, more_a, more_b);
+    const Tile<T> tile_of_height = HEIGHTS<T, BY_ROWS, FATE, PAIRS, C>[height - 1];
+    tile_of_height(a, x.a_stride, b, x.b_stride, c, x.c_stride, x.depth, last, x.factor, extra,
+                   more_a, more_b);
     if (more_a) more_a += BY_ROWS ? height * x.a_stride : height;
     a += BY_ROWS ? height * x.a_stride : height;
     c += height * x.c_stride;
