@@ -28,8 +28,8 @@ $(BIN)/python:
 
 # torch comes before the build: the library is compiled against the installed one.
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)" numpy "setuptools>=65" wheel ninja
-	$(INSTALL) numpy "setuptools>=65" wheel ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)" numpy "setuptools>=77" wheel ninja
+	$(INSTALL) numpy "setuptools>=77" wheel ninja
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)

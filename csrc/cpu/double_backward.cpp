@@ -273,9 +273,9 @@ class Head {
   template <bool FROM_LOGITS>
   void add_sums(RowSums<T>& sums, bool first) {
     for (int64_t x = 0; x < lanes(); x += WIDTH<T>) {
-      Vector<T> block[sums.COUNT] = {};
+      Vector<T> block[RowSums<T>::COUNT] = {};
       const Vector<T> top = FROM_LOGITS ? finite_top(w_.minus_lse + x) : Vector<T>{};
-      sum_keys<T>(at_.nj, block, [&](int64_t j, Vector<T>(&few)[sums.COUNT]) {
+      sum_keys<T>(at_.nj, block, [&](int64_t j, Vector<T>(&few)[RowSums<T>::COUNT]) {
         const int64_t at = j * QUERIES + x;
         Vector<T> p = load(w_.p + at);
         if (FROM_LOGITS) store(w_.p + at, p = exp2<T>(p - top));
@@ -288,7 +288,7 @@ class Head {
         few[sums.W] += p * load(w_.g + at);
       });
 #pragma GCC unroll 5
-      for (int i = 0; i < sums.COUNT; ++i) {
+      for (int i = 0; i < RowSums<T>::COUNT; ++i) {
         Vector<T> sum = block[i], lost{};
         if (!first) {
           sum = load(sums.sum[i] + x), lost = load(sums.lost[i] + x);
