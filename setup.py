@@ -177,8 +177,11 @@ def cuda_library():
     home = re.search(r"^#\$ TOP=(.*)$", said, re.M)
     version = subprocess.run([compiler_path, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", version)
-    if not home or not release or tuple(map(int, release.groups())) < (12, 8):
+    version_of = tuple(map(int, release.groups())) if release else ()
+    if not home or version_of < (12, 8):
         return None, f"{compiler_path} is not CUDA 12.8 or later: {version.strip()[-80:]}"
+    # The smallest code is read by drivers from 12.4 on; CUDA 13 asks for a later one anyway.
+    smallest = ["--compress-mode=size"] if version_of >= (13, 0) else []
     home = Path(home[1]).resolve()
     includes = [x for x in (home / "include", home / "targets/x86_64-linux/include") if x.exists()]
     archs = os.environ.get("ATTNPOOL_CUDA_ARCHS", CUDA_ARCHS).split()
@@ -203,6 +206,7 @@ def cuda_library():
             "-cudart=static",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             "-Xfatbin=-compress-all",
+            *smallest,
             *shlex.split(os.environ.get("NVCCFLAGS", "")),
             f"csrc/cuda/{source}.cu",
         ]

@@ -16,7 +16,7 @@ namespace {
 
 using Bytes = std::vector<char>;
 
-// Another number in [-1, 1) at each call, a multiple of 2^-10, so exact in float16 but not bfloat16.
+// Another number in [-1, 1) at each call: a multiple of 2^-10, exact in float16, not in bfloat16.
 struct Numbers {
   uint32_t state;
   double next() {
