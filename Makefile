@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 KEEP    := "torch==$$($(BIN)/python -c 'from importlib.metadata import version as v; print(v("torch"))')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help docs bench report train zoo test test-fast test-portable test-gpu bench-gpu lint format aot triton-matrix wheel clean
+.PHONY: help docs bench report train zoo test test-fast test-portable test-gpu bench-gpu lint format aot triton-matrix versions arm wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -28,8 +28,8 @@ $(BIN)/python:
 
 # torch comes before the build: the library is compiled against the installed one.
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)" numpy "setuptools>=65" wheel ninja
-	$(INSTALL) numpy "setuptools>=65" wheel ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)" numpy "setuptools>=77" wheel ninja
+	$(INSTALL) numpy "setuptools>=77" wheel ninja
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
@@ -123,6 +123,16 @@ aot: $(VENV)/.test
 triton-matrix: $(VENV)/.test
 	$(BIN)/python tests/tools/triton_versions.py --pip="$(PIP)" --jobs $(JOBS) $(ARGS)
 
+## make versions   one CPU wheel beside other versions of Python, torch, numpy, PyG and Lightning, and a
+##                 table: 20 s of one core each and the download of that torch, ARGS="oldest newest"
+versions: $(VENV)/.package
+	$(BIN)/python tests/tools/versions.py --pip="$(PIP)" $(ARGS)
+
+## make arm        the CPU kernels compiled for ARM and run by an emulator, beside those of this machine
+##                 (Debian: g++-aarch64-linux-gnu, qemu-user): a minute of one core
+arm: $(VENV)/.package
+	$(BIN)/python tests/tools/processors.py $(ARGS)
+
 ## make wheel      a wheel with the CUDA library in dist/ (nvcc 12.8 or later; no GPU needed), audited
 wheel: $(VENV)/.package
 	$(INSTALL) $(KEEP) "attnpool-kernels[wheel]"
@@ -130,6 +140,7 @@ wheel: $(VENV)/.package
 	ATTNPOOL_BUILD=cuda $(BIN)/python -m pip wheel --quiet . --no-build-isolation --no-deps -w dist
 	$(BIN)/abi3audit --strict dist/*.whl
 	$(BIN)/auditwheel show dist/*.whl
+	$(BIN)/twine check --strict dist/*.whl
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

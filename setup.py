@@ -6,7 +6,7 @@ ATTNPOOL_BUILD = auto    what this machine's tools allow and its torch can load 
                  cuda    the CPU and the CUDA library, or an error
 
 MAX_JOBS = compilers at a time (default: one per core)
-ATTNPOOL_CUDA_ARCHS = "80 90", say, instead of all; NVCCFLAGS, CXXFLAGS, LDFLAGS are appended
+ATTNPOOL_CUDA_ARCHS = "80 90", say, instead of the four; NVCCFLAGS, CXXFLAGS, LDFLAGS are appended
 
 torch is needed to build (its headers) but is no build requirement: an isolated build would download
 gigabytes. So: ``pip install . --no-build-isolation`` where torch is installed.
@@ -39,6 +39,8 @@ CPUS = int(os.environ.get("MAX_JOBS") or CPUS)  # what torch's own builds read
 # Sources of csrc/cpu that are compiled once per vector width; the rest of csrc/cpu once.
 WIDTH_SOURCES = ("product", "forward", "backward", "double_backward", "kernels", "peak_loops")
 CUDA_SOURCES = sorted(path.stem for path in (HERE / "csrc" / "cuda").glob("*.cu"))
+# Machine code of 8.0 also runs on 8.6, 8.7 and 8.9, that of 10.0 on 10.3, of 12.0 on 12.1.
+CUDA_ARCHS = "80 90 100 120"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 WIDTHS = {
     "baseline": [],
@@ -140,6 +142,21 @@ def nvcc():
     return next((x for x in candidates if x.exists()), None)
 
 
+def codes_of(archs):
+    """nvcc's flags: machine code for each architecture, PTX of the newest for later chips.
+
+    From 10.0 on they share the PTX of the first, which is the same for all of them but for its
+    name, more than half of the work, and serves 11.0 as well.
+    """
+    blackwell = [x for x in archs if x.isdigit() and int(x) >= 100]
+    made = {x: [f"sm_{x}"] for x in archs if x not in blackwell}
+    if blackwell:
+        made[min(blackwell, key=int)] = [f"sm_{x}" for x in blackwell]
+    newest = list(made)[-1]
+    made[newest].append(f"compute_{newest}")
+    return [f"-gencode=arch=compute_{x},code=[{','.join(codes)}]" for x, codes in made.items()]
+
+
 def cuda_library():
     """The CUDA library, or None and the reason."""
     library, reason = cpu_library()
@@ -160,13 +177,14 @@ def cuda_library():
     home = re.search(r"^#\$ TOP=(.*)$", said, re.M)
     version = subprocess.run([compiler_path, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", version)
-    if not home or not release or tuple(map(int, release.groups())) < (12, 8):
+    version_of = tuple(map(int, release.groups())) if release else ()
+    if not home or version_of < (12, 8):
         return None, f"{compiler_path} is not CUDA 12.8 or later: {version.strip()[-80:]}"
+    # The smallest code is read by drivers from 12.4 on; CUDA 13 asks for a later one anyway.
+    smallest = ["--compress-mode=size"] if version_of >= (13, 0) else []
     home = Path(home[1]).resolve()
     includes = [x for x in (home / "include", home / "targets/x86_64-linux/include") if x.exists()]
-    archs = os.environ.get("ATTNPOOL_CUDA_ARCHS", "80 86 89 90 100 120").split()
-    codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in archs]
-    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # for later chips
+    archs = os.environ.get("ATTNPOOL_CUDA_ARCHS", CUDA_ARCHS).split()
     library.name = "attnpool_kernels._C_cuda"
     plain = library.objects["library"][:-1]
     library.objects = {
@@ -183,11 +201,12 @@ def cuda_library():
             "-c",
             "-O3",
             "-std=c++17",
-            *codes,
+            *codes_of(archs),
             f"--threads={CPUS}",
             "-cudart=static",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             "-Xfatbin=-compress-all",
+            *smallest,
             *shlex.split(os.environ.get("NVCCFLAGS", "")),
             f"csrc/cuda/{source}.cu",
         ]

@@ -4,6 +4,7 @@ a wheel with the CUDA library, made without a GPU, that keeps the promises of a 
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,24 @@ def test_pure_python_on_request(build):
 def test_what_was_asked_and_cannot_be_is_an_error(build, mode, word):
     done, _ = build(mode)
     assert done.returncode != 0 and word in done.stderr + done.stdout
+
+
+def test_code_for_every_chip_and_one_ptx_for_the_new_ones(monkeypatch):
+    monkeypatch.setenv("ATTNPOOL_BUILD", "python")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "-q", "--name"])
+    build = runpy.run_path(str(ROOT / "setup.py"))
+
+    def codes(archs):
+        return [x.removeprefix("-gencode=arch=compute_") for x in build["codes_of"](archs.split())]
+
+    assert codes(build["CUDA_ARCHS"]) == [
+        "80,code=[sm_80]",
+        "90,code=[sm_90]",
+        "100,code=[sm_100,sm_120,compute_100]",
+    ]
+    assert codes("90") == ["90,code=[sm_90,compute_90]"]
+    assert codes("120 90a") == ["90a,code=[sm_90a]", "120,code=[sm_120,compute_120]"]
+    assert codes("86 103 121") == ["86,code=[sm_86]", "103,code=[sm_103,sm_121,compute_103]"]
 
 
 def test_sources_use_no_header_of_a_later_torch():

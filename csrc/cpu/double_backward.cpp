@@ -271,9 +271,9 @@ class Head {
   template <bool FROM_LOGITS>
   void add_sums(RowSums<T>& sums, bool first) {
     for (int64_t r = 0; r < rows_of_block<T, L>(at_); r += ROWS<T, L>) {
-      Vector<T> block[sums.COUNT] = {};
+      Vector<T> block[RowSums<T>::COUNT] = {};
       const Vector<T> top = FROM_LOGITS ? finite_top<T, L>(w_.minus_lse + r) : Vector<T>{};
-      sum_keys<T>(vectors_of<T, L>(at_), block, [&](int64_t n, Vector<T>(&few)[sums.COUNT]) {
+      sum_keys<T>(vectors_of<T, L>(at_), block, [&](int64_t n, Vector<T>(&few)[RowSums<T>::COUNT]) {
         const int64_t x = vector_at<T, L>(r, n);
         Vector<T> p = load(w_.p + x);
         if (FROM_LOGITS) store(w_.p + x, p = exp2<T>(p - top));
@@ -286,7 +286,7 @@ class Head {
         few[sums.W] += p * load(w_.g + x);
       });
 #pragma GCC unroll 5
-      for (int i = 0; i < sums.COUNT; ++i) {
+      for (int i = 0; i < RowSums<T>::COUNT; ++i) {
         Vector<T> sum = sum_of_row<T, L>(block[i]), lost{};
         if (!first) {
           const Vector<T> more = sum;

@@ -1,6 +1,10 @@
 // The table of one vector width, and the sums over parts that tasks leave behind.
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "block.h"
 #include "passes.h"
 
@@ -16,8 +20,9 @@ bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #elif defined(__AVX2__)
+  unsigned a, b, c = 0, d;  // clang 16 knows no name for F16C
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+         __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 #else
   return true;
 #endif

@@ -184,8 +184,8 @@ ATTN_INLINE V bounded(V x, T) {
     const T high = x > most && x != infinity ? most : x;
     return high < -most && high != -infinity ? -most : high;
   } else {
-    const V high = (x > splat(most)) & (x != splat(infinity)) ? splat(most) : x;
-    return (high < splat(-most)) & (high != splat(-infinity)) ? splat(-most) : high;
+    const V high = ((x > splat(most)) & (x != splat(infinity))) ? splat(most) : x;
+    return ((high < splat(-most)) & (high != splat(-infinity))) ? splat(-most) : high;
   }
 }
 

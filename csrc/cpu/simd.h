@@ -7,7 +7,9 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, inside its own AVX-512 header
+#endif
 #include <immintrin.h>
 #endif
 

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "csrc" / "cuda" / "resources.json"
 SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHS = ("80", "86", "89", "90", "100", "120")
+ARCHS = ("80", "90", "100", "120")  # of the default build
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\d+)'"
     r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
