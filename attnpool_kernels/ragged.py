@@ -37,6 +37,8 @@ def check(ptr: Tensor | Ragged, rows: int, name: str = "ptr") -> None:
     check_kind(ptr, name)
     if isinstance(rows, bool) or not isinstance(rows, int | torch.SymInt):
         raise TypeError(f"rows must be an int, got {type(rows).__name__}")
+    if isinstance(rows, int) and rows >= 2**63:
+        raise ValueError(f"rows must be below 2**63, got {rows}")
     if ptr.is_meta:
         raise ValueError(f"{name} must have contents to be checked, got a meta tensor")
     if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
