@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 KEEP    := "torch==$$($(BIN)/python -c 'from importlib.metadata import version as v; print(v("torch"))')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help docs bench report train zoo test test-fast test-portable test-gpu bench-gpu lint format aot triton-matrix versions arm wheel clean
+.PHONY: help docs bench report train zoo test test-fast test-portable fuzz test-gpu bench-gpu lint format aot triton-matrix versions arm wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -91,6 +91,12 @@ test-fast: $(VENV)/.test
 ##                 and seeds, beside busy processes: 18 combinations, ARGS=--sample two of them
 test-portable: $(VENV)/.test
 	$(BIN)/python tests/tools/portable.py $(ARGS)
+
+## make fuzz       drawn inputs for MINUTES=30: operator, modules, readers, command line, and the C++
+##                 operators under sanitizers; ARGS="--target readers --seed 17" draws them again
+fuzz: MINUTES = 30
+fuzz: $(VENV)/.test
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz.run --minutes $(MINUTES) $(ARGS)
 
 ## make test-gpu   what only a CUDA device can prove, within MINUTES=9; DEVICE=cpu rehearses it
 test-gpu: $(VENV)/.package

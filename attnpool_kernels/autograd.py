@@ -161,6 +161,8 @@ def differentiable(namespace: str) -> None:
 
 def _differentiable(own, namespace, operator, function) -> Callable[..., tuple[Tensor, ...]]:
     def differentiate(*flat):
+        if flat[0] is None:  # torch takes None for any tensor
+            raise RuntimeError(f"{operator}: q must be a tensor, got None")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return function.apply(namespace, *flat)
         return _run(operator, flat)

@@ -35,6 +35,12 @@ def check(ptr: Tensor | Ragged, rows: int, name: str = "ptr") -> None:
     if isinstance(ptr, Ragged):
         ptr = ptr.ptr
     check_kind(ptr, name)
+    if isinstance(rows, bool) or not isinstance(rows, int | torch.SymInt):
+        raise TypeError(f"rows must be an int, got {type(rows).__name__}")
+    if isinstance(rows, int) and rows >= 2**63:
+        raise ValueError(f"rows must be below 2**63, got {rows}")
+    if ptr.is_meta:
+        raise ValueError(f"{name} must have contents to be checked, got a meta tensor")
     if ptr.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{name}: contents cannot be checked while a CUDA graph is captured")
     check_contents(ptr.contiguous(), rows, name)
@@ -204,6 +210,9 @@ class Ragged:
             isinstance(num_molecules, bool) or not isinstance(num_molecules, int | torch.SymInt)
         ):
             raise TypeError(f"num_molecules must be an int, got {type(num_molecules).__name__}")
+        most = torch.iinfo(batch.dtype).max
+        if isinstance(num_molecules, int) and num_molecules >= most:
+            raise ValueError(f"num_molecules must be below {most}, got {num_molecules}")
         if num_molecules is None or (batch.device.type == "cpu" and not unreadable(batch)):
             with unrecorded():
                 largest = int(batch[-1]) if batch.numel() else -1

@@ -1,12 +1,11 @@
-"""Properties that hold for every batch, on drawn batches (fixed examples, see ``examples``)."""
+"""Properties that hold for every batch, on drawn batches (fixed examples, see ``tools.drawn``)."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from tools import seeds
+from tools.drawn import drawn
 
 from attnpool_kernels import seed_pool, set_attention, testing
 from attnpool_kernels.impl import load
@@ -40,22 +39,6 @@ def cases(draw, **fixed):
     )
 
 
-def examples(count):
-    """Fixed examples, others with each --seed-shift."""
-
-    def decorate(test):
-        with_settings = settings(
-            max_examples=count,
-            derandomize=not seeds.shift(),
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )(test)
-        return seed(seeds.shift())(with_settings) if seeds.shift() else with_settings
-
-    return decorate
-
-
 @pytest.fixture
 def kernels(native):
     if load(native).KIND == "composite":
@@ -70,16 +53,14 @@ def out_of(batch, kernels):
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
 
-@examples(120)
-@given(case=cases(), dtype=DTYPES, dropout=st.sampled_from([0.0, 0.0, 0.4]), lse=st.booleans())
+@drawn(120, case=cases(), dtype=DTYPES, dropout=st.sampled_from([0.0, 0.0, 0.4]), lse=st.booleans())
 def test_inside_the_budget(kernels, case, dtype, dropout, lse):
     """Values, gradients and second gradients against float64."""
     case = replace(case, dropout=dropout, lse=lse)
     testing.judge(case, dtype, lambda batch: testing.run_kernels(batch, kernels))
 
 
-@examples(60)
-@given(case=cases(), threads=st.sampled_from([1, 2, 5]), seed=st.integers(0, 9))
+@drawn(60, case=cases(), threads=st.sampled_from([1, 2, 5]), seed=st.integers(0, 9))
 def test_molecules_do_not_see_each_other(kernels, case, threads, seed):
     """Concatenation: the same bits alone and in the batch; NaN batch mates change nothing."""
     case = replace(case, seeds=None, layout="contiguous")
@@ -126,8 +107,7 @@ def parts(case, rows, keys, pairs):
     yield from ((name, pairs) for name in by_pair)
 
 
-@examples(40)
-@given(case=cases(bias=None), shift=st.integers(0, 5))
+@drawn(40, case=cases(bias=None), shift=st.integers(0, 5))
 def test_order_of_atoms_and_molecules(kernels, case, shift):
     """Attention follows a permutation of the atoms, pooling ignores it."""
     case = replace(case, q_counts=None, logits=1.0, nobody=0)
@@ -145,8 +125,7 @@ def test_order_of_atoms_and_molecules(kernels, case, shift):
     assert torch.allclose(found, expected, atol=1e-12)
 
 
-@examples(40)
-@given(case=cases(bias=None, nobody=0))
+@drawn(40, case=cases(bias=None, nobody=0))
 def test_output_is_an_average(kernels, case):
     """Convexity; constant values are kept; twice the values give twice the output, bit for bit."""
     batch = case.make(torch.float32)
@@ -166,8 +145,7 @@ def test_output_is_an_average(kernels, case):
         assert torch.allclose(mine, torch.full_like(mine, float(n > 0)), atol=1e-6)
 
 
-@examples(30)
-@given(n=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]), dim=WIDTHS, heads=st.integers(1, 3))
+@drawn(30, n=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]), dim=WIDTHS, heads=st.integers(1, 3))
 def test_exact_sums(kernels, n, dim, heads):
     """Equal logits and small integers: the mean, bit for bit; one dominating logit: its value.
 
@@ -187,8 +165,7 @@ def test_exact_sums(kernels, n, dim, heads):
     assert (off <= v[n - 1].abs() * torch.finfo(torch.float32).eps).all()
 
 
-@examples(30)
-@given(case=cases(bias="pair", seeds=None))
+@drawn(30, case=cases(bias="pair", seeds=None))
 def test_bias_of_a_whole_row_changes_nothing(kernels, case):
     batch = replace(case, logits=1.0).make(torch.float64)
     expected = out_of(batch, kernels)
@@ -203,8 +180,7 @@ def test_bias_of_a_whole_row_changes_nothing(kernels, case):
     assert sums.index_add(0, rows, expected["dbias"]).abs().max() < 1e-11
 
 
-@examples(40)
-@given(garbage=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=7))
+@drawn(40, garbage=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=7))
 def test_garbage_boundaries_are_refused(native, garbage):
     q = torch.randn(20, 1, 4)
     ptr = torch.tensor([0, *garbage])
@@ -216,8 +192,7 @@ def test_garbage_boundaries_are_refused(native, garbage):
         set_attention(q, q, q, torch.zeros(len(ptr), dtype=torch.long), ptr, backend=native)
 
 
-@examples(20)
-@given(case=cases(bias=None, index=torch.int64), seed=st.integers(0, 99))
+@drawn(20, case=cases(bias=None, index=torch.int64), seed=st.integers(0, 99))
 def test_hessian_is_symmetric(kernels, case, seed):
     """u·Hv = v·Hu for a scalar function through both passes."""
     case = replace(case, logits=1.0, layout="contiguous")

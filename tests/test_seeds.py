@@ -9,16 +9,14 @@ ROOT = Path(__file__).parent.parent
 DRAWS = """
 import numpy as np
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
-from test_properties import examples
+from tools.drawn import drawn as property_test
 
 drawn = []
 
 
-@examples(5)
-@given(st.integers(0, 10**9))
+@property_test(5, x=st.integers(0, 10**9))
 def test_hypothesis(x):
     drawn.append(x)
 

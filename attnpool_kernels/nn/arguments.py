@@ -24,6 +24,8 @@ def integer(name: str, value: object, least: int) -> int:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value}")
     return value
 
 
@@ -68,7 +70,8 @@ def module_or_none(name: str, value: object, required: bool = False) -> None:
 
 
 def check_rows(name: str, x: object, width: int | None, like: Tensor | None = None) -> None:
-    """Raises where x is no floating-point [N, width] tensor of the dtype of ``like``, a parameter.
+    """Raises where x is no floating-point [N, width] tensor of the dtype of ``like``, a parameter,
+    or of a layout or a dtype of 8 bits that no layer serves (NotImplementedError).
 
     Under autocast the dtypes may differ.
     """
@@ -79,6 +82,10 @@ def check_rows(name: str, x: object, width: int | None, like: Tensor | None = No
         raise ValueError(f"{name} must have shape [N, {wanted}], got {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested or x.dtype.itemsize < 2:
+        raise NotImplementedError(
+            f"{name} must be a dense tensor of at least 16 bits, got {x.dtype}, {x.layout}"
+        )
     if like is not None and x.dtype != like.dtype and not autocasting(x.device.type):
         raise TypeError(
             f"{name} must have the dtype of the module's parameters, {like.dtype}, got {x.dtype}"

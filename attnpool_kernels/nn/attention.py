@@ -128,6 +128,8 @@ class SetAttention(torch.nn.Module):
         check_rows("x", x, self.query_dim, self.in_proj_bias)
         if y is not None:
             check_rows("y", y, self.key_dim, self.in_proj_bias)
+        if isinstance(ptr, int):
+            _check_size(x.shape[0], ptr)
         if residual not in (None, "query", "input"):
             raise ValueError(f"residual must be 'query', 'input' or None, got {residual!r}")
         queries = residual == "query"
@@ -273,6 +275,16 @@ class SetAttention(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.heads}, scale={self.scale!r}, dropout={self.dropout}"
+
+
+def _check_size(rows: int, size: int) -> None:
+    """TypeError, ValueError where molecules of ``size`` rows cannot share the rows out."""
+    if isinstance(size, bool):
+        raise TypeError("ptr must be boundaries or an int, got bool")
+    if size < 1:
+        raise ValueError(f"ptr must be at least 1 row for each molecule, got {size}")
+    if type(rows) is int and not torch.compiler.is_compiling() and rows % size:
+        raise ValueError(f"ptr must divide the number of rows, {rows}, got {size}")
 
 
 def equal(x: Tensor, size: int) -> Tensor:

@@ -36,13 +36,20 @@ def edges(pos: Tensor, ptr: Tensor | Ragged, cutoff: float) -> Tensor:
     grows with the square of a molecule up to 2²⁰ pairs in all; beyond, atoms are sorted into cells
     as wide as the cutoff, and it grows with the number of edges. Synchronises on a CUDA device.
 
-    Raises ValueError: pos not [N, 3], boundaries that do not fit, cutoff not positive.
+    Raises ValueError: pos not [N, 3], boundaries that do not fit, cutoff not positive; TypeError,
+    NotImplementedError: pos of another kind.
 
     Examples:
         >>> pos = torch.tensor([[0.0, 0, 0], [1, 0, 0], [9, 0, 0]])
         >>> edges(pos, torch.tensor([0, 3]), cutoff=2.0).tolist()
         [[1, 0], [0, 1]]
     """
+    if not isinstance(pos, Tensor):
+        raise TypeError(f"pos must be a torch.Tensor, got {type(pos).__name__}")
+    if pos.dtype == torch.bool or pos.is_complex() or pos.is_quantized:
+        raise TypeError(f"pos must be real numbers, got {pos.dtype}")
+    if pos.layout != torch.strided or pos.is_nested:
+        raise NotImplementedError(f"pos must be a dense tensor, got {pos.layout}")
     if pos.dim() != 2 or pos.shape[1] != 3:
         raise ValueError(f"pos must have shape [N, 3], got {tuple(pos.shape)}")
     if not cutoff > 0:

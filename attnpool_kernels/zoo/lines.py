@@ -1,4 +1,8 @@
-"""Lines of text files of molecules, whatever wrote them: any line ends, any encoding of names."""
+"""Lines of text files of molecules, whatever wrote them: any line ends, any encoding of names.
+
+And the numbers in them: Python's own ``float`` and ``int`` take more than such files may hold, 1_0
+for 10 and the digits of any script, so that damage would pass for a number.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +30,19 @@ def lines(path: Path, watch: Callable[[IO[bytes]], None] | None = None) -> Itera
         if watch is not None:
             watch(file)
         yield from text
+
+
+def as_number(text: str) -> float:
+    """A number as any program writes it; ValueError."""
+    return float(_plain(text))
+
+
+def as_integer(text: str) -> int:
+    """A whole number; ValueError."""
+    return int(_plain(text))
+
+
+def _plain(text: str) -> str:
+    if "_" in text or not text.isascii():
+        raise ValueError(f"must be a number, got {text!r}")
+    return text

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from . import sdf, xyz
+from .datasets.files import check_database
 from .lines import lines
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class MoleculeFile:
     def _other(self, kind: str) -> Iterator[Found]:
         import ase.io
 
+        if kind == "db":
+            check_database(self.path)
         found: Any = ase.io.iread(self.path, index=":", format=kind, do_not_split_by_at_sign=True)
         for number, atoms in enumerate(found):
             yield (atoms if self.wanted(number) else None), None

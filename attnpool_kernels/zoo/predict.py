@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .datasets.files import check_archive
 from .defaults import plain_defaults
 from .molecules import Molecules
 
@@ -41,9 +41,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     file = checkpoint_file(path)
     if not zipfile.is_zipfile(file):  # torch would advise to load it as a pickle, which runs code
         raise ValueError(f"{file} is damaged or no checkpoint: it is not a zip archive")
+    check_archive(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its bytes spell
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{file} is damaged or no checkpoint: {reason}") from error
     wanted = {"zoo", "hyper_parameters", "state_dict"}
@@ -52,7 +53,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{file} is a checkpoint of another program: it has no {', '.join(sorted(missing))}"
         )
+    if not all(isinstance(found[name], Mapping) for name in wanted) or not _says(found["zoo"]):
+        raise ValueError(
+            f"{file} is a checkpoint of another program: its {', '.join(sorted(wanted))} are others"
+        )
     return found
+
+
+def _says(zoo: Mapping[str, Any]) -> bool:
+    """Whether it tells the targets, the elements and the data, as ``PoolingTask`` writes them."""
+    targets, elements, data = (zoo.get(name) for name in ("targets", "elements", "data"))
+    if not (isinstance(targets, list | tuple) and isinstance(elements, list | tuple)):
+        return False
+    pairs = all(
+        isinstance(x, list | tuple) and len(x) == 2 and all(isinstance(y, str) for y in x)
+        for x in targets
+    )
+    return pairs and isinstance(data, Mapping) and all(type(z) is int for z in elements)
 
 
 def load_task(path: str | Path) -> PoolingTask:
@@ -72,12 +89,14 @@ def load_task(path: str | Path) -> PoolingTask:
         if any(name in state and state[name].dtype == torch.float64 for name in _weights(task)):
             task = task.double()
         task.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
-        lines = str(error).splitlines()
+        task.on_load_checkpoint(found)
+        if len(task.targets) != len(task.model.std):
+            raise ValueError(f"{len(task.targets)} targets with {len(task.model.std)} results")
+    except Exception as error:  # whatever its contents lead to
+        lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
             f"{file} holds the weights of another model: {' '.join(x.strip() for x in lines[:2])}"
         ) from error
-    task.on_load_checkpoint(found)
     return task.eval()
 
 

@@ -23,7 +23,7 @@ from ..nn.blocks import PMA, PYG, SAB, SetTransformer, decoded
 from ..nn.pooling import Perceptron
 from ..nn.readouts import set2set
 from ..nn.scripted import prepared
-from ..ragged import Ragged
+from ..ragged import PTR_DTYPES, Ragged, check_kind
 from . import scripted
 from .gps import GPSConv as GPSConv  # found here, where the other drop-ins are
 from .graph import edges, lengths
@@ -65,6 +65,21 @@ class RaggedAggregation(Aggregation):
         Raises ValueError: a wrong width, shape, dim, dim_size, boundary or index, by name.
         """
         return self.pooled(*grouped(x, index, ptr, dim_size, dim, max_num_elements))
+
+    def __call__(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+        **options,
+    ) -> Tensor:
+        # torch_geometric looks into the arguments before it calls ``forward``.
+        if isinstance(ptr, Ragged):
+            ptr = ptr.ptr
+        check_kinds(x, index, ptr, dim_size, dim, **options)
+        return super().__call__(x, index, ptr, dim_size, dim, **options)
 
     def pooled(self, x: Tensor, ragged: Ragged) -> Tensor:
         raise NotImplementedError
@@ -309,6 +324,32 @@ def register(replace: bool = False) -> None:
         setattr(torch_geometric.nn.aggr, found.__name__, found)
 
 
+def check_kinds(
+    x: object,
+    index: object,
+    ptr: object,
+    dim_size: object,
+    dim: object,
+    max_num_elements: object = None,
+) -> None:
+    """TypeError, NotImplementedError for arguments of another kind, by name."""
+    check_rows("x", x, None)
+    if ptr is not None:
+        check_kind(ptr)
+    if index is not None:
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index must be a torch.Tensor, got {type(index).__name__}")
+        if index.dtype not in PTR_DTYPES:
+            raise TypeError(f"index must be int32 or int64, got {index.dtype}")
+        if index.layout != torch.strided or index.is_nested:
+            raise NotImplementedError(f"index must be a dense tensor, got {index.layout}")
+    named = (("dim_size", dim_size), ("dim", dim), ("max_num_elements", max_num_elements))
+    for name, value in named:
+        whole = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+        if not whole and (value is not None or name == "dim"):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def grouped(
     x: Tensor,
     index: Tensor | None,
@@ -318,7 +359,7 @@ def grouped(
     max_num_elements: int | None = None,
 ) -> tuple[Tensor, Ragged]:
     """The rows of x, group after group, and their boundaries."""
-    check_rows("x", x, None)
+    check_kinds(x, index, ptr, dim_size, dim, max_num_elements)
     if dim not in (-2, 0):
         raise ValueError(f"dim must be -2 or 0, got {dim}")
     known = not torch.compiler.is_compiling()
@@ -347,8 +388,6 @@ def grouped(
 
 
 def _sorted(x: Tensor, index: Tensor, dim_size: int | None, known: bool):
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"index must be int32 or int64, got {index.dtype}")
     if index.shape != x.shape[:1]:
         raise ValueError(f"index must have shape [{x.shape[0]}], got {tuple(index.shape)}")
     in_order = False

@@ -240,7 +240,10 @@ def evaluate(
     described = dict(task.trained_on)
     if path is not None:
         described["path"] = path
-    data = MoleculeData(**described, download=download, batch_size=batch_size)
+    try:
+        data = MoleculeData(**described, download=download, batch_size=batch_size)
+    except TypeError as error:
+        raise ValueError(f"{file} says of its data what cannot be: {error}") from error
     made = trainer.make(logger=False, enable_checkpointing=False)
     if not made.limit_test_batches:
         raise OptionError("limit_test_batches must not be 0: errors need molecules")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from .lines import as_integer, as_number
 from .xyz import shown
 
 # Charges in the atom block; 4 is a radical there.
@@ -81,7 +82,7 @@ def parsed(block: Block) -> Record:
             "file to V2000 or to xyz"
         )
     try:
-        atoms, bonds = int(counts[:3]), int(counts[3:6])
+        atoms, bonds = as_integer(counts[:3]), as_integer(counts[3:6])
     except ValueError:
         raise ValueError(
             f"line {start + 3} must be the numbers of atoms and bonds (V2000), got {shown(counts)}"
@@ -112,9 +113,9 @@ def _atoms(lines: Sequence[str], first: int) -> tuple[np.ndarray, ...]:
     for number, line in enumerate(lines, first):
         fields = line.split()
         try:
-            pos.append([float(x) for x in fields[:3]])
+            pos.append([as_number(x) for x in fields[:3]])
             symbol = fields[3]
-            codes.append(int(fields[5]) if len(fields) > 5 else 0)
+            codes.append(as_integer(fields[5]) if len(fields) > 5 else 0)
         except (ValueError, IndexError):
             raise ValueError(
                 f"line {number} must be an atom, three coordinates and an element, "
@@ -138,7 +139,7 @@ def _bonds(lines: Sequence[str], first: int, atoms: int) -> np.ndarray:
     orders = np.zeros(atoms)
     for i, line in enumerate(lines):
         try:
-            one, other, kind = (int(line[k : k + 3]) for k in (0, 3, 6))
+            one, other, kind = (as_integer(line[k : k + 3]) for k in (0, 3, 6))
         except ValueError:
             one = other = kind = 0
         if not (1 <= one <= atoms and 1 <= other <= atoms):
@@ -197,7 +198,7 @@ def _nothing_after(block: Block, end: int) -> None:
 def _pairs(line: str, number: int, atoms: int) -> list[tuple[int, int]]:
     """Atoms, from 1, and their values of a line of properties."""
     try:
-        count, *fields = [int(x) for x in line[6:].split()]
+        count, *fields = [as_integer(x) for x in line[6:].split()]
         pairs = list(zip(fields[::2], fields[1::2], strict=True))
         if len(pairs) == count and all(1 <= i <= atoms for i, _ in pairs):
             return pairs

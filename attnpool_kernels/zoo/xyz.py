@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
+
+from . import lines
 
 if TYPE_CHECKING:
     import ase
@@ -29,9 +32,9 @@ _STATED = {
 }
 
 
-def read(lines: Iterable[str]) -> list[ase.Atoms]:
+def read(text: Iterable[str]) -> list[ase.Atoms]:
     """All frames of an xyz file, see ``frames`` and ``parsed``."""
-    return [parsed(number, *found) for number, found in enumerate(frames(lines))]
+    return [parsed(number, *found) for number, found in enumerate(frames(text))]
 
 
 def parsed(number: int, start: int, frame: list[str]) -> ase.Atoms:
@@ -68,7 +71,7 @@ def _state(atoms: ase.Atoms, comment: str) -> None:
             atoms.info[name] = float(stated[1])
 
 
-def frames(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+def frames(text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """The number of its first line, from 1, and the lines of each frame, one after another.
 
     Blank lines before, between and after the frames are passed over; ASE would end there.
@@ -77,7 +80,7 @@ def frames(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     many lines of an element and three coordinates (or what ``Properties`` says). A comment that
     states another unit of length than Å, which ASE passes over, is refused.
     """
-    numbered = enumerate(lines, 1)
+    numbered = enumerate(text, 1)
     following: tuple[int, str] | None = None  # a line that has been read and not used
     while True:
         start, header = following or next(numbered, (0, ""))
@@ -108,12 +111,12 @@ def _body(numbered: Iterator[tuple[int, str]], start: int, atoms: int) -> list[s
             f"the molecule of {atoms} atoms that begins in line {start} is cut off: the file "
             f"ends after {max(0, len(body) - 1)} of them"
         )
-    (at, comment), *lines = body
+    (at, comment), *rows = body
     if stated := _LENGTH.search(comment):
         raise ValueError(f"line {at} must be a comment of positions in angstrom, got {stated[0]!r}")
     extended = "Properties" in comment  # then ASE counts the columns
-    for number, line in lines:
-        if not line.strip() or not (extended or _is_atom(line)):
+    for number, line in rows:
+        if not line.strip() or not (_is_row(line) if extended else _is_atom(line)):
             raise ValueError(
                 f"line {number} must be an atom of the molecule of {atoms} atoms that begins "
                 f"in line {start}, its element and three coordinates, got {shown(line)}"
@@ -124,9 +127,19 @@ def _body(numbered: Iterator[tuple[int, str]], start: int, atoms: int) -> list[s
 def _is_atom(line: str) -> bool:
     fields = line.split()
     try:
-        return len([float(x) for x in fields[1:4]]) == 3
+        return len([lines.as_number(x) for x in fields[1:4]]) == 3
     except ValueError:
         return False
+
+
+def _is_row(line: str) -> bool:
+    """Whether no field is a number to Python alone, as ASE would read it: 1_0 for 10."""
+    for field in line.split():
+        if "_" in field or not field.isascii():
+            with contextlib.suppress(ValueError):
+                float(field)
+                return False
+    return True
 
 
 def shown(line: str) -> str:

@@ -46,10 +46,10 @@ def packed(
     def of(values: np.ndarray, dtype: type) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
 
-    ptr = np.concatenate([[0], np.cumsum(counts)])
+    ptr = np.concatenate([[0], np.cumsum(whole(path, "the numbers of atoms", counts))])
     try:
         return Molecules(
-            of(z, np.int64),
+            of(whole(path, "z", z), np.int64),
             of(pos, np.float64),
             of(ptr, np.int64),
             of(y, np.float64),
@@ -58,6 +58,15 @@ def packed(
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def whole(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    """The values as int64; ValueError where that changes one."""
+    with np.errstate(invalid="ignore"):
+        out = np.asarray(values).astype(np.int64)
+    if not np.array_equal(out, values):
+        raise ValueError(f"{name} of {path} must be whole numbers, got others")
+    return out
 
 
 def checked(name: str, contents: Contents, drop_missing: bool) -> MoleculeSet:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..molecules import Split, Target
-from .contents import BOHR, HARTREE, KCAL_PER_MOL, Contents, packed
+from .contents import BOHR, HARTREE, KCAL_PER_MOL, Contents, packed, whole
 from .files import Download, Folder, arrays
 from .splits import shuffled
 
@@ -157,9 +157,8 @@ def _zipped(path: Path) -> list[dict[str, np.ndarray]]:
                 names = [name for name in archive.namelist() if name.endswith(end)]
                 if len(names) != 1:
                     raise ValueError(f"one file *{end} is expected, got {archive.namelist()}")
-                with np.load(io.BytesIO(archive.read(names[0])), allow_pickle=False) as stored:
-                    parts.append({name: stored[name] for name in stored.files})
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+                parts.append(arrays(io.BytesIO(archive.read(names[0])), ("z", "R", "E", "F")))
+    except Exception as error:  # a damaged file raises whatever its bytes spell
         raise ValueError(f"{path} cannot be read: {error}") from error
     return parts
 
@@ -172,6 +171,8 @@ def _frames(path: Path, stored: Mapping[str, np.ndarray]) -> tuple[np.ndarray, .
         if not found:
             raise ValueError(f"{path} must hold {' or '.join(names)}, got {', '.join(stored)}")
         fields.append(stored[found[0]])
+        if fields[-1].dtype.kind not in "iuf":
+            raise ValueError(f"{found[0]} of {path} must be real numbers, got {fields[-1].dtype}")
     z, pos, energy, forces = fields
     if z.ndim != 1 or pos.ndim != 3 or pos.shape[1:] != (len(z), 3) or len(pos) == 0:
         raise ValueError(
@@ -187,7 +188,7 @@ def _frames(path: Path, stored: Mapping[str, np.ndarray]) -> tuple[np.ndarray, .
     energy_unit = _unit(path, stored, "e_unit", "kcal/mol", ENERGY_UNITS)
     length_unit = _unit(path, stored, "r_unit", "Ang", LENGTH_UNITS)
     return (
-        np.broadcast_to(z.astype(np.int64), (len(pos), len(z))),
+        np.broadcast_to(whole(path, "z", z), (len(pos), len(z))),
         pos.astype(np.float64) * length_unit,
         energy.reshape(-1).astype(np.float64) * energy_unit,
         forces.astype(np.float64) * (energy_unit / length_unit),
@@ -199,8 +200,8 @@ def _unit(
 ) -> float:
     if field not in stored:
         return known[default]
-    given = stored[field].item()
-    given = given.decode() if isinstance(given, bytes) else str(given)
+    given = stored[field].tolist()
+    given = given.decode("utf-8", "replace") if isinstance(given, bytes) else str(given)
     if given not in known:
         raise ValueError(f"{field} of {path} must be one of {', '.join(known)}, got {given!r}")
     return known[given]

@@ -7,7 +7,6 @@ Stuke et al., Sci. Data 7, 58 (2020); database with coefficients of Chen et al.,
 from __future__ import annotations
 
 import re
-import sqlite3
 import warnings
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import torch
 
 from ..molecules import Split, Target
 from ..progress import over
-from .contents import BOHR, HARTREE, KCAL_PER_MOL, Contents, packed
-from .files import Folder, arrays
+from .contents import BOHR, HARTREE, KCAL_PER_MOL, Contents, packed, whole
+from .files import Folder, arrays, check_database
 
 SEEDS = (0, 1, 2, 3, 4)  # the number at the end of the name of a split file
 FILE = "dataset_OE62_all.db"
@@ -99,19 +98,20 @@ def _database(path: Path) -> dict[str, np.ndarray]:
 
     z, pos, periodic = [], [], 0
     values: dict[str, list[np.ndarray]] = {}
+    check_database(path)
     try:
         with connect(str(path), type="db", use_lock_file=False) as database:
             metadata = database.metadata
-            units = metadata.get("_property_unit_dict", {})
-            length = _factor(path, "positions", metadata.get("_distance_unit", "Ang"))
+            units = dict(metadata.get("_property_unit_dict", {}))
+            length = metadata.get("_distance_unit", "Ang")
             rows = database.select()
             for row in over(rows, f"reading {path.name}", len(database)):
                 periodic += bool(np.any(row.pbc))
                 z.append(row.numbers)
-                pos.append(row.positions * length)
+                pos.append(row.positions)
                 for name, value in row.data.items():
                     values.setdefault(name, []).append(np.asarray(value, np.float64).reshape(-1))
-    except (sqlite3.DatabaseError, AssertionError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its bytes spell
         raise ValueError(f"{path} cannot be read as a database of ASE: {error!r}") from error
     if not z:
         raise ValueError(f"{path} holds no molecules")
@@ -123,6 +123,7 @@ def _database(path: Path) -> dict[str, np.ndarray]:
         )
     counts = np.array([len(atoms) for atoms in z])
     found = {"z": np.concatenate(z), "pos": np.concatenate(pos), "counts": counts}
+    found["pos"] = found["pos"] * _factor(path, "positions", length)
     for name, listed in values.items():
         sizes = np.array([len(value) for value in listed])
         if len(sizes) != len(counts):
@@ -176,7 +177,9 @@ def _equal(one: Split, other: Split) -> bool:
 
 def _split(path: Path, count: int) -> Split:
     stored = arrays(path, ("train_idx", "val_idx", "test_idx"))
-    parts = [stored[f"{part}_idx"].astype(np.int64) for part in ("train", "val", "test")]
+    parts = [whole(path, f"{x}_idx", stored[f"{x}_idx"]) for x in ("train", "val", "test")]
+    if any(part.ndim != 1 for part in parts):
+        raise ValueError(f"{path} must hold vectors of indices")
     together = np.concatenate(parts)
     if len(together) and (together.min() < 0 or together.max() >= count):
         raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..molecules import Target
-from .contents import BOHR, HARTREE, Contents, packed
+from .contents import BOHR, HARTREE, Contents, packed, whole
 from .files import Folder, arrays, digest
 from .splits import two_stage
 
@@ -80,9 +80,8 @@ def read(folder: Folder, *, raw_units: bool = False, allow_pickle: bool = False)
         )
     if stored["ptr"].ndim != 1 or len(stored["ptr"]) < 2 or stored["ptr"][0] != 0:
         raise ValueError(f"{path}: ptr must begin with 0 and have an entry more than molecules")
-    return _contents(
-        path, stored["z"], stored["pos"], np.diff(stored["ptr"]), stored["y"], raw_units
-    )
+    counts = np.diff(whole(path, "ptr", stored["ptr"]))
+    return _contents(path, stored["z"], stored["pos"], counts, stored["y"], raw_units)
 
 
 def _contents(path, z, pos, counts, y, raw_units: bool) -> Contents:

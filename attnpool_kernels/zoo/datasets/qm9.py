@@ -105,13 +105,15 @@ def _uncharacterized(path: Path) -> set[int]:
         first = (line.split() or [""])[0]
         if number <= 9 or not first:
             continue
-        if not first.isdecimal():
+        if not (first.isascii() and first.isdecimal()):
             end = end or number
         elif end:
             raise ValueError(
                 f"{path} must list molecules from its tenth line on without other text between, "
                 f"got {first} in line {number} after the text in line {end}"
             )
+        elif int(first) < 1:
+            raise ValueError(f"{path} must list molecules from 1 on, got {first} in line {number}")
         else:
             found.add(int(first) - 1)
     if not found:
@@ -143,9 +145,12 @@ def _stored(folder: Folder, path: Path, weights_only: bool) -> structures.Arrays
         )
     try:
         fields, slices = loaded[:2]
-        z, pos, y = (fields[name].numpy() for name in ("z", "pos", "y"))
-        counts = np.diff(slices["z"].numpy())
-    except (KeyError, TypeError, AttributeError) as error:
+        tensors = [*(fields[name] for name in ("z", "pos", "y")), slices["z"]]
+        z, pos, y, ptr = (structures.numbers_of(x) for x in tensors)
+        if (z.ndim, pos.ndim, ptr.ndim) != (1, 2, 1):
+            raise TypeError("z, pos or slices of other dimensions")
+        counts = np.diff(ptr)
+    except Exception as error:  # whatever else it may hold
         raise ValueError(
             f"{path} must be processed/data_v3.pt of torch_geometric.datasets.QM9: {error!r}"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import pickle
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from .. import sdf as reader
-from ..lines import lines
+from ..lines import as_number, lines
 from ..molecules import warn_of_charges
 from ..progress import over
+from .contents import whole
+from .files import check_archive
 
 Arrays = dict[str, np.ndarray]
 
@@ -67,12 +69,12 @@ def sdf(path: Path, skip: Collection[int] = ()) -> Arrays:
 def table(path: Path) -> tuple[list[str], np.ndarray]:
     """Header and values of a CSV file whose first column is a name; empty cells are NaN.
 
-    Blank lines are passed over.
+    Blank lines are passed over. A row is a line: no quote may hide the end of one.
     """
-    rows = csv.reader(lines(path))
+    rows = csv.reader(lines(path), strict=True)
     header: list[str] = []
     numbers = []
-    for row in rows:
+    for row in _single_lines(path, rows):
         if not "".join(row).strip():
             continue
         if not header:
@@ -83,7 +85,7 @@ def table(path: Path) -> tuple[list[str], np.ndarray]:
                 f"{path} must have {len(header)} columns, got {len(row)} in line {rows.line_num}"
             )
         try:
-            numbers.append([float(cell) if cell.strip() else np.nan for cell in row[1:]])
+            numbers.append([as_number(cell) if cell.strip() else np.nan for cell in row[1:]])
         except ValueError as error:
             raise ValueError(
                 f"{path} has a cell that is not a number in line {rows.line_num}: {error}"
@@ -91,6 +93,18 @@ def table(path: Path) -> tuple[list[str], np.ndarray]:
     if not header:
         raise ValueError(f"{path} has no header")
     return header[1:], np.array(numbers, np.float64).reshape(len(numbers), len(header) - 1)
+
+
+def _single_lines(path: Path, rows: Any) -> Iterator[list[str]]:
+    last = 0
+    try:
+        for row in rows:
+            if rows.line_num > last + 1:
+                raise csv.Error("a quote that is not closed in its line")
+            last = rows.line_num
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table, in line {last + 1}: {error}") from error
 
 
 def load_pt(path: Path, weights_only: bool) -> Any:
@@ -104,6 +118,7 @@ def load_pt(path: Path, weights_only: bool) -> Any:
     known = torch.serialization.get_safe_globals()  # what is of them, the context would remove
     safe = [getattr(module, n) for module, names in modules for n in names if hasattr(module, n)]
     safe = [one for one in safe if one not in known]
+    check_archive(path)
     try:
         with torch.serialization.safe_globals(safe):
             return torch.load(path, map_location="cpu", weights_only=weights_only)
@@ -134,26 +149,45 @@ def data_list(path: Path, targets: int, weights_only: bool = True) -> Arrays:
             raise ValueError(
                 f"{path} must hold Data with z, pos and y; missing in molecule {number}: {error}"
             ) from error
-        if any(not isinstance(field, torch.Tensor) for field in fields):
-            raise ValueError(f"{path} must hold tensors z, pos and y, not so in molecule {number}")
-        if fields[1].shape != (len(fields[0]), 3):
+        try:
+            arrays = [numbers_of(field) for field in fields]
+        except TypeError as error:
             raise ValueError(
-                f"pos of molecule {number} in {path} must have shape [{len(fields[0])}, 3], "
-                f"got {list(fields[1].shape)}"
-            )
-        if fields[2].numel() != targets:
+                f"{path} must hold tensors z, pos and y, not so in molecule {number}: {error}"
+            ) from error
+        own_z, own_pos, own_y = arrays
+        if own_z.ndim != 1:
             raise ValueError(
-                f"{path} must have {targets} targets, got {fields[2].numel()} in molecule {number}"
+                f"z of molecule {number} in {path} must have one dimension, got {own_z.ndim}"
             )
-        z.append(fields[0])
-        pos.append(fields[1])
-        y.append(fields[2].reshape(1, -1))
+        if own_pos.shape != (len(own_z), 3):
+            raise ValueError(
+                f"pos of molecule {number} in {path} must have shape [{len(own_z)}, 3], "
+                f"got {list(own_pos.shape)}"
+            )
+        if own_y.size != targets:
+            raise ValueError(
+                f"{path} must have {targets} targets, got {own_y.size} in molecule {number}"
+            )
+        z.append(whole(path, "z", own_z))
+        pos.append(own_pos)
+        y.append(own_y.reshape(1, -1))
     return {
-        "z": torch.cat(z).numpy(),
-        "pos": torch.cat(pos).numpy(),
+        "z": np.concatenate(z),
+        "pos": np.concatenate(pos),
         "counts": np.array([len(atoms) for atoms in z]),
-        "y": torch.cat(y).numpy(),
+        "y": np.concatenate(y),
     }
+
+
+def numbers_of(field: object) -> np.ndarray:
+    """A tensor of real numbers as NumPy has it; TypeError for anything else."""
+    if not isinstance(field, torch.Tensor):
+        raise TypeError(f"got {type(field).__name__}")
+    plain = field.layout == torch.strided and field.device.type == "cpu" and not field.is_quantized
+    if not plain or field.is_complex() or field.dtype in (torch.bool, torch.bfloat16):
+        raise TypeError(f"got {field.dtype}, {field.layout} on {field.device}")
+    return field.detach().numpy()
 
 
 def in_angstrom(path: Path, arrays: Arrays, sample: int = 200) -> None:
