@@ -42,6 +42,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(file):  # torch would advise to load it as a pickle, which runs code
         raise ValueError(f"{file} is damaged or no checkpoint: it is not a zip archive")
     try:
+        with zipfile.ZipFile(file) as archive:  # torch does not look at the checksums
+            if wrong := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
         found = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
