@@ -43,6 +43,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged or no checkpoint: it is not a zip archive")
     check_archive(file)
     try:
+        with zipfile.ZipFile(file) as archive:  # torch does not look at the checksums
+            if wrong := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes spell
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

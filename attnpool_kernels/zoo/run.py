@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from .checkpoints import alone_in, write_whole
 from .data import MoleculeData
 from .datasets.files import replacing
 from .predict import BEST, checkpoint_file, load_task, read_checkpoint
@@ -102,6 +103,19 @@ def fit(
     folder = run_folder(task, data, output)
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"output must be a folder, got the file {folder}")
+    with alone_in(folder) if first_process() else contextlib.nullcontext():
+        return _fit(task, data, trainer, folder, config, ckpt_path, patience)
+
+
+def _fit(
+    task: PoolingTask,
+    data: MoleculeData,
+    trainer: TrainerOptions,
+    folder: Path,
+    config: str,
+    ckpt_path: str | None,
+    patience: int,
+) -> Path | None:
     own = ckpt_path is not None and in_folder(ckpt_path, folder)
     if not own and first_process() and any((folder / name).exists() for name in (BEST, LAST)):
         raise ValueError(
@@ -127,9 +141,10 @@ def fit(
     callbacks = [RunFolder(folder, config), Resume(folder, own, patience), stopping, best, last]
     made = trainer.make(callbacks=callbacks, logger=logs)
     check_validates(made)
+    write_whole(made)
     steps = 0
     if ckpt_path is not None:
-        ckpt_path = str(checkpoint_file(folder / LAST if ckpt_path == "last" else ckpt_path))
+        ckpt_path = str(checkpoint_file(newest(folder) if ckpt_path == "last" else ckpt_path))
         found = read_checkpoint(ckpt_path)
         check_resumable(ckpt_path, found, task, data)
         done = finished(found, made, task, patience)
@@ -199,6 +214,11 @@ def in_folder(ckpt_path: str, folder: Path) -> bool:
     """Whether a run that resumes from this checkpoint is the one that wrote it."""
     path = Path(ckpt_path)
     return ckpt_path == "last" or folder.resolve() in (path.resolve(), path.resolve().parent)
+
+
+def newest(folder: Path) -> Path:
+    """The checkpoint to go on from: a run killed in its first epoch may have the best only."""
+    return folder / (BEST if (folder / BEST).is_file() and not (folder / LAST).is_file() else LAST)
 
 
 def say_what_changed(path: str, there: dict[str, Any], task: PoolingTask) -> None:

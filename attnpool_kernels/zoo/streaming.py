@@ -9,6 +9,7 @@ process joins the parts to one table in the order of the file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import progress
+from .checkpoints import alone_in
 from .datasets.files import digest, replacing
 from .molecule_files import MoleculeFile
 from .molecules import charge_and_spin, charges_text
@@ -120,6 +122,19 @@ def to_file(
     if not stream.file.is_file():
         raise FileNotFoundError(f"file must exist, got {stream.file}")
     parts = Parts(target)
+    with alone_in(parts.folder) if own.first else contextlib.nullcontext():
+        return _shared_out(task, checkpoint, stream, table, parts, target, own)
+
+
+def _shared_out(
+    task: PoolingTask,
+    checkpoint: Path,
+    stream: Stream,
+    table: Table,
+    parts: Parts,
+    target: Path,
+    own: Ranks,
+) -> int:
     if own.first:
         about = {
             "file": digest(stream.file),

@@ -201,6 +201,7 @@ class PoolingTask(LightningModule):
         self.results: list[dict[str, Any]] = []
         self.tested = 0  # molecules behind the results
         self._validated = False  # since the last epoch
+        self._generators: dict[str, Tensor] | None = None  # of the checkpoint that is resumed
 
     def forward(self, molecules: Molecules) -> Tensor:
         """Predictions [B, T] in the units of the targets."""
@@ -335,6 +336,10 @@ class PoolingTask(LightningModule):
             "lr_scheduler": Cosine(optimizer, epochs, **self.schedule_options),
         }
 
+    def on_train_start(self) -> None:
+        if self._generators is not None:  # dropout goes on where it was
+            _set_generators(self._generators, self.device)
+
     def on_train_epoch_end(self) -> None:
         # Lightning does this after the checkpoint of the epoch, which a resumed training would
         # lack, and in epochs without validation with a loss of earlier weights.
@@ -348,13 +353,29 @@ class PoolingTask(LightningModule):
             "targets": [[t.name, t.unit] for t in self.targets],
             "elements": list(self.elements),
             "data": self._datamodule().description,
+            "generators": _generators(self.device),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found = checkpoint["zoo"]
         self.targets = tuple(Target(name, unit) for name, unit in found["targets"])
         self.elements, self.trained_on = list(found["elements"]), dict(found["data"])
+        self._generators = found.get("generators")  # older checkpoints have none
         carry_over(checkpoint, self.lr, self.schedule)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's generators of random numbers, by kind of device."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def _set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _given(values: Tensor | None) -> Tensor:

@@ -19,7 +19,8 @@ processes=${SLURM_GPUS_ON_NODE:-${SLURM_CPUS_PER_TASK:-1}}
 
 # Of a job that was requeued: the run goes on, if it had come to a checkpoint.
 output=$(printf '%s\n' "$@" | grep -A1 -x -- --output | tail -n 1 || true)
-if [ "${1:-}" = fit ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$output/last.ckpt" ]; then
+if [ "${1:-}" = fit ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] &&
+  { [ -f "$output/last.ckpt" ] || [ -f "$output/best.ckpt" ]; }; then
   set -- "$@" --ckpt_path last
 fi
 

@@ -43,8 +43,9 @@ def test_slurm_resumes_a_job_that_was_requeued(tmp_path):
     assert slurm(tmp_path, *fit)[-1] == "a"
     assert slurm(tmp_path, *fit, SLURM_RESTART_COUNT="1")[-1] == "a"  # before a checkpoint
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/last.ckpt").touch()
-    assert slurm(tmp_path, *fit, SLURM_RESTART_COUNT="1")[-2:] == ["--ckpt_path", "last"]
+    for name in ("best.ckpt", "last.ckpt"):  # in this order they are written
+        (tmp_path / "a" / name).touch()
+        assert slurm(tmp_path, *fit, SLURM_RESTART_COUNT="1")[-2:] == ["--ckpt_path", "last"]
     assert slurm(tmp_path, *COMMAND, SLURM_RESTART_COUNT="1")[-1] == "t.csv"
 
 

@@ -172,6 +172,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or a power failure leaves the new name and no contents
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
