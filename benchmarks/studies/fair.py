@@ -47,8 +47,10 @@ POOLINGS = {
 }
 SIZES = ("equal", "own")
 LEVEL = 0.05
-KEYS = ("split", "seed", "pooling", "size", "width", "interactions", "train", "epochs")
-ABOUT = ("parameters", "best_epoch", "run_epochs", "val_molecules", "test_molecules", "cpu_s")
+RUN = ("split", "seed", "pooling", "size", "width")
+# Rows are compared where these are equal: molecules of the three parts, and how was trained.
+SETTING = ("interactions", "train", "val", "test", "epochs", "patience", "batch", "lr")
+ABOUT = ("parameters", "best_epoch", "run_epochs", "cpu_s")
 PREFIX = "mae "  # of the columns of the targets
 
 
@@ -146,8 +148,8 @@ def train(
 def study(options: argparse.Namespace, data: MoleculeSet) -> None:
     """Trains what the results do not hold yet, until the time is over."""
     names = [f"{PREFIX}{t.name}, {t.unit}" for t in data.targets]
-    sheet = Table(options.out / "fair.csv", (*KEYS, *ABOUT, *names))
-    done = {tuple(row[k] for k in KEYS) for row in sheet.read()}
+    sheet = Table(options.out / "fair.csv", (*RUN, *SETTING, *ABOUT, *names))
+    done = {tuple(row[k] for k in (*RUN, *SETTING)) for row in sheet.read()}
     molecules = data.molecules.to(dtype=torch.float32)
     end = time.monotonic() + 60 * options.minutes
     sizes = [options.width, options.interactions, len(names)]
@@ -169,10 +171,10 @@ def study(options: argparse.Namespace, data: MoleculeSet) -> None:
         split = type(whole)(
             whole.train[: options.train], whole.val[: options.val], whole.test[: options.test]
         )
-        key: dict[str, Any] = dict(zip(KEYS, (name, seed, pooling, size)))
-        key |= {"width": widths[pooling, size], "interactions": options.interactions}
-        key |= {"train": len(split.train), "epochs": options.epochs}
-        if tuple(str(key[k]) for k in KEYS) in done:
+        run = (name, seed, pooling, size, widths[pooling, size])
+        parts = {part: len(index) for part, index in vars(split).items()}
+        setting = [parts.get(k, getattr(options, k)) for k in SETTING]
+        if tuple(map(str, (*run, *setting))) in done:
             continue
         if time.monotonic() > end:
             print("out of time, see --minutes", file=sys.stderr)
@@ -182,7 +184,7 @@ def study(options: argparse.Namespace, data: MoleculeSet) -> None:
             sheet.comment(json.dumps(provenance("cpu", told)))
             begun = True
         torch.manual_seed(seed)
-        network = build(pooling, key["width"], options.interactions, len(names))
+        network = build(pooling, widths[pooling, size], options.interactions, len(names))
         cpu = time.process_time()
 
         head = f"{number}/{len(runs)} {pooling}, {size}"
@@ -202,10 +204,14 @@ def study(options: argparse.Namespace, data: MoleculeSet) -> None:
             each=each,
         )
         tested = errors(network, molecules, split.test, list(range(len(names))))
-        about: tuple[Any, ...] = (parameters(network), best, last, len(split.val), len(split.test))
-        about += (time.process_time() - cpu,)
-        found = {name: float(x) for name, x in zip(names, tested)}
-        sheet.add([{**key, **dict(zip(ABOUT, about)), **found}])
+        about = (parameters(network), best, last, time.process_time() - cpu)
+        values = (*run, *setting, *about, *map(float, tested))
+        sheet.add([dict(zip(sheet.columns, values, strict=True))])
+
+
+def last_setting(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows that can be compared with the last one."""
+    return [r for r in rows if all(r[k] == rows[-1][k] for k in SETTING)]
 
 
 def compared(
@@ -221,7 +227,7 @@ def compared(
     found, shares = {}, {}
     for target in targets_of(rows):
         a, b = ([float(x[key][target]) for key in pairs] for x in (ours, theirs))
-        ratio = [int(ours[key]["test_molecules"]) / int(ours[key]["train"]) for key in pairs]
+        ratio = [int(ours[key]["test"]) / int(ours[key]["train"]) for key in pairs]
         shares[target] = p_value([y - x for x, y in zip(a, b)], max(ratio, default=0.0))
         count = max(1, len(pairs))
         found[target] = sum(a) / count, sum(b) / count
@@ -322,6 +328,8 @@ def main(given: list[str] | None = None) -> int:
     if not rows:
         print(f"error: no results in {options.out}", file=sys.stderr)
         return 2
+    rows = last_setting(rows)
+    print(", ".join(f"{k} {rows[0][k]}" for k in SETTING))
     for size in SIZES:
         print(f"\n{size} parameters\n{table(rows, size)}")
     return 0
