@@ -243,7 +243,7 @@ class Activation(Function):
     def forward(
         u: Tensor, bias: Tensor, shift: float, cut: Tensor, slope: Tensor
     ) -> tuple[Tensor, Tensor]:
-        halves = u.split(len(cut))
+        halves = _halves(u)
         y, dy = (torch.empty_like(x) for x in halves)
         for x, dx, to, dto, c, dc in _blocks(*halves, y, dy, cut, slope):
             x = x + bias
@@ -262,16 +262,14 @@ class Activation(Function):
     def backward(ctx, g, dg):
         u, bias, cut, slope = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again, in the weights
-            x, dx = u.split(len(cut))
+            x, dx = _halves(u)
             x = x + bias
             a = softplus(x) - ctx.shift
             out = a * cut, x.sigmoid() * dx * cut + a * slope
             du, dbias = torch.autograd.grad(out, (u, bias), (g, dg), create_graph=True)
             return du, dbias, None, None, None
         du = torch.empty_like(u)
-        for x, dx, y, dy, to, dto, c, dc in _blocks(
-            *u.split(len(cut)), g, dg, *du.split(len(cut)), cut, slope
-        ):
+        for x, dx, y, dy, to, dto, c, dc in _blocks(*_halves(u), g, dg, *_halves(du), cut, slope):
             s = (x + bias).sigmoid_()
             t = dy * c
             torch.mul(t, s, out=dto)
@@ -279,6 +277,11 @@ class Activation(Function):
             t.addcmul_(t, s, value=-1).addcmul_(y, c).addcmul_(dy, dc)
             torch.mul(t, s, out=to)
         return du, du[: len(cut)].sum(0), None, None, None
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    count = len(x) // 2  # may be 0, of which ``split`` would make one
+    return x[:count], x[count:]
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

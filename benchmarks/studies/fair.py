@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -269,7 +270,8 @@ def p_value(differences: Sequence[float], share: float) -> float:
 def holm(values: dict[str, float], level: float) -> set[str]:
     """The names whose hypotheses fall at ``level`` for all of them together."""
     kept: set[str] = set()
-    for rank, (name, p) in enumerate(sorted(values.items(), key=lambda x: x[1])):
+    ordered = sorted(values.items(), key=lambda x: (math.isnan(x[1]), x[1]))
+    for rank, (name, p) in enumerate(ordered):
         if not p <= level / (len(values) - rank):
             break
         kept.add(name)

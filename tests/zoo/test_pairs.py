@@ -95,6 +95,17 @@ def test_forces_are_the_gradient_of_the_energy():
     torch.testing.assert_close(hessian[7], column, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", SCHNETS)
+@pytest.mark.parametrize("counts", [(1,), (1, 1), (1, 0, 2)])
+def test_few_pairs_or_none(monkeypatch, name, counts):
+    model, given = made(name), molecules(counts)
+    found = learned(model, given)
+    assert found[1].shape == given.pos.shape and bool(found[1].any()) == (2 in counts)
+    by_edges(monkeypatch, name)
+    for a, b in zip(found, learned(made(name), given)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
 def test_periodic_structures(monkeypatch):
     """A cell smaller than the cutoff: pairs with images, and of atoms with their own."""
     pytest.importorskip("vesin")
