@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..nn.attention import positive
 from ..ragged import Ragged
+from ..tracing import autocasting, watched
 from .graph import checked_cutoff, edges
 from .pairs import Filters, Radial, halved, hooked
 from .periodic import Cells, edges_in_cells, vectors_in_cells
@@ -68,8 +69,9 @@ class Backbone(torch.nn.Module):
         return None
 
     def _by_pairs(self, pos: Tensor) -> Radial | None:
-        # Compilers and exporters cannot halve edges; under autocast layers choose their dtypes.
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(pos.device.type):
+        # Who records cannot halve edges, which depends on them; under autocast every layer chooses
+        # its dtype.
+        if watched() or autocasting(pos.device.type):
             return None
         definers = [_definer(type(self), name) for name in ("radial", "atoms")]
         radial = self.radial() if definers[0] is definers[1] else None

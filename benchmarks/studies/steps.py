@@ -4,7 +4,8 @@
 forces differentiates twice. "pairs": ``zoo.pairs``, a filter for each pair with its derivative
 beside it. Weights, neighbours, pooling and losses are the same, and state dicts too. Both are first
 compared: in float64 to SAME; the column ``error`` has the difference of the forces (of the energies
-without them) in float32, relative to their norm. Steps take turns in one process.
+without them) in float32, relative to their norm. Steps take turns in one process. Times are seconds
+of the processor on one thread: unlike those of the wall they do not hold the turns of others.
 
 A step of training is forward, loss, backward and Adam, with the loss of ``studies.training``; one
 of dynamics is energies and forces alone.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -140,11 +142,17 @@ def run(case: Case, what: str, path: Path | None, budget_s: float) -> list[Row]:
     steps = {name: stepper(case, name, molecules, what) for name in NAMES}
     for step in steps.values():
         step()
-    samplers = {name: partial(clock.once, step, "cpu") for name, step in steps.items()}
+    samplers = {name: partial(_seconds, step) for name, step in steps.items()}
     timings = clock.interleave(samplers, budget_s)
     for row in rows:
         row.fill(timings[row.contender])
     return rows
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
 
 
 def _row(case: Case, what: str, name: str, source: str, molecules: Molecules) -> Row:
@@ -185,6 +193,7 @@ def table(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = case_parser("steps", __doc__, CASES)
     parser.add_argument("--data", type=Path, metavar="NPZ", help="qm7b.npz (default: its sizes)")
+    parser.set_defaults(threads=1)
     return exit_code(_main, parser.parse_args(arguments))
 
 

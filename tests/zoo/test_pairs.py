@@ -227,6 +227,17 @@ def test_other_layers_and_other_atoms_are_called():
     torch.testing.assert_close(energy[:, None], model(given), rtol=1e-12, atol=1e-12)
 
 
+def test_transforms_see_the_layers():
+    model, given = made("schnet").eval().requires_grad_(False), molecules((4, 3))
+
+    def energy(pos):  # by the rows alone: the kernels of the pooling refuse the transform
+        return model.backbone(given.z, pos, given.ragged).square().sum()
+
+    found = torch.func.grad(energy)(given.pos)
+    (wanted,) = torch.autograd.grad(energy(pos := given.pos.clone().requires_grad_()), pos)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
 def test_autocast_is_left_to_the_layers(monkeypatch):
     model, given = made("schnet").float(), molecules((4, 3))
     found = []
