@@ -8,6 +8,7 @@ place of a property). The libraries are imported where a backbone is made.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -17,86 +18,12 @@ from ..nn.attention import positive
 from ..nn.esa import EdgeSetEncoder, edge_sets
 from ..ragged import Ragged
 from . import libraries
+from .atom_rows import Backbone
 from .basis import GaussianRBF, GaussianSmearing, SphericalBasis
 from .defaults import made_plainly
-from .graph import checked_cutoff, edges, lengths, triplets
-from .periodic import Cells, edges_in_cells, vectors_in_cells
-
-
-class Backbone(torch.nn.Module):
-    """Vectors of atoms: ``forward(z [N], pos [N, 3], Ragged)`` → [N, channels].
-
-    A subclass implements ``atoms``; its constructor takes options by name, with the values that it
-    was made with in ``options``. ``channels``: width of a row. ``elements``: atomic numbers from 1
-    to this one are known. ``cutoff``: of the neighbours, Å.
-    """
-
-    name: str | None = None  # under which ``backbone`` makes it
-    rows = "atoms"  # what a row of ``located`` is
-    elements: int = 99
-
-    def __init__(self, channels: int, cutoff: float) -> None:
-        super().__init__()
-        self.channels = positive("channels", channels)
-        self.cutoff = checked_cutoff(cutoff)
-        self.options: dict[str, Any] = {}
-
-    def forward(self, z: Tensor, pos: Tensor, ragged: Ragged, cells: Cells | None = None) -> Tensor:
-        """[N, channels] in the dtype of the weights.
-
-        z: [N] int64 atomic numbers. pos: [N, 3] in Å; differences are taken in its dtype. cells: of
-        structures that repeat, whose neighbours may be images.
-
-        Raises ValueError on the CPU, where reading costs nothing: an element that the embedding
-        does not know, a position that is not finite, two atoms in the same place.
-        """
-        return self.atoms(z, *self.graph(z, pos, ragged, cells))
-
-    def located(
-        self, z: Tensor, pos: Tensor, ragged: Ragged, cells: Cells | None = None
-    ) -> tuple[Tensor, Ragged]:
-        """The rows that are pooled, and their boundaries."""
-        return self(z, pos, ragged, cells), ragged
-
-    def graph(
-        self, z: Tensor, pos: Tensor, ragged: Ragged, cells: Cells | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The edges [2, E] (source, target), sorted by target, and pos[source] - pos[target]."""
-        readable = pos.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable:
-            self._check(z, pos)
-        if cells is None:
-            index = edges(pos, ragged, self.cutoff)
-            vectors = pos[index[0]] - pos[index[1]]
-        else:
-            index, shift = edges_in_cells(pos, ragged, self.cutoff, cells)
-            vectors = vectors_in_cells(pos, ragged, index, shift, cells)
-        if readable and bool((vectors == 0).all(1).any()):
-            i = int((vectors == 0).all(1).nonzero()[0])
-            raise ValueError(
-                f"pos must have one place an atom, got atoms {int(index[1, i])} and "
-                f"{int(index[0, i])} in the same"
-            )
-        # Quantised layers have no parameters or integers; the embeddings have the model's dtype.
-        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
-        return index, vectors.to(dtype)
-
-    def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
-        """[N, channels] from the edges [2, E] (source, target) and pos[source] - pos[target]."""
-        raise NotImplementedError
-
-    def _check(self, z: Tensor, pos: Tensor) -> None:
-        unknown = (z < 1) | (z > self.elements)
-        if bool(unknown.any()):
-            i = int(unknown.nonzero()[0])
-            raise ValueError(
-                f"z must be atomic numbers from 1 to {self.elements}, which "
-                f"{self.name or type(self).__name__} knows, got {int(z[i])} for atom {i}"
-            )
-        wrong = ~pos.detach().isfinite().all(1)
-        if bool(wrong.any()):
-            i = int(wrong.nonzero()[0])
-            raise ValueError(f"pos must be finite, got {pos[i].tolist()} for atom {i}")
+from .graph import lengths, triplets
+from .pairs import Convolution, Radial
+from .periodic import Cells
 
 
 class SchNet(Backbone):
@@ -126,6 +53,17 @@ class SchNet(Backbone):
         )
         self.embedding, self.interactions = net.embedding, net.interactions
         self.distance_expansion = GaussianSmearing(num_gaussians, self.cutoff)
+
+    def radial(self) -> Radial | None:
+        found, around = [], []
+        for one in self.interactions:
+            hidden, activation, last = one.mlp
+            around += [one, one.conv, one.mlp, activation]
+            if not type(hidden) is type(last) is torch.nn.Linear:  # quantised, adapted, ...
+                return None
+            out = torch.nn.Sequential(one.conv.lin2, one.act, one.lin)
+            found.append(Convolution(hidden, last, activation.shift, one.conv.lin1, out))
+        return Radial(self.embedding, self.distance_expansion, self.cutoff, found, around)
 
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         distance = lengths(vectors)
@@ -251,7 +189,7 @@ class DimeNet(DimeNetPlusPlus):
     ) -> None:
         _positive(locals(), "hidden_channels num_blocks num_bilinear")
         _positive(locals(), "num_output_layers num_before_skip num_after_skip")
-        Backbone.__init__(self, latent, cutoff)
+        super(DimeNetPlusPlus, self).__init__(latent, cutoff)  # not that of DimeNet++
         self._bases(hidden_channels, num_spherical, num_radial, envelope_exponent)
         parts, act = libraries.pyg("dimenet"), torch.nn.SiLU()
         self.output_blocks = torch.nn.ModuleList(
@@ -312,6 +250,17 @@ class SchNetPackSchNet(Backbone):
         n_rbf = _at_least_two("n_rbf", n_rbf)
         return GaussianRBF(n_rbf, self.cutoff), layers.CosineCutoff(self.cutoff)
 
+    def radial(self) -> Radial | None:
+        dense, net = libraries.schnetpack("nn").Dense, self.net
+        found, around = [], [net, net.cutoff_fn]
+        for one in net.interactions:
+            hidden, last = one.filter_network
+            around += [one, one.filter_network]
+            if not type(hidden) is type(last) is dense:
+                return None
+            found.append(Convolution(hidden, last, math.log(2.0), one.in2f, one.f2out))
+        return Radial(net.embedding, net.radial_basis, self.cutoff, found, around)
+
     def atoms(self, z: Tensor, index: Tensor, vectors: Tensor) -> Tensor:
         given = {"_atomic_numbers": z, "_Rij": vectors, "_idx_i": index[1], "_idx_j": index[0]}
         return self.net(given)["scalar_representation"]
@@ -334,7 +283,7 @@ class PaiNN(SchNetPackSchNet):
         shared_filters: bool = False,
         epsilon: float = 1e-8,
     ) -> None:
-        Backbone.__init__(self, n_atom_basis, cutoff)
+        super(SchNetPackSchNet, self).__init__(n_atom_basis, cutoff)  # not that of SchNet
         if not epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {epsilon}")
         self.net = libraries.schnetpack("representation").PaiNN(
@@ -347,6 +296,9 @@ class PaiNN(SchNetPackSchNet):
         )
         for interaction in self.net.interactions:  # all of them, or one many times
             interaction.register_forward_pre_hook(_in_one_dtype)
+
+    def radial(self) -> None:
+        return None
 
 
 class EdgeSets(Backbone):

@@ -18,6 +18,13 @@ def gaussians(distance: Tensor, centres: Tensor, coefficient: float | Tensor) ->
     return exponents.clamp(min=-60.0).exp()
 
 
+def gaussians_and_slopes(distance: Tensor, centres: Tensor, coefficient: float | Tensor) -> Tensor:
+    """[2E, G]: ``gaussians`` of distances [E], and below them the derivatives by the distance."""
+    away = distance[:, None] - centres
+    values = (coefficient * away.square()).clamp_(min=-60.0).exp_()
+    return torch.cat([values, away.mul_(2 * coefficient).mul_(values)])
+
+
 class GaussianSmearing(torch.nn.Module):
     """PyG's GaussianSmearing through ``gaussians``; the same buffer."""
 
@@ -31,6 +38,9 @@ class GaussianSmearing(torch.nn.Module):
 
     def forward(self, distance: Tensor) -> Tensor:
         return gaussians(distance, self.offset, self.coeff)
+
+    def with_slopes(self, distance: Tensor) -> Tensor:
+        return gaussians_and_slopes(distance, self.offset, self.coeff)
 
 
 class GaussianRBF(torch.nn.Module):
@@ -48,6 +58,9 @@ class GaussianRBF(torch.nn.Module):
 
     def forward(self, distance: Tensor) -> Tensor:
         return gaussians(distance, self.offsets, -0.5 / self.widths**2)
+
+    def with_slopes(self, distance: Tensor) -> Tensor:
+        return gaussians_and_slopes(distance, self.offsets, -0.5 / self.widths**2)
 
 
 class SphericalBasis(torch.nn.Module):

@@ -29,6 +29,7 @@ from ..nn.pooling import (
 from ..ragged import Ragged
 from .backbones import Backbone, backbone
 from .molecules import Molecules
+from .pairs import hooked
 from .periodic import Cells
 
 HEADS = ("molecule", "atom")
@@ -315,10 +316,7 @@ class PooledModel(torch.nn.Module):
         return factor * error.square().mean() + mse_loss(weights, molecules.coefficients)
 
     def _rows(self, molecules: Molecules) -> tuple[Tensor, Ragged]:
-        given = (molecules.z, molecules.pos, molecules.ragged)
-        if molecules.cell is None or molecules.pbc is None:
-            return self.backbone.located(*given)
-        return self.backbone.located(*given, Cells(molecules.cell, molecules.pbc))
+        return self.backbone.located(*_place(molecules))
 
     def _scaled(self, molecules: Molecules, y: Tensor) -> Tensor:
         each = self.atomref[molecules.z]
@@ -348,10 +346,19 @@ class PooledModel(torch.nn.Module):
                 k: x.clone() if x is not None and x.is_inference() else x for k, x in fields.items()
             }
             tensors["pos"] = tensors["pos"].detach().requires_grad_()
-            energy = self(Molecules(**tensors)).squeeze(1)
-            (gradient,) = torch.autograd.grad(
-                energy.sum(), tensors["pos"], create_graph=create_graph, materialize_grads=True
-            )
+            given = Molecules(**tensors)
+            found = None
+            if type(self).forward is PooledModel.forward and not hooked(self):
+                found = self.backbone.with_filters(*_place(given), learning=create_graph)
+            if found is not None:
+                rows, filters = found
+                energy = self._scaled(given, self._pooled(rows, given.ragged)).squeeze(1)
+                gradient = filters.gradient(energy.sum(), given.pos, create_graph)
+            else:
+                energy = self(given).squeeze(1)
+                (gradient,) = torch.autograd.grad(
+                    energy.sum(), given.pos, create_graph=create_graph, materialize_grads=True
+                )
         if not create_graph:
             energy = energy.detach()
         return energy, -gradient
@@ -408,6 +415,13 @@ class PooledModel(torch.nn.Module):
         ]
         if differences:
             raise ValueError(f"state dict of another model: {'; '.join(differences)}")
+
+
+def _place(molecules: Molecules) -> tuple[Tensor, Tensor, Ragged, Cells | None]:
+    """What a backbone is given."""
+    cell, pbc = molecules.cell, molecules.pbc
+    cells = None if cell is None or pbc is None else Cells(cell, pbc)
+    return molecules.z, molecules.pos, molecules.ragged, cells
 
 
 def build(config: Mapping[str, Any]) -> PooledModel:

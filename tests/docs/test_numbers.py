@@ -9,6 +9,9 @@ import pytest
 
 from benchmarks.measuring import sheet
 from benchmarks.reporting import goals, tables
+from benchmarks.studies import fair
+from benchmarks.studies.fair import POOLINGS
+from benchmarks.studies.qm7b import Table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -156,9 +159,9 @@ def test_training_steps():
             assert same(row[4].partition("×")[0], theirs / ours)
 
 
-def section(title):
+def section(title, page=BENCHMARKS):
     """The text under a heading, in one line."""
-    text = BENCHMARKS.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    text = page.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
     return " ".join(text.split())
 
 
@@ -217,6 +220,67 @@ def test_errors_on_qm7b():
         for cell, target in zip(cells, targets, strict=True):
             values = [float(r[column]) for r in chosen if r["target"] == target]
             assert same(cell.strip("*"), sum(values) / len(values)), (name, target)
+
+
+def test_poolings_at_equal_parameters():
+    """The whole table as the study prints it, and what the text says of it."""
+    pytest.importorskip("scipy")
+    found = fair.last_setting(Table(RESULTS / "fair.csv", ()).read())
+    expected = [
+        [x.strip() for x in line.strip("|").split("|")]
+        for line in fair.table(found, "equal").splitlines()
+    ]
+    assert table(MODELS, "| target | ABP |") == expected[2:]
+    text = section("At equal parameters", MODELS)
+    assert f"| {' | '.join(expected[0])} |" in text
+    marked = sum(cell.endswith("*") for row in expected[2:] for cell in row)
+    lower = sum(float(cell.strip("*")) > 1 for row in expected[2:] for cell in row[2:])
+    cells = sum(len(row) - 2 for row in expected[2:])
+    wrong = [x for row in expected[2:] for x in row if x.endswith("*") and float(x[:-1]) < 1]
+    quoted = re.search(r"(\d+) of (\d+) comparisons .*?, (\d+) of them significantly", text)
+    assert [int(x) for x in quoted.groups()] == [lower, cells, marked - len(wrong)], quoted
+    one = found[0]
+    setting = re.search(r"(\d+) × (\d) .*? (\d+) molecules to train on, (\d+) to test", text)
+    widths = {r["width"] for r in found if r["pooling"] == "abp"}
+    exact = [*widths, one["interactions"], one["train"], one["test"]]
+    assert list(setting.groups()) == exact
+    splits = {name: len({r["split"] for r in found if r["pooling"] == name}) for name in POOLINGS}
+    assert f"{min(splits.values())} published splits" in text, splits
+    counts = {int(r["parameters"]) for r in found if r["size"] == "equal"}
+    (ours,) = {int(r["parameters"]) for r in found if r["pooling"] == "abp"}
+    assert (
+        all(abs(count / ours - 1) < 0.02 for count in counts) and f"{ours // 1000} thousand" in text
+    )
+
+
+def test_where_seeds_look():
+    lines = (RESULTS / "orbitals.csv").read_text().splitlines()
+    found = list(csv.DictReader(x for x in lines if not x.startswith("#")))
+    for kind, *cells in table(MODELS, "| looked at"):
+        exact = [float(r["looked_at"]) for r in found if r["kind"] == kind]
+        assert len(cells) == len(exact) == 2 and all(map(same, cells, exact)), (kind, exact)
+    assert {r["kind"] for r in found} == {row[0] for row in table(MODELS, "| looked at")}
+    text = section("Where the seeds look", MODELS)
+    for target in ("homo_pbe0", "lumo_pbe0"):
+        row = next(r for r in found if r["target"] == target)
+        quoted = re.search(rf"{target[:4].upper()} ([\d.]+) eV \(([\d.]+)", text).groups()
+        assert all(map(same, quoted, (float(row["test_mae"]), float(row["constant_mae"]))))
+    assert f"{row['train']} molecules" in text
+
+
+def test_steps_by_pairs():
+    text = section("A training step")
+    steps = ("energy step", "force step", "dynamics step")
+    for row, case in zip(
+        table(BENCHMARKS, "| processor time"), ("x32 {} 5 A", "x128 {} 5 A", "x128 {} 10 A")
+    ):
+        workload = f"QM7b {case.format('SchNet 128x3')} float32"
+        for cell, what in zip(row[1:], steps, strict=True):
+            edges, pairs = (time("steps", workload, what, x) for x in ("edges", "pairs"))
+            quoted = re.findall(r"[\d.]+", cell)
+            assert all(map(same, quoted, (edges, pairs, edges / pairs))), (case, what)
+    worst = max(r.error for r in rows("steps") if r.what == "force step")
+    assert same(re.search(r"differ by ([\d.]+)e-6", text)[1], worst * 1e6), worst
 
 
 def test_the_performance_goals():
