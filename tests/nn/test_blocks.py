@@ -298,7 +298,7 @@ def test_weights_of_the_seeds(top):
 @pytest.mark.parametrize("points", [None, 3])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_recompute_keeps_bits_and_less(setting, points):
-    """The inputs of the blocks are kept, and every derivative has the same bits, dropout included."""
+    """The inputs of blocks are kept, and every derivative has the same bits, dropout included."""
     x, ragged = batch(32, torch.float32, (40, 12, 0, 25))
     results = []
     for recompute in (False, True):
