@@ -65,6 +65,19 @@ def test_opcheck(kernel, case, name):
     torch.library.opcheck(op, arguments(case, kernel)[name])
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "k_ptr"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_none_in_the_place_of_a_tensor(kernel, name, grad):
+    """torch passes it on as a tensor that is not defined."""
+    x = torch.randn(3, 1, 4, requires_grad=grad)
+    ptr = torch.tensor([0, 3])
+    given = {"q": x, "k": x, "v": x, "k_ptr": ptr} | {name: None}
+    with pytest.raises(RuntimeError):
+        torch.ops.attnpool.attention(
+            *(given[n] for n in "qkv"), None, None, ptr, given["k_ptr"], None, None, 1.0, 0.0
+        )
+
+
 class Pooling(torch.nn.Module):
     """A module around the operators: fused projection, attention, seed pooling."""
 

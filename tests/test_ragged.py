@@ -65,6 +65,11 @@ def test_pairs_and_batch():
         (lambda: Ragged.from_ptr([0, 2]), TypeError, "list"),
         (lambda: ragged.check(torch.tensor([0, 9]), 8), ValueError, "8"),
         (lambda: ragged.check(Ragged.from_counts([9]), 8), ValueError, "8"),
+        (lambda: ragged.check(torch.tensor([0, 9]), None), TypeError, "rows"),
+        (lambda: ragged.check(torch.tensor([0, 9]), 2**70), ValueError, "rows"),
+        (lambda: ragged.check(torch.tensor([0, 9], device="meta"), 9), ValueError, "meta"),
+        (lambda: Ragged.from_batch(torch.tensor([0]), 2**70), ValueError, "num_molecules"),
+        (lambda: Ragged.from_batch(torch.tensor([0]).int(), 2**31), ValueError, "num_molecules"),
     ],
 )
 def test_errors(make, error, word):

@@ -136,6 +136,50 @@ def test_constructors(make):
     check_all(make, RIGHT[make])
 
 
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [(0, ValueError), (-2, ValueError), (2**70, ValueError), (3, ValueError), (True, TypeError)],
+)
+@pytest.mark.parametrize("make", [nn.SetAttention, nn.MAB, nn.SAB])
+def test_equal_molecules_share_all_rows(make, size, error):
+    """Rows that an int for ptr leaves over would attend to nothing."""
+    layer, x = make(4), torch.randn(8, 4)
+    assert torch.equal(layer(x, 4), layer(x, torch.tensor([0, 4, 8])))
+    with pytest.raises(error, match="ptr"):
+        layer(x, size)
+
+
+ROWS = torch.randn(5, 4)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [ROWS.to_sparse(), ROWS.to_sparse_csr(), ROWS.to_mkldnn(), ROWS.to(torch.float8_e4m3fn)],
+    ids=["sparse", "csr", "mkldnn", "float8"],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.MeanPooling,
+        nn.MaxPooling,
+        nn.SoftmaxPooling,
+        nn.StdPooling,
+        lambda: nn.AttentionalPooling(4, 2),
+        lambda: nn.SAB(4),
+        lambda: nn.Set2Set(4, 2),
+        lambda: nn.AttentionPooling(4, 4, heads=2, seeds=2),
+    ],
+)
+def test_rows_of_layouts_that_no_layer_serves(make, x):
+    with pytest.raises((NotImplementedError, TypeError), match=r"\bx\b"):
+        make()(x, torch.tensor([0, 2, 5]))
+
+
+def test_numbers_beyond_an_index():
+    with pytest.raises(ValueError, match="encoder_blocks must be below"):
+        nn.SetTransformer(8, 8, encoder_blocks=2**70)
+
+
 def test_factor_of_the_coefficient_loss():
     pool, x = nn.OrbitalWeightedAverage(4, hidden=(2,)), torch.randn(3, 4)
     for bad in NUMBER:

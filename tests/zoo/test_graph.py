@@ -89,6 +89,14 @@ def test_bad_input(pos, ptr, cutoff, name):
         edges(pos, torch.tensor(ptr), cutoff)
 
 
+@pytest.mark.parametrize("pos", [None, [[0.0, 0.0, 0.0]], torch.ones(1, 3).bool(), "x"])
+def test_positions_of_another_kind(pos):
+    with pytest.raises(TypeError, match="pos"):
+        edges(pos, torch.tensor([0, 1]), 1.0)
+    with pytest.raises(NotImplementedError, match="pos"):
+        edges(torch.ones(1, 3).to_sparse(), torch.tensor([0, 1]), 1.0)
+
+
 def test_triplets():
     index = edges(torch.randn(20, 3), torch.tensor([0, 4, 5, 17]), 2.0)
     pairs = index.T.tolist()

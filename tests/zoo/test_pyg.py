@@ -174,6 +174,38 @@ def test_bad_input(arguments, error, names):
         ours(**{"x": torch.randn(11, 16), **arguments})
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"x": None},
+        {"x": True},
+        {"x": [[0.0] * 16]},
+        {"index": INDEX.tolist()},
+        {"index": 3},
+        {"index": INDEX.to(torch.int16)},
+        {"ptr": [0, 11]},
+        {"ptr": 11},
+        {"dim_size": "5"},
+        {"dim_size": True},
+        {"index": INDEX, "dim": "0"},
+        {"index": INDEX, "max_num_elements": 5.0},
+    ],
+    ids=str,
+)
+def test_arguments_of_other_kinds(arguments):
+    """torch_geometric looks into them before ``forward``: AttributeError."""
+    (name,) = set(arguments) - {"index"} or {"index"}
+    for ours in (SetTransformerAggregation(16, heads=2), pyg.Set2Set(16, 2)):
+        with pytest.raises(TypeError, match=name):
+            ours(**{"x": torch.randn(11, 16), **arguments})
+
+
+def test_boundaries_as_ragged():
+    ours, x = SetTransformerAggregation(16, heads=2), torch.randn(11, 16)
+    ragged = Ragged.from_batch(INDEX)
+    assert torch.equal(ours(x, ptr=ragged), ours(x, ptr=ragged.ptr))
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="heads"):
         SetTransformerAggregation(16, heads=3)

@@ -145,7 +145,7 @@ def data_list(path: Path, targets: int, weights_only: bool = True) -> Arrays:
     for number, item in enumerate(over(loaded, f"reading {path.name}")):
         try:
             fields = [item[name] for name in ("z", "pos", "y")]
-        except (KeyError, TypeError) as error:
+        except Exception as error:  # whatever else it may hold
             raise ValueError(
                 f"{path} must hold Data with z, pos and y; missing in molecule {number}: {error}"
             ) from error
