@@ -429,7 +429,7 @@ def _boundaries(name: str, ptr: object, rows_of: Tensor) -> tuple[Tensor, Ragged
     ``Ragged`` that holds them there.
     """
     ragged = None
-    if type(ptr) is Ragged:
+    if isinstance(ptr, Ragged):
         ragged, ptr = ptr, ptr.ptr
     else:
         check_kind(ptr, name)

@@ -28,6 +28,8 @@ from ..ragged import longest_of
 
 OPERATORS = "attnpool"
 _FOLDER = Path(__file__).parent.parent
+# What is left of an allocation that failed once torch's stable interface has passed it on.
+_ALLOCATIONS = ("aten::new_empty", "torch_parallel_for", "bad_alloc")
 
 
 @cache
@@ -70,13 +72,21 @@ def call(operator: Any, flat: tuple) -> tuple[Tensor, ...]:
     goes ahead by itself, for the next pass of this thread.
     """
     longest = _longest(operator, flat)
-    if longest is None:
-        return operator(*flat)
-    torch.ops.attnpool._expect(longest)
     try:
-        return operator(*flat)
-    finally:  # nor for a later one, where this one was refused
-        torch.ops.attnpool._expect(0)
+        if longest is None:
+            return operator(*flat)
+        torch.ops.attnpool._expect(longest)
+        try:
+            return operator(*flat)
+        finally:  # nor for a later one, where this one was refused
+            torch.ops.attnpool._expect(0)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _ALLOCATIONS):
+            raise
+        raise torch.OutOfMemoryError(
+            f"out of memory on {flat[0].device}: no place for the results of {operator.name()} or "
+            "for its work"
+        ) from error
 
 
 def _longest(operator: Any, flat: tuple) -> int | None:

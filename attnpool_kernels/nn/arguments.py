@@ -101,19 +101,41 @@ def refuse_trace() -> None:
         )
 
 
-def covered(x: Tensor, ptr: Tensor | Ragged) -> tuple[Tensor, Ragged]:
+class Covered(Ragged):
+    """Boundaries of rows that ``covered`` has seen: whoever gets them need not look again."""
+
+    __slots__ = ()
+
+
+def covered(x: Tensor, ptr: Tensor | Ragged, name: str = "ptr") -> tuple[Tensor, Ragged]:
     """The rows that belong to a molecule; zeros for the others where reading ptr would wait.
 
     Whatever the rows of no molecule hold, layers before the operator would carry it into the
     gradients of their weights: 0 · NaN is NaN.
     """
+    if isinstance(ptr, Covered):
+        return x, ptr
     ragged = ptr if isinstance(ptr, Ragged) else Ragged(ptr)
+    found = object.__new__(Covered)
+    found.ptr, found.last, found.kept = ragged.ptr, ragged.last, ragged.kept
     last, rows = ragged.last, x.shape[0]  # last is None where it is not known
     if last is None:
-        outside = torch.arange(rows, device=x.device) >= ragged.ptr[-1].to(x.device)
-        return x.masked_fill(outside[:, None], 0.0), ragged
-    if last == rows:
-        return x, ragged
+        return x.masked_fill(_outside(x, ragged), 0.0), found
     if last > rows:
-        raise ValueError(f"ptr[-1] must be at most the number of rows, {rows}, got {last}")
-    return x[:last], ragged
+        raise ValueError(f"{name}[-1] must be at most the number of rows, {rows}, got {last}")
+    return x if last == rows else x[:last], found
+
+
+def uncovered(x: Tensor, rows: int, given: object, ragged: Ragged) -> Tensor:
+    """The results of rows that were ``covered``, among 0 for the other ones of ``rows``."""
+    if isinstance(given, Covered):
+        return x
+    if ragged.last is None:
+        return x.masked_fill(_outside(x, ragged), 0.0)
+    return x if ragged.last == rows else torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0]))
+
+
+def _outside(x: Tensor, ragged: Ragged) -> Tensor:
+    """[N, 1], whether a row is of no molecule."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    return (rows >= ragged.ptr[-1].to(x.device))[:, None]

@@ -14,7 +14,17 @@ from ..functional import seed_pool, set_attention
 from ..ragged import Ragged
 from ..weights import attention_weights
 from . import scripted
-from .arguments import check_rows, flag, number, one_of, positive, probability
+from .arguments import (
+    Covered,
+    check_rows,
+    covered,
+    flag,
+    number,
+    one_of,
+    positive,
+    probability,
+    uncovered,
+)
 from .projection import add_linear, project
 
 INITS = ("linear", "xavier")
@@ -118,6 +128,8 @@ class SetAttention(torch.nn.Module):
     ) -> Tensor:
         """[N, D] from x [N, query_dim] and its boundaries [B + 1]; y, y_ptr: the keys (default x).
 
+        Rows of no molecule may hold anything, and are 0 in the result.
+
         Args:
             ptr: or an int, so many rows for each molecule; or None: x [S, query_dim] are seeds that
                 all molecules of y share, and the result is [B·S, D].
@@ -133,6 +145,8 @@ class SetAttention(torch.nn.Module):
         if residual not in (None, "query", "input"):
             raise ValueError(f"residual must be 'query', 'input' or None, got {residual!r}")
         queries = residual == "query"
+        count, given = x.shape[0], ptr
+        x, ptr, y, y_ptr, key_bias = _own(x, ptr, y, y_ptr, key_bias)
         added: dict[str, Any] = {"bias": bias, "key_bias": key_bias}
         q: Tensor | None
         if ptr is None:
@@ -145,10 +159,13 @@ class SetAttention(torch.nn.Module):
             q, out = self._attend_alone(x, queries)
         else:
             q, out = self._attend(x, equal(x, ptr), y, y_ptr, added)
-        if residual is None:
+        out = self._finished(out, None if residual is None else q if queries else x)
+        return uncovered(out, count, given, ptr) if isinstance(ptr, Covered) else out
+
+    def _finished(self, out: Tensor, base: Tensor | None) -> Tensor:
+        """W_o and the residual, [N, D], or [S, D] for each of the molecules."""
+        if base is None:
             return out if self.out_proj is None else self.out_proj(out)
-        base = q if queries else x
-        assert base is not None
         if self.out_proj is not None:
             return add_linear(base, out, self.out_proj)
         if base.shape[0] == out.shape[0]:
@@ -174,6 +191,7 @@ class SetAttention(torch.nn.Module):
         check_rows("x", x, self.query_dim, self.in_proj_bias)
         if y is not None:
             check_rows("y", y, self.key_dim, self.in_proj_bias)
+        x, ptr, y, y_ptr, key_bias = _own(x, ptr, y, y_ptr, key_bias)
         q, k, _ = self._split(*self._projected(x, y))
         options: dict[str, Any] = {"bias": bias, "key_bias": key_bias, "top": top}
         return attention_weights(q, k, ptr, y_ptr, scale=self.factor, **options)
@@ -285,6 +303,25 @@ def _check_size(rows: int, size: int) -> None:
         raise ValueError(f"ptr must be at least 1 row for each molecule, got {size}")
     if type(rows) is int and not torch.compiler.is_compiling() and rows % size:
         raise ValueError(f"ptr must divide the number of rows, {rows}, got {size}")
+
+
+def _own(
+    x: Tensor, ptr: Any, y: Tensor | None, y_ptr: Any, key_bias: Tensor | None
+) -> tuple[Tensor, Any, Tensor | None, Any, Tensor | None]:
+    """The arguments without the rows of no molecule, which may hold anything."""
+    bounds = Tensor | Ragged
+    if y is None and y_ptr is not None and ptr is not None:
+        y = x  # its rows as keys may be others than as queries
+    sets = ptr if y_ptr is None else y_ptr
+    if y is not None and isinstance(sets, bounds):
+        y, sets = covered(y, sets, "ptr" if y_ptr is None else "y_ptr")
+        y_ptr = None if y_ptr is None else sets
+    if isinstance(ptr, bounds):
+        x, ptr = covered(x, ptr)
+    if isinstance(key_bias, Tensor) and key_bias.dim():
+        keys = x if y is None else y
+        key_bias = key_bias[: keys.shape[0]]
+    return x, ptr, y, y_ptr, key_bias
 
 
 def equal(x: Tensor, size: int) -> Tensor:

@@ -305,11 +305,14 @@ class PMA(torch.nn.Module):
         key_bias: Tensor | None = None,
     ) -> Tensor:
         """[B, S, D] from x [N, in_dim] and the boundaries [B + 1]."""
-        out = self.mab(self.seed[0], None, self._rows(x), ptr, bias=bias, key_bias=key_bias)
+        check_rows("x", x, self.in_dim, self.seed)
+        x, sets = covered(x, ptr)
+        if isinstance(key_bias, Tensor) and key_bias.dim():
+            key_bias = key_bias[: x.shape[0]]
+        out = self.mab(self.seed[0], None, self._rows(x), sets, bias=bias, key_bias=key_bias)
         return out.view(-1, *self.seed.shape[1:])
 
     def _rows(self, x: Tensor) -> Tensor:
-        check_rows("x", x, self.in_dim, self.seed)
         return x if self.lin is None else relu_linear(x, self.lin)
 
     def weights(
@@ -318,7 +321,9 @@ class PMA(torch.nn.Module):
         """What the seeds look at: [P, H], by molecule, then seed, then row; or the ``top`` largest,
         (weights, rows) [B, S, H, top]. See ``attnpool_kernels.attention_weights``.
         """
-        return self.mab.attn.weights(self.seed[0], None, self._rows(x), ptr, top=top)
+        check_rows("x", x, self.in_dim, self.seed)
+        x, sets = covered(x, ptr)
+        return self.mab.attn.weights(self.seed[0], None, self._rows(x), sets, top=top)
 
 
 class SetTransformer(torch.nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import mish, silu
 
 from ..ragged import Ragged
-from .arguments import check_rows, covered, integer, one_of, positive
+from .arguments import check_rows, covered, integer, one_of, positive, uncovered
 from .attention import SetAttention, equal
 
 NORMS = ("pre", "post")
@@ -133,7 +133,7 @@ class EdgeSetEncoder(torch.nn.Module):
         rows = x
         for kind, block in zip(self.layers, self.blocks):
             rows = block(rows, ragged, bias if kind == "M" else None)
-        return torch.nn.functional.pad(x + rows, (0, 0, 0, count - x.shape[0]))
+        return uncovered(x + rows, count, sets, ragged)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, layers={self.layers!r}"

@@ -12,7 +12,7 @@ from ..dispatch import check_name
 from ..functional import set_attention
 from ..ragged import Ragged
 from . import scripted
-from .arguments import covered
+from .arguments import covered, probability, uncovered
 from .projection import project
 
 
@@ -52,6 +52,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     backend = cast("str | None", None)  # TorchScript would have to read an annotation
 
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, *given, **options):
+        super().__init__(embed_dim, num_heads, probability("dropout", dropout), *given, **options)
+
     @classmethod
     def from_torch(
         cls, module: torch.nn.MultiheadAttention, backend: str | None = None
@@ -59,6 +62,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """``module`` itself, turned into one of this class in place: same parameters and hooks.
 
         Raises TypeError: not exactly a ``torch.nn.MultiheadAttention`` (or one of this class).
+        ValueError: a dropout that is not in [0, 1).
         """
         if type(module) not in (torch.nn.MultiheadAttention, cls):
             raise TypeError(
@@ -66,6 +70,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         if backend is not None:
             check_name(backend)
+        probability("dropout", module.dropout)
         module.__class__ = cls
         assert isinstance(module, cls)
         module.backend = backend
@@ -165,7 +170,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if key_bias is not None:
             key_bias = key_bias[: key.shape[0]]
         out = self._attend(query, key, value, sets, keys, key_bias)
-        return torch.nn.functional.pad(out, (0, 0, 0, rows - out.shape[0]))
+        return uncovered(out, rows, ptr, sets)
 
     def _padded(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None

@@ -43,7 +43,7 @@ class StdPooling(Pooling):
 
     def pool(self, x: Tensor, ragged: Ragged, batch: Tensor) -> Tensor:
         variance = _variance(x, ragged, batch)
-        above = variance > self.eps
+        above = ~(variance <= self.eps)  # NaN stays NaN
         # sqrt has no derivative at 0, and a mask behind it would leave 0 · inf
         return torch.where(above, variance, 1.0).sqrt().where(above, 0.0).to(x.dtype)
 

@@ -16,7 +16,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, multi_head_attention_forward, silu, softplus
+from torch.nn.functional import (
+    gelu,
+    linear,
+    multi_head_attention_forward,
+    pad,
+    silu,
+    softplus,
+)
 
 from ..torchscript import seed_pool, set_attention
 
@@ -64,6 +71,14 @@ def attention_layer(
     rows = x if y is None else y
     if x.dim() != 2 or rows.dim() != 2:
         raise ValueError(f"x and y must have shape [N, C], got {x.shape} and {rows.shape}")
+    count = x.size(0)
+    sets = ptr if y_ptr is None else y_ptr
+    if sets is not None and not sets.is_cuda:  # there the kernels alone know the last row
+        rows = covered(rows, sets)
+        if key_bias is not None:
+            key_bias = key_bias[: rows.size(0)]
+    if ptr is not None and not ptr.is_cuda:
+        x = covered(x, ptr)
     if hasattr(self, "in_proj_weight"):
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
     else:
@@ -85,12 +100,14 @@ def attention_layer(
         out = seed_pool(q, k, v, y_ptr, bias, key_bias, scale, dropout).reshape(-1, self.dim)
     if self.out_proj is not None:
         out = self.out_proj(out)
-    if residual is None:
-        return out
-    base = projected if residual == "query" else x
-    if base.size(0) == out.size(0):
-        return out + base
-    return (out.view(-1, base.size(0), self.dim) + base).view(-1, self.dim)
+    if residual is not None:
+        base = projected if residual == "query" else x
+        if base.size(0) != out.size(0):  # seeds, for each of the molecules
+            return (out.view(-1, base.size(0), self.dim) + base).view(-1, self.dim)
+        out = out + base
+    if ptr is not None and out.size(0) < count:
+        return pad(out, [0, 0, 0, count - out.size(0)])
+    return out
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -148,6 +165,10 @@ def pma(
 ) -> Tensor:
     if not torch.jit.is_scripting():
         return type(self).forward(self, x, ptr, bias=bias, key_bias=key_bias)
+    if not ptr.is_cuda:
+        x = covered(x, ptr)
+        if key_bias is not None:
+            key_bias = key_bias[: x.size(0)]
     if self.lin is not None:
         x = self.lin(x).relu()
     out = self.mab(self.seed[0], None, x, ptr, bias, key_bias)

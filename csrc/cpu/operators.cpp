@@ -6,6 +6,7 @@
 #include "../operators.h"
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -33,6 +34,17 @@ const Kernels*& chosen() {
   return kernels;
 }
 
+// A process made by fork has none of the threads that its parent has used, and GNU's OpenMP waits
+// for them for ever: there the calling thread does all of the work.
+std::atomic<bool> used_threads{false}, lost_threads{false};
+
+void note_threads() {
+#if defined(__linux__)
+  if (!used_threads.exchange(true))
+    pthread_atfork(nullptr, nullptr, [] { lost_threads = true; });
+#endif
+}
+
 template <typename F>
 void run_parallel(int64_t count, double flops, const F& f) {
   const int64_t threads = std::min<int64_t>(
@@ -41,7 +53,8 @@ void run_parallel(int64_t count, double flops, const F& f) {
   const auto work = [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   };
-  if (threads <= 1) return work(0, 1);
+  if (threads <= 1 || lost_threads) return work(0, 1);
+  note_threads();
   torch::stable::parallel_for(0, threads, 1, work);
 }
 
