@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 KEEP    := "torch==$$($(BIN)/python -c 'from importlib.metadata import version as v; print(v("torch"))')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help docs bench report train zoo test test-fast test-portable fuzz test-gpu bench-gpu lint format aot triton-matrix versions arm wheel clean
+.PHONY: help docs bench report train zoo test test-fast test-portable fuzz test-gpu bench-gpu lint format aot triton-matrix versions arm mutation wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -138,6 +138,11 @@ versions: $(VENV)/.package
 ##                 (Debian: g++-aarch64-linux-gnu, qemu-user): a minute of one core
 arm: $(VENV)/.package
 	$(BIN)/python tests/tools/processors.py $(ARGS)
+
+## make mutation   which generated bugs the tests notice: a row of tests/tools/mutation.csv for each,
+##                 ARGS="--groups cuda nn", ARGS="--again survived"
+mutation: $(VENV)/.test
+	$(BIN)/python tests/tools/mutation.py $(ARGS)
 
 ## make wheel      a wheel with the CUDA library in dist/ (nvcc 12.8 or later; no GPU needed), audited
 wheel: $(VENV)/.package

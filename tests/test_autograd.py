@@ -183,8 +183,37 @@ def test_third_derivative_raises(native):
     out = set_attention(x, x, x, PTR, backend=native)
     (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="third derivative"):
+    with pytest.raises(NotImplementedError, match=f"'{native}' has no third derivative"):
         torch.autograd.grad(second.sum(), x)
+
+
+def test_every_gradient_has_a_derivative(native):
+    """gradgradcheck leaves out a gradient that has none, as if nobody had asked for it."""
+    made = leaves() | {"key_bias": torch.randn(9, 2, dtype=torch.float64)}
+    inputs = [x.requires_grad_() for x in made.values()]
+    out = set_attention(**made, ptr=PTR, backend=native)
+    for dx in torch.autograd.grad(out.square().sum(), inputs, create_graph=True):
+        (second,) = torch.autograd.grad(dx.square().sum(), made["q"], retain_graph=True)
+        assert second.any()
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_gradient_per_pair_is_computed_only_where_it_is_wanted(native, monkeypatch, wanted):
+    """It has as many rows as there are pairs of atoms, which no other gradient has."""
+    if load(native).KIND == "composite":
+        pytest.skip("its gradients are those of torch")
+    made, asked = leaves(), []
+    passes = autograd.CALLS[load(native).OPERATORS]
+
+    def backward(*flat):
+        asked.append(flat[-1])
+        return passes.backward(*flat)
+
+    monkeypatch.setitem(autograd.CALLS, load(native).OPERATORS, passes._replace(backward=backward))
+    made["q"].requires_grad_()
+    made["bias"].requires_grad_(wanted)
+    set_attention(**made, ptr=PTR, backend=native).sum().backward()
+    assert asked == [wanted]
 
 
 def test_third_derivative_of_the_reference():

@@ -141,3 +141,20 @@ def test_sizes_decide_by_the_longest_set_or_by_the_mean():
     assert not problems._are_small(operands([3], rows=65)[0])  # rows of no molecule count, too
     with torch._subclasses.FakeTensorMode():
         assert not problems._are_small(operands([3, 3])[0])
+    sets = Ragged.from_counts([3, 3])  # made outside of a graph that is recorded
+    with torch._subclasses.FakeTensorMode():
+        k = torch.zeros(6, 1, 8)
+    assert not problems._are_small(Operands.plain(k, k, k, sets.ptr, sets.ptr))
+
+
+@pytest.mark.parametrize("width", [1, 128, 129, 256, 257, 512, 513, 1000])
+def test_brackets_of_widths_are_served_as_the_widths_are(width):
+    """One graph serves all widths of a bracket, so no backend may end inside of one."""
+    least = dispatch._bracket(width)
+    assert least >= width or width > 512
+    assert least == min((x for x in (128, 256, 512) if x >= width), default=513)
+    for name in backends():
+        why_not = impl.load(name).why_not
+        for given in (FORCES, GPU):
+            one = replace(given, head_dim=width, value_dim=width)
+            assert bool(why_not(one)) == bool(why_not(replace(one, head_dim=least))), name

@@ -393,3 +393,25 @@ def test_explain_names_every_backend(capsys):
     assert "seeds=2" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"ptr\[0\]"):
         explain(q, k, v, PTR + 1)
+
+
+@pytest.mark.parametrize("leaf", ["q", "k", "v", "bias", "key_bias"])
+def test_facts_of_a_call_are_those_of_its_arguments(capsys, leaf):
+    """The order of the derivative, dropout and biases decide which backend is chosen."""
+    q, k, v = tensors()
+    given = {"q": q, "k": k, "v": v, "ptr": PTR}
+
+    def facts(**changes):
+        explain(**(given | changes))
+        return capsys.readouterr().out.split("\n")[0]
+
+    assert facts() == "torch.float32 on cpu, head_dim=4, value_dim=4, deterministic=True"
+    assert "dropout=True" in facts(dropout=0.5)
+    more = {"bias": torch.zeros(34, 2), "key_bias": torch.zeros(8, 2)}
+    assert not [x for x in ("bias=True", "grad_order") if x in facts(key_bias=None)]
+    x = (given | more)[leaf].clone().requires_grad_()
+    text = facts(**{leaf: x})
+    assert "grad_order=2" in text and (f" {leaf}=True" in text) == (leaf in more)
+    assert "grad_order=1" in facts(**{leaf: x}, backend="reference")
+    with torch.no_grad():
+        assert "grad_order" not in facts(**{leaf: x})

@@ -188,6 +188,8 @@ def test_only_the_centre_asks():
         (lambda: with_centres(torch.zeros(1), torch.zeros(3), PAIR), ValueError, "2 rows, got 3"),
         (lambda: with_centres(torch.zeros(1), torch.zeros(1), PAIR), ValueError, "2 rows, got 1"),
         (lambda: with_centres(torch.zeros(1), [0.0], PAIR), TypeError, "neighbours"),
+        (lambda: with_centres(torch.tensor(0), torch.zeros(2), PAIR), ValueError, "[A, ...]"),
+        (lambda: with_centres(torch.zeros(1), torch.tensor(0), PAIR), ValueError, "[E, ...]"),
         (
             lambda: with_centres(torch.zeros(1), torch.zeros(2).double(), PAIR),
             TypeError,

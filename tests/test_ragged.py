@@ -22,6 +22,9 @@ def test_all_spellings_agree():
     assert Ragged.from_batch(torch.tensor([0, 0]), 4).ptr.tolist() == [0, 2, 2, 2, 2]
     assert Ragged.from_batch(torch.tensor([], dtype=torch.int64)).ptr.tolist() == [0]
     assert Ragged.from_counts([]).ptr.tolist() == [0]
+    assert Ragged.from_counts([0, 0, 2]).ptr.tolist() == [0, 0, 0, 2]
+    with torch._subclasses.FakeTensorMode():  # contents that nobody can read
+        assert Ragged.from_counts(torch.tensor([1, 2])).ptr.shape == (3,)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

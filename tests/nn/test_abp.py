@@ -7,7 +7,7 @@ import torch
 
 from attnpool_kernels import Ragged
 from attnpool_kernels.nn import AttentionPooling
-from attnpool_kernels.nn.abp import VARIANTS
+from attnpool_kernels.nn.abp import VARIANTS, with_phantoms
 
 PREFIXES = {"schnet": "net.st.", "dimenet++": "st.", "oe62": "output_modules.0.atom_pool."}
 COUNTS = (4, 9, 1, 7)
@@ -125,6 +125,12 @@ def test_the_default_does_not_depend_on_batch_mates_and_the_leak_does():
     leaky, right = model_of("schnet", state, phantom=40), model_of("schnet", state)
     difference = leaky(x[:5], small) - right(x[:5], small)
     assert difference.norm() > 0.05 * right(x[:5], small).norm()
+
+
+def test_phantoms_are_where_the_rows_are():
+    sets = Ragged.from_counts([2, 0, 3]).to("meta")
+    rows, longer = with_phantoms(torch.zeros(5, 6, device="meta"), sets)
+    assert rows.shape == (8, 6) and longer.ptr.device == rows.device == torch.device("meta")
 
 
 def test_phantom_of_empty_molecules_is_all_padding():

@@ -127,6 +127,25 @@ def test_formula(options, sets):
         assert torch.allclose(a, b.to(a), rtol=1e-8, atol=1e-10)
 
 
+def test_kinds_of_mlp():
+    """The formula above takes the module's own, of whichever kind it is."""
+    x = torch.randn(5, 8)
+    for kind, layers in (("gated", 2), ("small", 2), ("small", 1)):
+        options = {"mlp": kind, "mlp_hidden": 5, "mlp_layers": layers}
+        mlp = EdgeSetEncoder(8, layers="S", **options).blocks[0].mlp
+        w = dict(mlp.named_parameters())
+        y = x
+        if kind == "gated":
+            for i in range(layers):
+                y, gate = (y @ w[f"{i}.inner.weight"].T + w[f"{i}.inner.bias"]).chunk(2, 1)
+                y = mish((silu(gate) * y) @ w[f"{i}.outer.weight"].T + w[f"{i}.outer.bias"])
+        else:
+            for i in range(0, 2 * layers, 2):
+                y = y @ w[f"{i}.weight"].T + w[f"{i}.bias"]
+                y = mish(y) if i == 0 else y
+        assert torch.allclose(mlp(x), y, rtol=1e-5, atol=1e-6)
+
+
 def test_a_graph_is_itself_in_any_batch():
     """What the published program does not keep: padding, and the graphs beside it."""
     model = EdgeSetAttention(8, heads=2, seeds=2)

@@ -144,6 +144,14 @@ def test_a_module_is_turned_in_place():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_float_mask_may_have_another_type_than_the_rows(dtype):
+    ours = MultiheadAttention(8, 2, batch_first=True)
+    x, mask = rows(2, 4, 8).float(), torch.tensor([[0.0, 1.5, -2.0, 0.5], [0.0, 3.0, 0.0, 1.0]])
+    found, expected = (ours(x, x, x, y, need_weights=False)[0] for y in (mask.to(dtype), mask))
+    assert torch.equal(found, expected)
+
+
 def test_a_float_mask_keeps_its_digits():
     """300.3 and 301.4 are one number in bfloat16, and the least of float32 is none of float16."""
     ours = MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)

@@ -65,8 +65,12 @@ def test_without_a_batch_or_a_conv():
 
 
 def test_layers_share_boundaries():
-    for norm in ("batch_norm", "graph_norm"):
-        _, ours = pair(norm=norm)
+    for options in (
+        {"norm": "batch_norm"},
+        {"norm": "graph_norm"},
+        {"norm": "batch_norm", "attn_type": "performer"},  # not ours: it takes no boundaries
+    ):
+        _, ours = pair(**options)
         assert torch.equal(ours.eval()(rows(), EDGES, SETS), ours(rows(), EDGES, BATCH))
 
 

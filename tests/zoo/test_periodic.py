@@ -163,6 +163,11 @@ def test_cells_that_cannot_be(monkeypatch):
     held.cell[0, 0] = held.cell[0, 1]
     with pytest.raises(ValueError, match="cell must have a volume"):
         model("schnet")(held)
+    flat = Atoms("H", cell=[[4, 0, 0], [8, 0, 0], [0, 0, 9]], pbc=[True, True, False])
+    with pytest.raises(ValueError, match="cell must have a volume"):
+        given(flat)
+    with pytest.raises(ValueError, match=r"y must have shape \[1, T\], got \(2, 1\)"):
+        Molecules(held.z, held.pos, held.ptr, torch.zeros(2, 1))
     with pytest.raises(ValueError, match="cell and pbc must both be given"):
         Molecules(held.z, held.pos, held.ptr, cell=held.cell)
     with pytest.raises(ValueError, match="molecules must have cells"):

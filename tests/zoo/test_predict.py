@@ -96,6 +96,7 @@ def test_table(task):
     assert table.head == "molecule,formula,atoms,a [eV],b [D]\n"
     lines = tables.aligned([table.columns, *rows]).splitlines()
     assert len(lines) == 6 and len({len(line) for line in lines}) == 1
+    assert tables.aligned([["a", "name"], ["1.5", "x"]]) == "  a  name\n1.5  x\n"
 
 
 def test_checkpoints_that_are_none(tmp_path):
