@@ -47,7 +47,7 @@ TARGETS = {
     "readers": Target(("fuzz.test_readers_fuzz",), 6),
     "command line": Target(("fuzz.test_command_line_fuzz",), 6),
     "operators": Target(("fuzz.test_cpp_fuzz",), 2),
-    "sanitized": Target(("fuzz.test_cpp_fuzz", "fuzz.test_operator_fuzz"), 4, sanitized=True),
+    "sanitized": Target(("fuzz.test_cpp_fuzz",), 4, sanitized=True),
 }
 
 
