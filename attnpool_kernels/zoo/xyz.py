@@ -25,6 +25,7 @@ _LENGTH = re.compile(
     (?![\w^*/-]|\s+to\b|\s+converted\b)""",
     re.IGNORECASE | re.VERBOSE,
 )
+_PROPERTIES = re.compile(r"""Properties\s*=\s*["'{\[]?([^\s"'}\]]+)""")
 # Numbers that ASE leaves as words, since no sign of equality is before them: "charge: +1".
 _STATED = {
     "charge": re.compile(r"\bcharge\s*[:=]?\s*([+-]?\d+(?:\.\d+)?)", re.IGNORECASE),
@@ -115,6 +116,12 @@ def _body(numbered: Iterator[tuple[int, str]], start: int, atoms: int) -> list[s
     if stated := _LENGTH.search(comment):
         raise ValueError(f"line {at} must be a comment of positions in angstrom, got {stated[0]!r}")
     extended = "Properties" in comment  # then ASE counts the columns
+    fields = max((len(line.split()) for _, line in rows), default=0)
+    if fields and (columns := _columns(comment)) > fields:  # ASE would make room for all of them
+        raise ValueError(
+            f"line {at} must be a comment whose Properties are the columns of its atoms, at most "
+            f"{fields} in a line, got {columns}"
+        )
     for number, line in rows:
         if not line.strip() or not (_is_row(line) if extended else _is_atom(line)):
             raise ValueError(
@@ -130,6 +137,16 @@ def _is_atom(line: str) -> bool:
         return len([lines.as_number(x) for x in fields[1:4]]) == 3
     except ValueError:
         return False
+
+
+def _columns(comment: str) -> int:
+    """What ``Properties`` of a comment say, as ASE reads them; 0 without."""
+    found = 0
+    stated = _PROPERTIES.search(comment)
+    for count in stated[1].split(":")[2::3] if stated else ():
+        with contextlib.suppress(ValueError):
+            found += int(count)
+    return found
 
 
 def _is_row(line: str) -> bool:

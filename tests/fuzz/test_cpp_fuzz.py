@@ -31,7 +31,7 @@ NAMES = {
     ),
 }
 TENSORS = [name for name in NAMES["attention_double_backward"] if name not in Options._fields]
-COUNTS = st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 17, 33]), max_size=4).map(tuple)
+COUNTS = st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 17, 33, 65]), max_size=4).map(tuple)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OTHERS = (torch.int32, torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn)
 HUGE = (2**31 - 1, 2**31, 2**40, 2**62, -(2**31), -(2**63), 2**63 - 1)

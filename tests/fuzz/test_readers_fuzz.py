@@ -220,7 +220,7 @@ def test_arrays_of_other_kinds(name, changes):
         assert len(found) == len(given["R"]) == given["E"].size
         z, pos = np.tile(given["z"], len(found)), given["R"].reshape(-1, 3)
         energy = given["E"].reshape(-1).astype(float)
-        assert np.allclose(molecules.y[:, 0].numpy() / energy, 0.0433641, rtol=1e-4)
+        assert np.allclose(molecules.y[:, 0].numpy(), energy * 0.0433641, rtol=1e-4)
     assert np.array_equal(molecules.z.numpy(), z), "other elements"
     assert np.allclose(molecules.pos.numpy(), np.asarray(pos, float), rtol=1e-6)
 

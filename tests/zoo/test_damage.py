@@ -30,6 +30,18 @@ def test_numbers_that_only_python_reads_in_xyz(number, comment):
         xyz.read(frame)
 
 
+@pytest.mark.parametrize("columns", ["62910000", "4", "6_2910000"])
+def test_properties_of_more_columns_than_there_are(columns):
+    """ASE makes room for all of them, 10 GB, and runs for minutes before it sees that."""
+    rows = ["O 0 0 0\n", "H 0 0 1\n"]
+    good = ["2\n", "Properties=species:S:1:pos:R:3 time=12:30:45\n", *rows]
+    assert len(xyz.read(good)) == 1
+    for quote in ("", '"'):
+        comment = f"Properties={quote}species:S:1:pos:R:{columns}{quote}\n"
+        with pytest.raises(ValueError, match="line 2 must be a comment whose Properties"):
+            xyz.read(["2\n", comment, *rows])
+
+
 @pytest.mark.parametrize("number", ODD_NUMBERS)
 def test_numbers_that_only_python_reads_in_sdf(number):
     def lines(z, counts="  2  1", bond="  1  2  1"):
