@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 KEEP    := "torch==$$($(BIN)/python -c 'from importlib.metadata import version as v; print(v("torch"))')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help docs bench report train zoo test test-fast test-portable fuzz test-gpu bench-gpu lint format aot triton-matrix versions arm mutation wheel clean
+.PHONY: help docs bench report train zoo test test-fast test-portable fuzz test-gpu bench-gpu lint format aot triton-matrix versions arm mutation soak faults wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -97,6 +97,15 @@ test-portable: $(VENV)/.test
 fuzz: MINUTES = 30
 fuzz: $(VENV)/.test
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.run --minutes $(MINUTES) $(ARGS)
+
+## make soak       10,000 batches, trainings and 100,000 steps of dynamics: memory, files and threads
+##                 that are left over; half an hour, ARGS="calculator --rounds 5000" a part of it
+soak: $(VENV)/.test
+	PYTHONPATH=.:tests $(BIN)/python -m tools.soak $(ARGS)
+
+## make faults     trainings killed at 20 random moments and in the middle of 4 checkpoints
+faults: $(VENV)/.test
+	PYTHONPATH=.:tests $(BIN)/python -m tools.killed $(ARGS)
 
 ## make test-gpu   what only a CUDA device can prove, within MINUTES=9; DEVICE=cpu rehearses it
 test-gpu: $(VENV)/.package

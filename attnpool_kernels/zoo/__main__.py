@@ -113,11 +113,14 @@ def with_configs(argv: Sequence[str]) -> list[str]:
 
 def parsers() -> dict[str, ArgumentParser]:
     """The command line, by "", and those of its commands, from signatures and docstrings."""
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     from . import run
     from .data import MoleculeData
     from .task import PoolingTask
+
+    # Else a mapping with a class_path, anywhere in a configuration, calls what it names.
+    set_parsing_settings(import_path_denylist=["*"])
 
     class Help(DefaultHelpFormatter):
         def _fill_text(self, text: str, width: int, indent: str) -> str:

@@ -241,6 +241,7 @@ def evaluate(
     download: bool = False,
     batch_size: int = 128,
     output: str | None = None,
+    trust_data: bool = False,
 ) -> list[dict[str, Any]]:
     """Tests; returns the errors of the targets, in their units.
 
@@ -251,9 +252,12 @@ def evaluate(
         download: get the files of the data set from their source if they are missing.
         batch_size: molecules at a time.
         output: CSV file of the errors; default: test.csv beside the checkpoint.
+        trust_data: let the checkpoint say that the data are pickles, whose loading can run code.
     """
     file = checkpoint_file(ckpt_path)
     task = load_task(file)
+    if not trust_data:
+        check_harmless(file, task.trained_on.get("options") or {})
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}")
     check_output(output)
@@ -282,6 +286,16 @@ def evaluate(
         write(target, as_csv([[*names, "molecules", "checkpoint"], *with_file]))
         print(f"written to {target}")
     return task.results
+
+
+def check_harmless(file: Path, options: dict[str, Any]) -> None:
+    """OptionError where a checkpoint, which may be anybody's, has its data loaded as pickles."""
+    for name, harmless in (("weights_only", True), ("allow_pickle", False)):
+        if options.get(name, harmless) is not harmless:
+            raise OptionError(
+                f"{file} asks for data.options.{name}={options[name]!r}, and loading such data can "
+                "run code of whoever made them: --trust_data true does"
+            )
 
 
 def number(value: Any) -> str:
