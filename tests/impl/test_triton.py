@@ -10,7 +10,6 @@ import torch
 
 import attnpool_kernels.impl.triton as backend
 from attnpool_kernels.dispatch import Problem
-from attnpool_kernels.impl.triton import tile_table
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -251,33 +250,3 @@ def interpreted(name: str) -> None:
 @needs_triton
 def test_interpreted_suite():
     interpreted("test_triton_interpreted.py")
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("others", "least", "most", "expected"),
-    [
-        ((), 0, 10**6, [0]),
-        (("long",), 0, 10**6, [0, "LONG"]),
-        (("medium", "long"), 0, 10**6, [0, "MEDIUM", "LONG"]),
-        (("medium", "long"), 0, tile_table.MEDIUM - 1, [0]),
-        (("medium", "long"), 0, tile_table.MEDIUM, [0, "MEDIUM"]),
-        (("medium", "long"), tile_table.LONG - 1, tile_table.LONG, ["MEDIUM", "LONG"]),
-        (("medium", "long"), tile_table.LONG, 10**6, ["LONG"]),
-    ],
-)
-def test_every_size_has_the_tile_that_was_made_for_it(others, least, most, expected):
-    """A launch serves the sizes from SHORTEST to below LONGEST: of these, each in one launch."""
-    from attnpool_kernels.impl.triton import schedules
-
-    sides = {"short": tile_table.MEDIUM - 1, "medium": 32, "long": 128}
-    short, medium, long = (
-        {"BLOCK_M": side, "BLOCK_N": side, "NAME": name} if name in ("short", *others) else None
-        for name, side in sides.items()
-    )
-    found = schedules.combined(short, medium, long, least, most)
-    names = [{0: "short", "MEDIUM": "medium", "LONG": "long"}[x] for x in expected]
-    assert [x["NAME"] for x in found] == names
-    assert found[0]["SHORTEST"] == 0 and found[-1]["LONGEST"] == schedules.NO_LIMIT
-    edges = [getattr(tile_table, x) for x in expected[1:]]
-    assert [x["SHORTEST"] for x in found[1:]] == [x["LONGEST"] for x in found[:-1]] == edges

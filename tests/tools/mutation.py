@@ -270,11 +270,11 @@ def python(mutant: mutants.Mutant, part: dict) -> tuple[str, str, int, float]:
 
 
 def triton(mutant: mutants.Mutant, part: dict) -> tuple[str, str, int, float]:
-    file = "tests/impl/test_triton_interpreted.py"
     names = part["seeds"] if "few_seeds" in mutant.path else part["cases"]
-    wanted = [f"{file}::{x}" for x in names]
+    wanted = [f"tests/impl/test_triton_interpreted{x}" for x in names]
+    files = sorted({x.split("::")[0] for x in wanted})
     with Planted(mutant):
-        found = judged(lambda: run_tests([file], wanted, TRITON_INTERPRET="1"), len(wanted))
+        found = judged(lambda: run_tests(files, wanted, TRITON_INTERPRET="1"), len(wanted))
         return extended(found, part)
 
 

@@ -35,16 +35,6 @@ def test_edges(monkeypatch, pairs, cutoff, dtype):
         assert bool((index[1].diff() >= 0).all())
 
 
-def test_no_edge_is_found_in_two_columns_of_cells(monkeypatch):
-    """Few cells along an axis: numbers of adjacent columns must not overlap."""
-    monkeypatch.setattr(graph, "ALL_PAIRS", 0)
-    for shape in ((3, 3, 3), (4, 3, 2), (2, 3, 4), (1, 3, 3), (2, 2, 2)):
-        pos = torch.cartesian_prod(*(torch.arange(n) for n in shape)).float()
-        found = list(map(tuple, edges(pos, torch.tensor([0, len(pos)]), 1.1).T.tolist()))
-        assert len(set(found)) == len(found)
-        assert set(found) == defined(pos, torch.tensor([0, len(pos)]), 1.1)
-
-
 @pytest.mark.parametrize("pairs", [graph.ALL_PAIRS, 0])
 def test_all_neighbours_at_the_cutoff_itself(monkeypatch, pairs):
     """40 atoms around one, all at the cutoff: none is left out, whichever cell it falls into."""
