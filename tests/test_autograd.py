@@ -264,3 +264,10 @@ def test_strange_strides_of_the_incoming_gradient(native):
         given = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
         plain = torch.autograd.grad(out, (q, k, v), dout.contiguous(), retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(given, plain))
+
+
+@pytest.mark.parametrize("seeds", [None, 3])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_lse_of_no_molecules_has_a_graph(backend, seeds):
+    case = testing.Case("none", (), seeds=seeds, lse=True, nobody=2)
+    testing.judge(case, torch.float32, lambda batch: testing.run_public(batch, backend))

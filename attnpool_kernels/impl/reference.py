@@ -75,11 +75,11 @@ def _attention(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     if x.shared:
         shape = (0, heads, rows, v.shape[2])
         out = torch.stack(outs) if outs else _zeros(q, v).expand(shape)
-        lse = torch.stack(lses) if lses else q.new_zeros(shape[:3])
+        lse = torch.stack(lses) if lses else _zeros(q, v).expand(shape[:3])
         return out.transpose(1, 2).to(dtype).contiguous(), lse.transpose(1, 2).contiguous()
     nobody = rows - q_edges[-1]
     outs.append(_zeros(q, v).expand(heads, nobody, v.shape[2]))
-    lses.append(q.new_full((heads, nobody), -torch.inf))
+    lses.append(q.new_full((heads, nobody), -torch.inf) + _zeros(q, v))
     out, lse = torch.cat(outs, 1), torch.cat(lses, 1)
     return out.transpose(0, 1).to(dtype).contiguous(), lse.transpose(0, 1).contiguous()
 

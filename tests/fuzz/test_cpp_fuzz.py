@@ -192,7 +192,7 @@ def run(call, kernels):
             continue
         try:
             given[target] = changed(given[target], kind, number)
-        except (RuntimeError, AttributeError, ValueError):
+        except (RuntimeError, AttributeError, ValueError, IndexError):
             continue  # torch has no such tensor
         if target in NAMES[name]:
             done.add(kind)

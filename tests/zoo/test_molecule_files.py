@@ -114,7 +114,10 @@ def test_names_of_files(tmp_path):
         ("1\n\nH 0 0 0\n5\n", "5 atoms that begins in line 4 is cut off: .* after 0"),
         ("1\n\nH 0 0 0\n1\n\nH 0 0 1.0D0\n", r"line 6 must be an atom .* got 'H 0 0 1\.0D0'"),
         ("1\n\nH 0 0 0\n\n1\n\nXy 0 0 0\n", "molecule 1 in lines 5 to 7: unknown element 'Xy'"),
-        ("1\nProperties=species:S:1:pos:R:3:q:R:1\nH 0 0 0\n", "molecule 0 in lines 1 to 3: "),
+        (
+            "1\nProperties=species:S:1:pos:R:3:q:R:1\nH 0 0 0\n",
+            "line 2 must be a comment whose Properties",
+        ),
         ("2\nProperties=species:S:1:f:R:3\nH 0 0 0\nH 1 1 1\n", "molecule 0 has no coordinates"),
     ],
 )
