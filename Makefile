@@ -153,14 +153,16 @@ arm: $(VENV)/.package
 mutation: $(VENV)/.test
 	$(BIN)/python tests/tools/mutation.py $(ARGS)
 
-## make wheel      a wheel with the CUDA library in dist/ (nvcc 12.8 or later; no GPU needed), audited
+## make wheel      a wheel with the CUDA library and a source distribution in dist/, audited (nvcc 12.8 or
+##                 later; no GPU needed)
 wheel: $(VENV)/.package
 	$(INSTALL) $(KEEP) "attnpool-kernels[wheel]"
 	rm -rf dist
 	ATTNPOOL_BUILD=cuda $(BIN)/python -m pip wheel --quiet . --no-build-isolation --no-deps -w dist
+	ATTNPOOL_BUILD=python $(BIN)/python -m build --sdist --no-isolation --outdir dist . >/dev/null
 	$(BIN)/abi3audit --strict dist/*.whl
 	$(BIN)/auditwheel show dist/*.whl
-	$(BIN)/twine check --strict dist/*.whl
+	$(BIN)/twine check --strict dist/*
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -387,3 +387,16 @@ def test_pet():
 def test_a_wrong_digit_is_noticed():
     assert same("0.52", 0.5247) and not same("0.53", 0.5247)
     assert same("4.1", 4.062) and not same("4.0", 4.062)
+
+
+def test_what_each_cuda_source_takes_to_compile():
+    folder = ROOT / "csrc" / "cuda"
+    with open(folder / "build.csv", newline="") as file:
+        measured = list(csv.DictReader(file))
+    columns = {"ptx_s": 1, "code_s": 1, "object_bytes": 1e6}
+    shown = table(folder / "README.md", "| source | PTX, s |")
+    assert [x[0].strip("`") for x in shown[:-1]] == [x["source"] for x in measured]
+    for i, (name, unit) in enumerate(columns.items(), 1):
+        exact = [float(x[name]) / unit for x in measured]
+        for row, number in zip(shown, [*exact, sum(exact)]):
+            assert same(row[i], number), (row, name)
