@@ -400,3 +400,38 @@ def test_what_each_cuda_source_takes_to_compile():
         exact = [float(x[name]) / unit for x in measured]
         for row, number in zip(shown, [*exact, sum(exact)]):
             assert same(row[i], number), (row, name)
+
+
+def test_shares_of_a_machine():
+    _, runs = sheet.read(RESULTS / "shares.csv")
+    multiply_adds = runs[-1]["rates"]["fma_gflops"]["float32"]
+    text = BENCHMARKS.read_text()
+    assert same(re.search(r"\((\d+) GFLOP/s of multiply-adds", text)[1], multiply_adds)
+    kinds = {
+        "40–80 atoms": "40-80 atoms x128",
+        "55 ± 35 atoms": "QMugs-like x128",
+        "20–60 neighbours": "1000 neighbourhoods",
+        "10–20 atoms": "10-20 atoms x512",
+        "512 atoms": "n=512",
+        "2048 atoms": "n=2048",
+    }
+    for name, *shares in table(BENCHMARKS, "| batch, H × D"):
+        kind, width, *other = name.split(", ")
+        dtype = "bfloat16" if "bfloat16" in other else "float32"
+        key = f"{kinds[kind]} {width.replace(' × ', 'x')} {dtype} separate"
+        key += " key_bias" * ("key bias" in other)
+        for quoted, what in zip(shares, PASSES.values()):
+            (row,) = group("shares", key, what)
+            assert same(quoted, row.flops / row.p50_ms / 1e6 / multiply_adds), (name, what)
+    key = "QMugs-like x128 8x32 {} separate"
+    half, single = (
+        time("shares", key.format(dtype), "forward", "attnpool:cpu")
+        for dtype in ("bfloat16", "float32")
+    )
+    assert same(re.search(r"forward pass takes ([\d.]+) of float32's time", text)[1], half / single)
+    for seeds, *cells in table(BENCHMARKS, "| seeds | forward"):
+        for cell, what in zip(cells, PASSES.values()):
+            own, times = re.findall(r"[\d.]+", cell)
+            key = "shares", f"n=20000 8x32 float32 S={seeds} separate", what
+            assert same(own, time(*key, "attnpool:cpu")), (seeds, what)
+            assert same(times, gain(*key)), (seeds, what, gain(*key))
