@@ -268,6 +268,7 @@ def test_strange_strides_of_the_incoming_gradient(native):
 
 @pytest.mark.parametrize("seeds", [None, 3])
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_lse_of_no_molecules_has_a_graph(backend, seeds):
-    case = testing.Case("none", (), seeds=seeds, lse=True, nobody=2)
+@pytest.mark.parametrize("counts", [(), (0,), (0, 0)])
+def test_lse_of_no_molecules_has_a_graph(backend, seeds, counts):
+    case = testing.Case("none", counts, seeds=seeds, lse=True, nobody=2)
     testing.judge(case, torch.float32, lambda batch: testing.run_public(batch, backend))

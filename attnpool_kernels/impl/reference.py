@@ -104,7 +104,7 @@ def _softmax_times(
     """(F2) and (F3) for [H, n, m] logits; a row without a finite logit gives 0 and LSE -inf."""
     if logits.shape[2] == 0:
         out = logits.sum(2, keepdim=True) * v.sum(1, keepdim=True)
-        return out, torch.full_like(out[..., 0], -torch.inf)
+        return out, out[..., 0] - torch.inf
     dead = (logits == -torch.inf).all(2, keepdim=True)
     logits = logits.masked_fill(dead, 0.0)  # keeps NaN out of the gradient of a dead row
     # Not exp(logits - lse): with large logits the rounding of lse would leave rows that do not sum
