@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PI
 KEEP    := "torch==$$($(BIN)/python -c 'from importlib.metadata import version as v; print(v("torch"))')"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help docs bench report train zoo test test-fast test-portable fuzz test-gpu bench-gpu lint format aot triton-matrix versions arm mutation soak faults wheel clean
+.PHONY: help docs bench report train zoo test test-fast test-portable fuzz test-gpu bench-gpu lint format aot triton-matrix versions arm mutation accuracy soak faults wheel clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -106,6 +106,11 @@ soak: $(VENV)/.test
 ## make faults     trainings killed at 20 random moments and in the middle of 4 checkpoints
 faults: $(VENV)/.test
 	PYTHONPATH=.:tests $(BIN)/python -m tools.killed $(ARGS)
+
+## make accuracy   errors of the backends that run here, by dtype and pass, in units of the budget:
+##                 rewrites tests/tools/accuracy.csv
+accuracy: $(VENV)/.test
+	PYTHONPATH=.:tests $(BIN)/python -m tools.accuracy $(ARGS)
 
 ## make test-gpu   what only a CUDA device can prove, within MINUTES=9; DEVICE=cpu rehearses it
 test-gpu: $(VENV)/.package

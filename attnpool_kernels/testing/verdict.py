@@ -35,17 +35,24 @@ def budget(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: variance for name, (_, variance) in model(batch, dtype).items()}
 
 
+def shares(found: Tensor, exact: Tensor, variance: Tensor) -> Tensor:
+    """The error of each number over what is allowed; arguments as of ``measure``."""
+    error = (found.double() - exact).abs()
+    last = stored(exact, found.dtype)  # a rounding is off by up to twice its root mean square
+    allowed = SINGLE * variance.sqrt() + 2 * last.sqrt() + UNDERFLOW
+    scale = ORACLE if found.dtype == torch.float64 else 1.0
+    return torch.where(error > 0, error / allowed, 0.0) / scale
+
+
 def measure(found: Tensor, exact: Tensor, variance: Tensor) -> tuple[float, float]:
     """The worst error of a number and the norm of the errors, both over what is allowed.
 
     exact and variance in float64, finite.
     """
     error = (found.double() - exact).abs()
-    last = stored(exact, found.dtype)  # a rounding is off by up to twice its root mean square
-    allowed = SINGLE * variance.sqrt() + 2 * last.sqrt() + UNDERFLOW
+    single = shares(found, exact, variance).max().item()
     scale = ORACLE if found.dtype == torch.float64 else 1.0
-    single = torch.where(error > 0, error / allowed, 0.0).max().item() / scale
-    spread = variance + last
+    spread = variance + stored(exact, found.dtype)
     rows = spread.flatten(1).sum(1) if spread.dim() > 1 else spread
     norm = (NORM**2 * spread.sum() + SINGLE**2 * rows.max()).sqrt().item()
     return single, error.norm().item() / (scale * norm) if norm else single
