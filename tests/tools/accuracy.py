@@ -1,11 +1,11 @@
 """Errors in units of the budget: ``make accuracy`` rewrites accuracy.csv.
 
-A row is about errors against float64 of a backend, a vector width of the CPU kernels, a dtype and a pass, over the cases of
-``attnpool_kernels.testing`` and as many drawn ones: how many numbers, the largest error and the
-99.9th percentile, 1 being what a single number may be off. (Logits of 30 are drawn too: torch's
-own operators, in ``reference``, are up to three times as far off there in single numbers.) So a
-loss of accuracy that no test notices shows in review. ``tests/test_accuracy.py`` compares a part
-with the committed table.
+A row is about a backend (and a vector width of the CPU kernels), a dtype and a pass, over the cases
+of ``attnpool_kernels.testing`` and as many drawn ones, against float64: how many numbers, the
+largest error and the 99.9th percentile, 1 being what a single number may be off. (Logits of 30 are
+drawn too: torch's own operators, in ``reference``, are up to three times as far off there in single
+numbers.) So a loss of accuracy that no test notices shows in review. ``tests/test_accuracy.py``
+compares a part with the committed table.
 """
 
 from __future__ import annotations
