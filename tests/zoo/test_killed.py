@@ -34,7 +34,12 @@ def finished(tmp_path_factory):
 def test_killed_at_random_moments_is_the_same_as_whole():
     found = subprocess.run(
         [sys.executable, "-m", "tools.killed", "--moments", "2", "--writes", "2", "--epochs", "8"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONWARNINGS": "",
+        },
         capture_output=True,
         text=True,
         timeout=600,
