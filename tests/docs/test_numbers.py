@@ -238,7 +238,7 @@ def test_poolings_at_equal_parameters():
     cells = sum(len(row) - 2 for row in expected[2:])
     wrong = [x for row in expected[2:] for x in row if x.endswith("*") and float(x[:-1]) < 1]
     sentence = (
-        r"(\d+) of (\d+) comparisons .*?, (\d+) of them significantly .*? one, (\d+) (?:is|are)"
+        r"(\d+) of (\d+) comparisons .*?, (\d+) of them significantly .*? one, (\d+)\s+(?:is|are)"
     )
     quoted = [int(x) for x in re.search(sentence, text).groups()]
     assert quoted == [lower, cells, marked - len(wrong), len(wrong)], quoted
@@ -253,14 +253,6 @@ def test_poolings_at_equal_parameters():
     limit = sum(r["run_epochs"] == r["epochs"] for r in found)
     quoted = re.search(r"(\d+) of (\d+) runs ended .*? between (\d+) and (\d+)", text)
     assert [int(x) for x in quoted.groups()] == [limit, len(found), min(ends), max(ends)]
-    longer = {r["pooling"]: r for r in Table(RESULTS / "fair-longer.csv", ()).read()}
-    assert all(r["epochs"] in text for r in longer.values())
-    for name, *cells in table(MODELS, "| at most"):
-        row = longer.pop(name.split(",")[0])
-        assert name.endswith(f"best epoch {row['best_epoch']}")
-        for cell, target in zip(cells, ("homo_pbe0", "lumo_pbe0", "atomization_energy_pbe0")):
-            assert same(cell, float(row[f"mae {target}, eV"])), (name, target)
-    assert not longer
     counts = {int(r["parameters"]) for r in found if r["size"] == "equal"}
     (ours,) = {int(r["parameters"]) for r in found if r["pooling"] == "abp"}
     assert (

@@ -215,6 +215,25 @@ def test_a_flipped_bit_in_a_list_of_torch(tmp_path):
         load("qmugs", path, cache=False)
 
 
+@pytest.mark.parametrize(
+    ("record", "member", "place", "message"),
+    [
+        (b"PK\x01\x02", b"archive/data/1", 38, "archive/data/1 is marked as a folder"),
+        (b"PK\x06\x07", b"", 16, "multiple disks"),
+    ],
+)
+def test_a_flipped_bit_in_the_directory_of_an_archive(tmp_path, record, member, place, message):
+    """torch reads nothing for a folder, and whatever memory held is a number then."""
+    path = tmp_path / "q.pt"
+    torch.save(listed(), path)
+    data = bytearray(path.read_bytes())
+    start = data.rindex(record, 0, data.rindex(member) if member else None)
+    data[start + place] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"is damaged: .*{message}"):
+        load("qmugs", path, cache=False)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint as ``fit`` writes it, as far as ``load_task`` looks."""

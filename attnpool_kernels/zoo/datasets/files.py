@@ -287,13 +287,17 @@ def check_archive(path: Path | IO[bytes]) -> None:
 
     NumPy does not see that where a damaged header asks for less than there is, torch never does.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
+            # torch takes no data of a member that is marked as a folder, and says nothing.
+            folders = [x for x in archive.infolist() if x.external_attr & 0x10 and x.file_size]
     except Exception as error:  # a damaged file raises whatever its bytes spell
         raise ValueError(f"{path} is damaged: {error}") from error
+    if folders:
+        raise ValueError(f"{path} is damaged: {folders[0].filename} is marked as a folder")
     if wrong is not None:
         raise ValueError(f"{path} is damaged: the checksum of {wrong} is another")
 
