@@ -134,6 +134,7 @@ def cases_of_arrays():
     yield z, lambda x: x + 0.5, "z of .* must be whole numbers"
     yield ptr, lambda x: x * 1.0 + 0.25 * (x == x[3]), "ptr of .* must be whole numbers"
     for name in (z, pos, ptr, y):
+        yield name, lambda x: x.flat[0], f"{name} of .* must be an array, got one number"
         for kind in (np.complex128, "S5", bool, "M8[s]"):
             yield (
                 name,

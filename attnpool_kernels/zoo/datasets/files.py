@@ -260,7 +260,7 @@ def _copy(source: IO[bytes], path: Path) -> None:
 
 def arrays(path: Path | IO[bytes], names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of an .npz file, of which these must be there and be real numbers; ValueError."""
-    if not zipfile.is_zipfile(path):  # NumPy would advise to load it as a pickle, which runs code
+    if not _is_archive(path):  # NumPy would advise to load it as a pickle, which runs code
         raise ValueError(f"{path} cannot be read as .npz: it is not an .npz archive")
     check_archive(path)
     if not isinstance(path, Path):
@@ -279,7 +279,16 @@ def arrays(path: Path | IO[bytes], names: Sequence[str]) -> dict[str, np.ndarray
     for name in names:
         if found[name].dtype.kind not in "iuf":
             raise ValueError(f"{name} of {path} must be real numbers, got others")
+        if not found[name].ndim:
+            raise ValueError(f"{name} of {path} must be an array, got one number")
     return found
+
+
+def _is_archive(path: Path | IO[bytes]) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:  # where it looks at more than the signature
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def check_archive(path: Path | IO[bytes]) -> None:
@@ -287,9 +296,9 @@ def check_archive(path: Path | IO[bytes]) -> None:
 
     NumPy does not see that where a damaged header asks for less than there is, torch never does.
     """
+    if not _is_archive(path):
+        return
     try:
-        if not zipfile.is_zipfile(path):
-            return
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
             # torch takes no data of a member that is marked as a folder, and says nothing.
