@@ -12,8 +12,6 @@ from attnpool_kernels.testing import Case
 if cpu.load():
     pytest.skip(cpu.load(), allow_module_level=True)
 
-OPS = torch.ops.attnpool
-WIDTHS = OPS.build_info().split("built for ")[1].split(";")[0].split()
 OPTIONS = {
     "plain": {},
     "key bias": {"key_bias": "mask"},
@@ -23,16 +21,6 @@ OPTIONS = {
 }
 # Parts are of 16 blocks of 128 keys at these widths, and begin with two of them.
 GIANT = Case("giant", (4096, 17, 0, 6001), heads=2, dim=16, value_dim=24, lse=True, nobody=3)
-
-
-@pytest.fixture(params=WIDTHS)
-def width(request):
-    try:
-        OPS._use_isa(request.param)
-    except RuntimeError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    OPS._use_isa("")
 
 
 def run(batch):

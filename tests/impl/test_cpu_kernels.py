@@ -18,7 +18,6 @@ if cpu.load():
     pytest.skip(cpu.load(), allow_module_level=True)
 
 OPS = torch.ops.attnpool
-WIDTHS = OPS.build_info().split("built for ")[1].split(";")[0].split()
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -26,15 +25,6 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def default_width():
     yield
     OPS._use_isa("")
-
-
-@pytest.fixture(params=WIDTHS)
-def width(request):
-    try:
-        OPS._use_isa(request.param)
-    except RuntimeError:
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
 
 
 def test_outputs_are_poisoned():

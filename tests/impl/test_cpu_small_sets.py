@@ -12,19 +12,7 @@ from attnpool_kernels.testing import Case
 if cpu.load():
     pytest.skip(cpu.load(), allow_module_level=True)
 
-OPS = torch.ops.attnpool
-WIDTHS = OPS.build_info().split("built for ")[1].split(";")[0].split()
 SIZES = (1, 7, 8, 9, 15, 63, 64, 65, 0, 16, 17)  # about whole vectors, and about one block
-
-
-@pytest.fixture(params=WIDTHS)
-def width(request):
-    try:
-        OPS._use_isa(request.param)
-    except RuntimeError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    OPS._use_isa("")
 
 
 def judge(case, dtype=torch.float32):
